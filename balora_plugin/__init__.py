@@ -1,0 +1,41 @@
+"""BA-LoRA: bias-alleviating low-rank adaptation for TRL, transformers and Axolotl."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Lazy: importing the package imports no host, and nothing at all before an attribute is used.
+_LAZY = {
+    "RegularizerConfig": ".config",
+    "BaLoraConfig": ".adapter.config",
+    "get_ba_lora_model": ".adapter.model",
+    "BaLoraModel": ".adapter.model",
+    "BaLoraTrainerMixin": ".trainer",
+    "BaLoraTrainer": ".hosts.transformers",
+    "BaLoraSFTTrainer": ".hosts.trl",
+}
+
+__all__ = [*_LAZY, "__version__"]
+
+if TYPE_CHECKING:
+    from .adapter.config import BaLoraConfig as BaLoraConfig
+    from .adapter.model import BaLoraModel as BaLoraModel
+    from .adapter.model import get_ba_lora_model as get_ba_lora_model
+    from .config import RegularizerConfig as RegularizerConfig
+    from .hosts.transformers import BaLoraTrainer as BaLoraTrainer
+    from .hosts.trl import BaLoraSFTTrainer as BaLoraSFTTrainer
+    from .trainer import BaLoraTrainerMixin as BaLoraTrainerMixin
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

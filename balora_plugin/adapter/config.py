@@ -1,0 +1,136 @@
+"""BaLoraConfig: a LoraConfig that carries the regularisers and starts as PiSSA in delta form."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from ..config import RegularizerConfig
+
+DELTA_STARTS = ("pissa", "pissa_fast")
+
+_REFUSAL = (
+    "BaLoraConfig was given to PEFT's own get_peft_model (or a stock trainer), which would change the base weights. "
+    "Use balora_plugin.get_ba_lora_model(model, config), or a BA-LoRA trainer (BaLoraSFTTrainer, BaLoraTrainer) with "
+    "peft_config=config."
+)
+
+# LoRA options that replace the function or the teacher; name -> what its neutral value is
+_NEUTRAL: dict[str, Any] = {
+    "use_dora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "megatron_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "velora_config": None,
+    "monteclora_config": None,
+    "kasa_config": None,
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "ensure_weight_tying": False,
+}
+
+
+class _DeltaStart(str):
+    """The name of a start that only BA-LoRA builds: PEFT asks `startswith("pissa")` before it rewrites the base."""
+
+    def startswith(self, *args: Any) -> bool:
+        raise TypeError(_REFUSAL)
+
+
+def _refuse_stock_injection(*args: Any, **kwargs: Any) -> None:
+    raise TypeError(_REFUSAL)
+
+
+@dataclass
+class BaLoraConfig(LoraConfig):
+    """A [`peft.LoraConfig`] for BA-LoRA; every LoRA field means what it means there.
+
+    Args:
+        regularizers: The three terms, see [`RegularizerConfig`]; a dict of its fields works too.
+        compile: Compile teacher and student. Not available in this version (SFTConfig(torch_compile=True) is).
+        init_lora_weights: `"pissa"` (default: exact SVD), `"pissa_fast"` (randomised SVD, fixed seed), both in delta
+            form, so that the base weights stay as they are; `True`: the ordinary LoRA start with the regularisers;
+            `False`: random factors, for tests.
+
+    Raises:
+        ValueError: for an option that would change the function or the teacher (DoRA, trained biases, ...).
+    """
+
+    init_lora_weights: bool | str = field(
+        default="pissa",
+        # PEFT reads this list to find its own variants of the start
+        metadata={**LoraConfig.__dataclass_fields__["init_lora_weights"].metadata},
+    )
+    regularizers: RegularizerConfig = field(
+        default_factory=RegularizerConfig, metadata={"help": "Settings of the three regularisers."}
+    )
+    compile: bool = field(default=False, metadata={"help": "Compile teacher and student."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = str(self.init_lora_weights)
+        super().__post_init__()
+        if isinstance(self.regularizers, dict):
+            self.regularizers = RegularizerConfig.from_dict(self.regularizers)
+        elif not isinstance(self.regularizers, RegularizerConfig):
+            raise TypeError(f"regularizers={self.regularizers!r} must be a RegularizerConfig or a dict of its fields.")
+        if self.init_lora_weights not in (*DELTA_STARTS, True, False):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is not a BA-LoRA start: write 'pissa', 'pissa_fast' "
+                "(faster, same step-0 model), True (ordinary LoRA) or False (random, for tests)."
+            )
+        for key, neutral in _NEUTRAL.items():
+            if getattr(self, key, neutral) not in (neutral, None, False):
+                raise ValueError(f"{key}={getattr(self, key)!r} does not work with BA-LoRA: leave it at {neutral!r}.")
+        if self.compile:
+            raise ValueError(
+                "compile=True is not available in this version: set it to False and use the trainer's own "
+                "torch_compile=True."
+            )
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r={self.r!r} must be a whole number >= 1.")
+        if self.delta:
+            self.init_lora_weights = _DeltaStart(self.init_lora_weights)
+        self._register_custom_module({nn.Module: _refuse_stock_injection})
+
+    @property
+    def delta(self) -> bool:
+        """True for the starts in delta form (frozen A0, B0 beside the trained dA, dB)."""
+        return self.init_lora_weights in DELTA_STARTS
+
+    def to_lora_config(self, **changes: Any) -> LoraConfig:
+        """The LoRA fields alone, as a stock LoraConfig with `changes` applied."""
+        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
+        return LoraConfig(**{**values, **changes})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes what a saved adapter carries: the *stock* config (rank 2r in delta form) and `ba_lora.json`."""
+        from .. import checkpoint
+
+        checkpoint.stock_config(self).save_pretrained(str(save_directory), **kwargs)
+        checkpoint.write_settings(str(save_directory), self)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> BaLoraConfig:
+        """Reads the settings a BA-LoRA adapter was saved with.
+
+        Raises:
+            ValueError: if the directory holds no `ba_lora.json` (a plain LoRA: use `LoraConfig.from_pretrained`).
+        """
+        from .. import checkpoint
+
+        return checkpoint.read_config(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)

@@ -1,0 +1,222 @@
+"""The delta form inside PEFT's LoRA layers. The one file that touches what PEFT calls private (`LoraVariant`).
+
+With frozen A0, B0 and trained dA, dB that start at zero,
+
+    y = W x + s [ B0 (dA x) + dB ((A0 + dA) x) ]  =  W x + s ((B0 + dB)(A0 + dA) - B0 A0) x
+
+is PiSSA's function of the same rank with the same gradients, and W is never touched. `lora_A` / `lora_B` hold dA / dB;
+`frozen_A` / `frozen_B` hold A0 / B0 as bias-free nn.Linear modules: called as modules they stay right under FSDP and
+ZeRO-3, and as parameters (not buffers) DDP does not broadcast them at every step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import torch
+from packaging.version import Version
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from torch import Tensor, nn
+
+from .start import pissa_factors
+
+TESTED_PEFT = ("0.20", "0.22")  # from, below
+FROZEN = ("frozen_A", "frozen_B")
+PEFT_PREFIX = "base_model.model."
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def check_peft_version() -> None:
+    """Refuses a PEFT that is too old, warns once about one this file was not tested with."""
+    version = Version(Version(peft.__version__).base_version)
+    if version < Version(TESTED_PEFT[0]):
+        raise ImportError(f"BA-LoRA needs peft >= {TESTED_PEFT[0]}, found {peft.__version__}: pip install -U peft")
+    if version >= Version(TESTED_PEFT[1]):
+        warnings.warn(
+            f"balora-plugin was tested with peft {TESTED_PEFT[0]} to below {TESTED_PEFT[1]}, found {peft.__version__}.",
+            stacklevel=3,
+        )
+
+
+class DeltaVariant(LoraVariant):
+    """Forward and merge of one adapter of one layer in delta form."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        pass
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """x (..., in), result (..., out) of the base layer -> result + s [ B0 (dA x) + dB (A0 x + dA x) ]."""
+        frozen_a, frozen_b = module.frozen_A[active_adapter], module.frozen_B[active_adapter]
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        x = module.lora_dropout[active_adapter](x)
+        u = lora_a(x)
+        update = frozen_b(u) + lora_b(frozen_a(x) + u)
+        return result + update * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + delta_weight(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += delta_weight(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - delta_weight(module, active_adapter).to(orig_weight.dtype)
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # PEFT's conversion reads lora_B @ lora_A, which is not the update here
+
+
+class DeltaParamWrapper(ParamWrapper):
+    """PEFT's wrapper of a targeted nn.Parameter (fused experts) with the delta form's update."""
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        if adapter_name not in getattr(self, "frozen_A", {}):
+            return super().get_delta_weight(adapter_name, *args, **kwargs)
+        lhs, rhs, scaling = self.get_delta_factors(adapter_name)
+        update = lhs @ rhs * scaling
+        return update if self.get_param().ndim == 3 else update.squeeze(0)
+
+    def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
+        """lhs, rhs, scaling: the update is scaling * lhs @ rhs, (experts, ., .), in the parameter's orientation."""
+        if adapter_name not in getattr(self, "frozen_A", {}):
+            return super().get_delta_factors(adapter_name)
+        a, b = stack_factors(
+            self.lora_A[adapter_name].weight,
+            self.lora_B[adapter_name].weight,
+            self.frozen_A[adapter_name].weight,
+            self.frozen_B[adapter_name].weight,
+            self.num_experts,
+        )
+        a = a.reshape(self.num_experts, -1, a.shape[-1])  # (E, 2r, in)
+        b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)  # (E, out, 2r)
+        param = self.get_param()
+        out_first = param.ndim == 2 or self._did_swap_in_out_features
+        lhs, rhs = (b, a) if out_first else (a.mT, b.mT)
+        return lhs.to(param.dtype), rhs.to(param.dtype), self.scaling[adapter_name]
+
+
+def stack_factors(d_a: Tensor, d_b: Tensor, a0: Tensor, b0: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
+    """The stock rank-2r factors A = [dA; A0 + dA], B = [B0, dB], with B A = (B0 + dB)(A0 + dA) - B0 A0.
+
+    d_a, a0 (E r, in) and d_b, b0 (out, r E) in PEFT's layout for E experts (1 for a plain layer) -> (E 2r, in),
+    (out, 2r E). This layout, not [A0 + dA; A0], [B, -B0], survives a cast: no large terms cancel.
+    """
+    in_features, out_features = d_a.shape[1], d_b.shape[0]
+    a = torch.cat([d_a.reshape(experts, -1, in_features), (a0.to(d_a) + d_a).reshape(experts, -1, in_features)], dim=1)
+    b = torch.cat([b0.to(d_b).reshape(out_features, -1, experts), d_b.reshape(out_features, -1, experts)], dim=1)
+    return a.reshape(-1, in_features).contiguous(), b.reshape(out_features, -1).contiguous()
+
+
+def split_factors(a: Tensor, b: Tensor, experts: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Stock rank-2r factors (E 2r, in), (out, 2r E) -> dA, dB, B0, each exactly as it was saved."""
+    in_features, out_features = a.shape[1], b.shape[0]
+    a3, b3 = a.reshape(experts, -1, in_features), b.reshape(out_features, -1, experts)
+    rank = a3.shape[1] // 2
+    d_a = a3[:, :rank].reshape(-1, in_features).contiguous()
+    b0 = b3[:, :rank].reshape(out_features, -1).contiguous()
+    d_b = b3[:, rank:].reshape(out_features, -1).contiguous()
+    return d_a, d_b, b0
+
+
+def delta_weight(module: LoraLayer, adapter_name: str) -> Tensor:
+    """The update of a linear layer's weight, in the base weight's own orientation and at least float32."""
+    a, b = stack_factors(
+        module.lora_A[adapter_name].weight.detach(),
+        module.lora_B[adapter_name].weight.detach(),
+        module.frozen_A[adapter_name].weight,
+        module.frozen_B[adapter_name].weight,
+    )
+    wide = torch.promote_types(a.dtype, torch.float32)
+    update = b.to(wide) @ a.to(wide) * module.scaling[adapter_name]
+    return update.T if getattr(module, "fan_in_fan_out", False) else update
+
+
+def is_supported_layer(layer: LoraLayer) -> bool:
+    """Linear, Conv1D, bitsandbytes linear layers, and parameters targeted directly (fused experts)."""
+    return isinstance(layer, (Linear, ParamWrapper)) or type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def is_delta(layer: nn.Module, adapter_name: str) -> bool:
+    """True if this layer carries `adapter_name` in delta form."""
+    return isinstance(layer, LoraLayer) and adapter_name in getattr(layer, "frozen_A", {})
+
+
+def delta_layers_of(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, LoraLayer]]:
+    """(name without PEFT's and parallel engines' prefixes, layer) of every layer with this adapter in delta form."""
+    found = []
+    for name, layer in model.named_modules():
+        if is_delta(layer, adapter_name):
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            found.append((name.removeprefix(PEFT_PREFIX), layer))
+    return found
+
+
+def num_experts(layer: LoraLayer) -> int:
+    return getattr(layer, "num_experts", 1) if isinstance(layer, ParamWrapper) else 1
+
+
+def attach_delta(layer: LoraLayer, adapter_name: str) -> None:
+    """Puts a freshly injected stock adapter in delta form: all four factors 0 until [`start_layer`] or a load."""
+    for name, trained in zip(FROZEN, (layer.lora_A[adapter_name], layer.lora_B[adapter_name]), strict=True):
+        if not hasattr(layer, name):
+            setattr(layer, name, nn.ModuleDict())
+        frozen = nn.Linear(
+            trained.in_features, trained.out_features, bias=False, device="meta", dtype=trained.weight.dtype
+        )
+        if trained.weight.device.type != "meta":
+            frozen = frozen.to_empty(device=trained.weight.device)
+            nn.init.zeros_(frozen.weight)
+            nn.init.zeros_(trained.weight)
+        frozen.requires_grad_(False)
+        getattr(layer, name)[adapter_name] = frozen
+    if isinstance(layer, ParamWrapper):
+        layer.__class__ = DeltaParamWrapper
+    else:
+        layer.lora_variant[adapter_name] = DeltaVariant()
+
+
+@torch.no_grad()
+def start_layer(layer: LoraLayer, adapter_name: str, *, fast: bool) -> None:
+    """Fills A0, B0 from the layer's base weight (dequantised if quantised). Rank 0 factorises, all receive."""
+    frozen_a, frozen_b = layer.frozen_A[adapter_name].weight, layer.frozen_B[adapter_name].weight
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    owner = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+    with gather_params_ctx(owner):
+        if not distributed or torch.distributed.get_rank() == 0:
+            a, b = pissa_factors(_base_matrix(layer), layer.r[adapter_name], layer.scaling[adapter_name], fast=fast)
+            if a.ndim == 3:  # experts: (E, r, in), (E, out, r) -> PEFT's layout
+                a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
+            frozen_a.copy_(a)
+            frozen_b.copy_(b)
+    if distributed:
+        torch.distributed.broadcast(frozen_a, src=0)
+        torch.distributed.broadcast(frozen_b, src=0)
+
+
+def _base_matrix(layer: LoraLayer) -> Tensor:
+    """The weight as (out, in), or (experts, out, in)."""
+    if isinstance(layer, ParamWrapper):
+        param = layer.get_param().data
+        return param if param.ndim == 2 or layer._did_swap_in_out_features else param.mT
+    weight = dequantize_module_weight(layer.get_base_layer()).data
+    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+
+
+def follow_dtype(model: nn.Module) -> None:
+    """Casts A0, B0 to where and what dA, dB are: TRL casts adapters on quantised bases after wrapping."""
+    for layer in model.modules():
+        for name, trained in zip(FROZEN, ("lora_A", "lora_B"), strict=True):
+            for adapter_name, frozen in getattr(layer, name, {}).items() if isinstance(layer, LoraLayer) else ():
+                weight = getattr(layer, trained)[adapter_name].weight
+                if frozen.weight.dtype != weight.dtype or frozen.weight.device != weight.device:
+                    frozen.weight.data = frozen.weight.data.to(weight)

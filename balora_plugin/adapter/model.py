@@ -1,0 +1,405 @@
+"""get_ba_lora_model and the PeftModel subclasses that save and load format version 1."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.peft_model import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import checkpoint
+from .config import BaLoraConfig
+from .delta import FROZEN, attach_delta, check_peft_version, is_delta, is_supported_layer, start_layer
+
+if TYPE_CHECKING:  # a mixin for type checkers too: its methods call PeftModel's
+    from peft import PeftModel as _Base
+else:
+    _Base = object
+
+
+def get_ba_lora_model(
+    model: nn.Module,
+    config: BaLoraConfig,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+) -> PeftModel:
+    """Wraps `model` with a BA-LoRA adapter; the base weights stay as they are, bit for bit.
+
+    Args:
+        model: The pre-trained model; modified in place, like PEFT's get_peft_model does.
+        config: Copied; the caller's object is not changed.
+        adapter_name: Name of the adapter.
+        autocast_adapter_dtype: Keep the factors of a bfloat16 or float16 base in float32, as PEFT does.
+
+    Returns:
+        A PeftModel subclass. At step 0 it computes exactly what `model` computed.
+
+    Raises:
+        TypeError: config is not a BaLoraConfig.
+        ValueError: targets that cannot be adapted (embeddings, LM head, convolutions), a rank too large, NaN weights.
+    """
+    if not isinstance(config, BaLoraConfig):
+        raise TypeError(f"config must be a BaLoraConfig, not {type(config).__name__}: use peft.get_peft_model.")
+    return _build(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, start=True)
+
+
+def _build(
+    model: nn.Module,
+    config: BaLoraConfig,
+    adapter_name: str,
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    start: bool,
+) -> PeftModel:
+    """Stock injection, then our class, then the delta form. `start=False`: the factors come from a file."""
+    check_peft_version()
+    config = copy.deepcopy(config)
+    if config.target_modules is None and not config.target_parameters:
+        _check_default_targets(model, config)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
+    peft_model = get_peft_model(
+        model,
+        stock,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    peft_model.__class__ = _CLASSES[type(peft_model)]
+    try:
+        peft_model._adopt(config, adapter_name, start=start)
+    except Exception:
+        base = peft_model.unload()  # leave the caller's model as it was
+        for name, p in base.named_parameters():
+            p.requires_grad_(name in trainable)
+        raise
+    return peft_model
+
+
+def _check_default_targets(model: nn.Module, config: BaLoraConfig) -> None:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in known:
+        raise ValueError(
+            f"target_modules=None and PEFT knows no default for model type {model_type!r}: write "
+            "target_modules='all-linear' or a list of module names."
+        )
+
+
+class BaLoraModelMixin(_Base):
+    """What a BA-LoRA model does differently from a PeftModel: saving, loading, adding and deleting adapters."""
+
+    def _adopt(self, config: BaLoraConfig, adapter_name: str, *, start: bool) -> None:
+        """Checks the injected layers, replaces the stock config by ours, and puts the layers in delta form."""
+        stock: LoraConfig = self.peft_config[adapter_name]
+        layers = self._injected(adapter_name)
+        self._check_targets(layers)
+        for key in ("fan_in_fan_out", "target_modules", "target_parameters", "base_model_name_or_path", "revision"):
+            setattr(config, key, getattr(stock, key))  # what PEFT resolved during injection
+        config.inference_mode = stock.inference_mode
+        if config.delta:
+            for _, layer in layers:
+                attach_delta(layer, adapter_name)
+        self.peft_config[adapter_name] = config
+        if config.delta and start:
+            quiet = torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
+            fast = config.init_lora_weights == "pissa_fast"
+            for name, layer in tqdm(layers, desc=f"BA-LoRA start ({config.init_lora_weights})", disable=quiet):
+                try:
+                    start_layer(layer, adapter_name, fast=fast)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+
+    def _injected(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
+        return [
+            (name.removeprefix("base_model.model."), layer)
+            for name, layer in self.named_modules()
+            if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
+        ]
+
+    def _check_targets(self, layers: list[tuple[str, LoraLayer]]) -> None:
+        base = self.get_base_model()
+        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        for name, layer in layers:
+            if layer is head or layer.get_base_layer() is head:
+                raise ValueError(
+                    f"target_modules matches the LM head {name!r}: the terms read its weight directly and would "
+                    "ignore an adapter. Remove it from target_modules (or write 'all-linear', which leaves it out)."
+                )
+            if not is_supported_layer(layer):
+                raise ValueError(
+                    f"target_modules matches {name!r}, a {type(layer.get_base_layer()).__name__}: BA-LoRA adapts "
+                    "nn.Linear, Conv1D, bitsandbytes linear layers and fused experts. Remove it from target_modules."
+                )
+
+    # --- saving
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes each adapter as a stock LoRA (rank 2r in delta form) for the original base, plus our side files.
+
+        Raises:
+            ValueError: safe_serialization=False, a conversion path (nothing is left to convert), or a state dict that
+                lacks the adapter's tensors.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False is not supported: BA-LoRA adapters are safetensors only.")
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is not needed: BA-LoRA already saves a plain LoRA for the "
+                "original base. Remove it."
+            )
+        state_dict = kwargs.pop("state_dict", None)
+        if state_dict is None:
+            state_dict = self.state_dict()
+        configs = self.peft_config
+        for name in list(configs) if selected_adapters is None else selected_adapters:
+            config = configs.get(name)
+            ours = isinstance(config, BaLoraConfig)
+            rewritten = state_dict
+            if ours and config.delta:
+                rewritten = checkpoint.to_stock_state_dict(self, name, state_dict)
+            if ours:
+                configs[name] = checkpoint.stock_config(config, self, name)
+            try:
+                super().save_pretrained(
+                    save_directory,
+                    selected_adapters=[name],
+                    save_embedding_layers=save_embedding_layers,
+                    is_main_process=is_main_process,
+                    state_dict=rewritten,
+                    **kwargs,
+                )
+            finally:
+                if config is not None:
+                    configs[name] = config
+            if ours and is_main_process:
+                directory = str(save_directory) if name == "default" else f"{save_directory}/{name}"
+                checkpoint.write_side_files(directory, self, name, state_dict)
+
+    # --- loading
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Loads a saved BA-LoRA adapter onto its base, in delta form, ready to go on training.
+
+        Unmodified `PeftModel.from_pretrained` loads the same directory as a plain rank-2r LoRA.
+
+        Raises:
+            ValueError: the directory is not a BA-LoRA adapter, or was saved for other modules.
+        """
+        hub = _hub_arguments(kwargs)
+        if config is None:
+            config = checkpoint.read_config(str(model_id), **hub)
+        if not isinstance(config, BaLoraConfig):
+            raise TypeError(f"config must be a BaLoraConfig, got {type(config).__name__}.")
+        config.inference_mode = not is_trainable
+        peft_model = _build(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            start=False,
+        )
+        peft_model.load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            **kwargs,
+        )
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads an adapter by name; into an existing BA-LoRA adapter the four factors are restored bit for bit.
+
+        Also the path of `resume_from_checkpoint` and `load_best_model_at_end`: A0 and B0 come from the checkpoint, they
+        are never recomputed.
+        """
+        hub = _hub_arguments(kwargs)
+        settings = checkpoint.read_settings(str(model_id), **hub)
+        existing = self.peft_config.get(adapter_name)
+        delta = isinstance(existing, BaLoraConfig) and existing.delta
+        if settings is None or not settings["delta_form"]:
+            if delta:
+                raise ValueError(
+                    f"{model_id!r} is not a BA-LoRA adapter in delta form ({checkpoint.SETTINGS_FILE} "
+                    f"{'is missing' if settings is None else 'says so'}), but adapter {adapter_name!r} here is: "
+                    "load it under another adapter_name, or with peft.PeftModel.from_pretrained."
+                )
+            return super().load_adapter(
+                model_id,
+                adapter_name,
+                is_trainable=is_trainable,
+                torch_device=torch_device,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                **kwargs,
+            )
+        if existing is None:
+            config = checkpoint.read_config(str(model_id), **hub)
+            config.inference_mode = not is_trainable
+            self._add_delta_adapter(adapter_name, config, start=False, autocast_adapter_dtype=autocast_adapter_dtype)
+        elif not delta:
+            raise ValueError(
+                f"adapter {adapter_name!r} of this model is not in delta form, but {model_id!r} is: load "
+                "it under another adapter_name."
+            )
+        init_path = checkpoint.find_file(str(model_id), checkpoint.INIT_FILE, **hub)
+        if init_path is None:
+            raise ValueError(
+                f"{model_id!r} lacks {checkpoint.INIT_FILE}: without A0 training cannot go on. For inference load it "
+                "with peft.PeftModel.from_pretrained."
+            )
+        weights = load_peft_weights(str(model_id), device=torch_device or "cpu", **hub)
+        split, factors = checkpoint.read_factors(self, adapter_name, weights, init_path)
+        result = set_peft_model_state_dict(self, split, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        checkpoint.copy_factors(self, adapter_name, factors)
+        result.missing_keys.clear()  # base weights; read_factors has checked the adapter's own
+        if not is_trainable:
+            self.eval()
+        return result
+
+    # --- several adapters
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """Adds another adapter: a BaLoraConfig in delta form, anything else as PEFT does."""
+        if isinstance(peft_config, BaLoraConfig):
+            cast = kwargs.get("autocast_adapter_dtype", True)
+            self._add_delta_adapter(adapter_name, peft_config, start=True, autocast_adapter_dtype=cast)
+        else:
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    def _add_delta_adapter(
+        self, adapter_name: str, config: BaLoraConfig, *, start: bool, autocast_adapter_dtype: bool
+    ) -> None:
+        config = copy.deepcopy(config)
+        stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
+        super().add_adapter(adapter_name, stock)
+        try:
+            self._adopt(config, adapter_name, start=start)
+        except Exception:
+            self.delete_adapter(adapter_name)
+            raise
+        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter with its frozen factors."""
+        for layer in self.modules():
+            if is_delta(layer, adapter_name):
+                for name in FROZEN:
+                    del getattr(layer, name)[adapter_name]
+        super().delete_adapter(adapter_name)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: PEFT would combine dA and dB, which are not the update."""
+        raise NotImplementedError(
+            "add_weighted_adapter would combine the wrong factors of a BA-LoRA adapter: save the adapters and combine "
+            "them in a plain PeftModel, where they are ordinary LoRAs."
+        )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False for delta form: what it saves already is a LoRA."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config, BaLoraConfig) and config.delta:
+            return False
+        return super().supports_lora_conversion(adapter_name)
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: kwargs[key]
+        for key in ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+        if kwargs.get(key) is not None
+    }
+
+
+class BaLoraModel(BaLoraModelMixin, PeftModel):
+    """[`peft.PeftModel`] with BA-LoRA's saving and loading."""
+
+
+class BaLoraModelForCausalLM(BaLoraModelMixin, PeftModelForCausalLM):
+    """The causal-LM variant."""
+
+
+class BaLoraModelForSequenceClassification(BaLoraModelMixin, PeftModelForSequenceClassification):
+    """The sequence-classification variant."""
+
+
+class BaLoraModelForSeq2SeqLM(BaLoraModelMixin, PeftModelForSeq2SeqLM):
+    """The sequence-to-sequence variant."""
+
+
+class BaLoraModelForTokenClassification(BaLoraModelMixin, PeftModelForTokenClassification):
+    """The token-classification variant."""
+
+
+class BaLoraModelForQuestionAnswering(BaLoraModelMixin, PeftModelForQuestionAnswering):
+    """The question-answering variant."""
+
+
+class BaLoraModelForFeatureExtraction(BaLoraModelMixin, PeftModelForFeatureExtraction):
+    """The feature-extraction variant."""
+
+
+# static classes, so that isinstance, deepcopy and pickle hold
+_CLASSES: dict[type[PeftModel], type[PeftModel]] = {
+    PeftModel: BaLoraModel,
+    PeftModelForCausalLM: BaLoraModelForCausalLM,
+    PeftModelForSequenceClassification: BaLoraModelForSequenceClassification,
+    PeftModelForSeq2SeqLM: BaLoraModelForSeq2SeqLM,
+    PeftModelForTokenClassification: BaLoraModelForTokenClassification,
+    PeftModelForQuestionAnswering: BaLoraModelForQuestionAnswering,
+    PeftModelForFeatureExtraction: BaLoraModelForFeatureExtraction,
+}
+
+
+def is_ba_lora_model(model: object) -> bool:
+    """True for a model that get_ba_lora_model (or our from_pretrained) returned."""
+    return isinstance(model, BaLoraModelMixin)

@@ -1,0 +1,295 @@
+"""Format version 1: what a saved BA-LoRA adapter is, how it is written and read back exactly.
+
+A directory holds a stock LoRA of rank 2r for the original base (adapter_config.json, adapter_model.safetensors, with
+A = [dA; A0 + dA] and B = [B0, dB]) and two side files: ba_lora_init.safetensors (A0; dA, dB and B0 stand exactly in the
+stock file) and ba_lora.json (format version, settings, hashes), written last. Unmodified PEFT reads the first two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, split_factors, stack_factors
+
+if TYPE_CHECKING:
+    from .adapter.config import BaLoraConfig
+
+FORMAT_VERSION = 1
+SETTINGS_FILE = "ba_lora.json"
+INIT_FILE = "ba_lora_init.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def stock_config(config: BaLoraConfig, model: PeftModel | None = None, adapter_name: str = "default") -> LoraConfig:
+    """The LoraConfig of the saved file: rank 2r with the same scaling in delta form, rank r otherwise.
+
+    alpha / r = (2 alpha) / (2 r) exactly. With rsLoRA alpha / sqrt(r) has no such twin, so the saved file says
+    use_rslora=False with an alpha per layer that gives the same float; `model` is needed to know the layers then.
+
+    Raises:
+        ValueError: a scaling that no encoding reproduces.
+    """
+    if not config.delta:
+        return config.to_lora_config(init_lora_weights=True)
+    changes: dict[str, Any] = {
+        "init_lora_weights": True,
+        "r": 2 * config.r,
+        "rank_pattern": {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()},
+    }
+    if not config.use_rslora:
+        changes["lora_alpha"] = 2 * config.lora_alpha
+        changes["alpha_pattern"] = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+        return config.to_lora_config(**changes)
+    changes |= {"use_rslora": False, "lora_alpha": _alpha_for(config.lora_alpha / math.sqrt(config.r), 2 * config.r)}
+    default_rank: int = config.r
+    default_alpha: float = config.lora_alpha
+    ranks: dict[str, int] = config.rank_pattern or {}
+    alphas: dict[str, float] = config.alpha_pattern or {}
+    changes["alpha_pattern"] = {}
+    if (ranks or alphas) and model is not None:
+        changes["alpha_pattern"] = {
+            name.removeprefix(PEFT_PREFIX): _alpha_for(layer.scaling[adapter_name], 2 * layer.r[adapter_name])
+            for name, layer in delta_layers(model, adapter_name)
+        }
+    else:  # no layers known yet (a config saved before training): per pattern; the adapter's own save is per layer
+        for key in {**ranks, **alphas}:
+            rank, alpha = ranks.get(key, default_rank), alphas.get(key, default_alpha)
+            changes["alpha_pattern"][key] = _alpha_for(alpha / math.sqrt(rank), 2 * rank)
+    return config.to_lora_config(**changes)
+
+
+def _alpha_for(scaling: float, rank: int) -> float:
+    """alpha with alpha / rank == scaling, bit for bit (or, if no float does, to the last bit of a float32)."""
+    guess = scaling * rank
+    for alpha in (guess, math.nextafter(guess, math.inf), math.nextafter(guess, 0.0)):
+        if alpha / rank == scaling:
+            return alpha
+    return guess
+
+
+def delta_layers(model: PeftModel, adapter_name: str) -> list[tuple[str, LoraLayer]]:
+    """(name as it stands in state dicts, layer) of every layer with `adapter_name` in delta form."""
+    return [(PEFT_PREFIX + name, layer) for name, layer in delta_layers_of(model, adapter_name)]
+
+
+def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` of the whole model with this adapter's tensors replaced by the stock rank-2r pair.
+
+    A dict gathered by a sharded trainer may lack the frozen factors: they are completed from the model if it holds them
+    whole. Refused, never half-written: a dict without the trained factors, or tensors of another shape.
+    """
+    stock = {key: value for key, value in state_dict.items() if not any(f".{name}." in key for name in FROZEN)}
+    for name, layer in delta_layers(model, adapter_name):
+        tensors = {}
+        for attribute in ("lora_A", "lora_B", *FROZEN):
+            key = f"{name}.{attribute}.{adapter_name}.weight"
+            module = getattr(layer, attribute)[adapter_name]
+            value = state_dict.get(key)
+            if value is None and attribute in FROZEN:
+                value = module.weight.detach()
+            expected = (module.out_features, module.in_features)
+            if value is None or tuple(value.shape) != expected:
+                raise ValueError(
+                    f"cannot save BA-LoRA adapter {adapter_name!r}: {key} is "
+                    f"{'missing from' if value is None else f'{tuple(value.shape)}, not {expected}, in'} the state "
+                    "dict. Gather the full state dict first (FSDP: FULL_STATE_DICT; ZeRO-3: "
+                    "stage3_gather_16bit_weights_on_model_save)."
+                )
+            tensors[attribute] = value.detach()
+        a, b = stack_factors(
+            tensors["lora_A"], tensors["lora_B"], tensors["frozen_A"], tensors["frozen_B"], num_experts(layer)
+        )
+        stock[f"{name}.lora_A.{adapter_name}.weight"] = a
+        stock[f"{name}.lora_B.{adapter_name}.weight"] = b
+    return stock
+
+
+def init_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A0 of every layer, `<layer>.lora_A0.weight` -> (r, in), on the CPU."""
+    return {
+        f"{name}.lora_A0.weight": state_dict.get(
+            f"{name}.frozen_A.{adapter_name}.weight", layer.frozen_A[adapter_name].weight
+        )
+        .detach()
+        .cpu()
+        .contiguous()
+        for name, layer in delta_layers(model, adapter_name)
+    }
+
+
+def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Checks the stock file that was just written, then adds A0 and, last, the settings with the files' hashes."""
+    config = model.peft_config[adapter_name]
+    names = [CONFIG_FILE, WEIGHTS_FILE]
+    if config.delta:
+        check_stock_file(directory, model, adapter_name)
+        save_file(
+            init_state_dict(model, adapter_name, state_dict), os.path.join(directory, INIT_FILE), {"format": "pt"}
+        )
+        names.append(INIT_FILE)
+    write_settings(directory, config, {name: _sha256(os.path.join(directory, name)) for name in names})
+
+
+def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> None:
+    """Asserts that the written file holds exactly the stock pair of every layer, at the scaling PEFT will compute.
+
+    Raises:
+        RuntimeError: a frozen factor leaked in, a layer is missing, or the scaling would differ.
+    """
+    saved = LoraConfig.from_pretrained(directory)
+    with safe_open(os.path.join(directory, WEIGHTS_FILE), framework="pt") as file:
+        names = list(file.keys())
+    lora_keys = {key for key in names if ".lora_" in key or "frozen_" in key}
+    expected = set()
+    for name, layer in delta_layers(model, adapter_name):
+        expected |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+        key = name.removeprefix(PEFT_PREFIX)
+        rank = saved.rank_pattern.get(get_pattern_key(saved.rank_pattern.keys(), key), saved.r)
+        alpha = saved.alpha_pattern.get(get_pattern_key(saved.alpha_pattern.keys(), key), saved.lora_alpha)
+        scaling = torch.tensor([alpha / rank, layer.scaling[adapter_name]], dtype=torch.float32)
+        if rank != 2 * layer.r[adapter_name] or scaling[0] != scaling[1]:
+            raise RuntimeError(
+                f"the saved config would give layer {key} rank {rank} and scaling {alpha / rank} instead of "
+                f"{2 * layer.r[adapter_name]} and {layer.scaling[adapter_name]}: please report this."
+            )
+    if lora_keys != expected:
+        raise RuntimeError(
+            f"the saved adapter is not exactly the stock factors: unexpected {sorted(lora_keys - expected)[:3]}, "
+            f"missing {sorted(expected - lora_keys)[:3]}: please report this."
+        )
+
+
+def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] | None = None) -> None:
+    """Writes ba_lora.json; without `hashes` it says that no weights stand beside it yet."""
+    from . import __version__
+
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    for key in ("runtime_config", "peft_type", "auto_mapping"):
+        values.pop(key, None)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "balora_plugin_version": __version__,
+        "start": config.init_lora_weights,
+        "delta_form": config.delta,
+        "base_model": config.base_model_name_or_path,
+        "regularizers": config.regularizers.to_dict(),
+        "config": values,
+        "sha256": hashes or {},
+    }
+    path = Path(directory, SETTINGS_FILE)
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    temporary.replace(path)
+
+
+def find_file(model_id: str, name: str, subfolder: str | None = None, **hub: Any) -> str | None:
+    """Local path of one file of an adapter (a directory or a hub id), or None if it has none."""
+    local = os.path.join(model_id, subfolder or "", name)
+    if os.path.isfile(local):
+        return local
+    if os.path.isdir(model_id):
+        return None
+    try:
+        return hf_hub_download(model_id, name, subfolder=subfolder, **hub)
+    except Exception:  # any hub failure means: not there; the caller names the file
+        return None
+
+
+def read_settings(model_id: str, subfolder: str | None = None, **hub: Any) -> dict[str, Any] | None:
+    """ba_lora.json of an adapter, or None for an adapter that is not ours.
+
+    Raises:
+        ValueError: a format version this release does not know.
+    """
+    path = find_file(model_id, SETTINGS_FILE, subfolder, **hub)
+    if path is None:
+        return None
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    if settings.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version={settings.get('format_version')!r} is not {FORMAT_VERSION}: "
+            "it was written by another release of balora-plugin; upgrade with pip install -U balora-plugin."
+        )
+    return settings
+
+
+def read_config(model_id: str, subfolder: str | None = None, **hub: Any) -> BaLoraConfig:
+    """The BaLoraConfig an adapter was saved with; ValueError if it is not a BA-LoRA adapter."""
+    from .adapter.config import BaLoraConfig
+
+    settings = read_settings(model_id, subfolder, **hub)
+    if settings is None:
+        raise ValueError(
+            f"{model_id!r} holds no {SETTINGS_FILE}: it is not a BA-LoRA adapter (or its side files were not copied). "
+            "As a plain LoRA it loads with peft.PeftModel.from_pretrained."
+        )
+    return BaLoraConfig(**settings["config"])
+
+
+def read_factors(
+    model: PeftModel, adapter_name: str, weights: dict[str, Tensor], init_path: str
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Splits a loaded stock file into (rank-r stock dict for PEFT, {layer name: the four exact factors}).
+
+    Raises:
+        ValueError: a layer missing from the file, or shapes of another rank.
+    """
+    a0 = load_file(init_path)
+    split = {key: value for key, value in weights.items() if ".lora_" not in key}
+    factors = {}
+    for name, layer in delta_layers(model, adapter_name):
+        keys = (f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.lora_A0.weight")
+        missing = [key for key, source in zip(keys, (weights, weights, a0), strict=True) if key not in source]
+        if missing:
+            raise ValueError(f"the adapter lacks {missing[0]}: it was saved for other target modules or another model.")
+        module_a, module_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        a, b = weights[keys[0]], weights[keys[1]]
+        if tuple(a.shape) != (2 * module_a.out_features, module_a.in_features) or tuple(b.shape) != (
+            module_b.out_features,
+            2 * module_b.in_features,
+        ):
+            raise ValueError(
+                f"{keys[0]} is {tuple(a.shape)}, but this model's adapter has rank {layer.r[adapter_name]} "
+                f"(2r x in = {(2 * module_a.out_features, module_a.in_features)}): load it with its own config."
+            )
+        d_a, d_b, b0 = split_factors(a, b, num_experts(layer))
+        factors[name] = {"lora_A": d_a, "lora_B": d_b, "frozen_A": a0[keys[2]], "frozen_B": b0}
+        split[keys[0]], split[keys[1]] = d_a, d_b
+    return split, factors
+
+
+@torch.no_grad()
+def copy_factors(model: PeftModel, adapter_name: str, factors: dict[str, dict[str, Tensor]]) -> None:
+    """Copies the four factors of every layer, bit for bit, after PEFT has set and cast its own."""
+    for name, layer in delta_layers(model, adapter_name):
+        for attribute, value in factors[name].items():
+            module = getattr(layer, attribute)[adapter_name]
+            if module.weight.device.type == "meta":
+                trained = layer.lora_A[adapter_name].weight
+                device = value.device if trained.device.type == "meta" else trained.device
+                module.weight = nn.Parameter(value.to(device), requires_grad=attribute not in FROZEN)
+            else:
+                module.weight.data.copy_(value)
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

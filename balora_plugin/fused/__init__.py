@@ -1,0 +1,13 @@
+"""The same terms from hidden states, never holding rows x vocabulary logits. Imports torch alone."""
+
+from .spectrum import HeadFactor, head_spectral_term, matrix_spectral_term, spectral_term
+from .tokens import TokenTerms, token_terms
+
+__all__ = [
+    "HeadFactor",
+    "TokenTerms",
+    "head_spectral_term",
+    "matrix_spectral_term",
+    "spectral_term",
+    "token_terms",
+]

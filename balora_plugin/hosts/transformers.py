@@ -1,0 +1,46 @@
+"""BaLoraTrainer: transformers' Trainer with BA-LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..adapter.config import BaLoraConfig
+from ..adapter.model import get_ba_lora_model
+from ..trainer import BaLoraTrainerMixin, check_arguments
+
+
+class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
+    """[`transformers.Trainer`] with the BA-LoRA objective, for causal language models.
+
+    Args (beside the Trainer's own):
+        peft_config: A BaLoraConfig (or any PEFT config) to wrap `model` with; or pass a wrapped model.
+        regularizers, teacher_model: See [`BaLoraTrainerMixin`].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if peft_config is not None:
+            if model is None or isinstance(model, PeftModel):
+                raise ValueError(
+                    f"peft_config is given, but model is {'None' if model is None else 'a PeftModel'}: pass the "
+                    "bare pre-trained model, or leave peft_config out."
+                )
+            if isinstance(peft_config, BaLoraConfig):
+                if args is not None:
+                    check_arguments(args)
+                model = get_ba_lora_model(model, peft_config)
+            else:
+                model = get_peft_model(model, peft_config)
+        if isinstance(model, PeftModel) and args is not None and args.gradient_checkpointing:
+            model.enable_input_require_grads()  # checkpointing over frozen embeddings needs an input with a gradient
+        super().__init__(model, args, *positional, **kwargs)

@@ -1,0 +1,123 @@
+"""BaLoraSFTTrainer: TRL's SFTTrainer with BA-LoRA."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig, TrainingArguments
+from transformers.processing_utils import ProcessorMixin
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import create_model_from_path
+
+from ..adapter.config import BaLoraConfig
+from ..adapter.model import get_ba_lora_model
+from ..objective import StepOutput
+from ..trainer import BaLoraTrainerMixin, check_arguments
+
+
+class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
+    """A drop-in for [`trl.SFTTrainer`]: with `peft_config=BaLoraConfig(...)` it trains with BA-LoRA.
+
+    With a plain LoraConfig or none, and no `regularizers`, it is exactly SFTTrainer. `regularizers=` puts the terms on
+    a plain LoRA (teacher: adapter off) or on full fine-tuning (teacher: `teacher_model`); see [`BaLoraTrainerMixin`].
+
+    Raises:
+        ValueError: settings that would replace or bypass the loss, by name.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | TrainingArguments | None = None,
+        *positional: Any,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(peft_config, BaLoraConfig) or kwargs.get("regularizers") is not None:
+            _check_settings(args, kwargs)
+        if isinstance(peft_config, BaLoraConfig):
+            model, args = _load(model, args, kwargs)
+            if isinstance(model, PeftModel):
+                raise ValueError(
+                    "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
+                    "peft_config out."
+                )
+            model = get_ba_lora_model(model, peft_config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
+            peft_config = None
+        super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
+
+    def _extend_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {**inputs, "output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else inputs
+
+    def _record_host_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
+        """SFTTrainer's own entropy, mean_token_accuracy, num_tokens and aux_loss, which its compute_loss would keep."""
+        assert out.count is not None and out.entropy is not None and out.correct is not None
+        metrics = self._metrics["train" if training else "eval"]
+        gather = self.accelerator.gather_for_metrics
+        count = gather(out.count).sum()
+        valid = bool(count > 0)
+        metrics["entropy"].append((gather(out.entropy).sum() / count).item() if valid else 0.0)
+        metrics["mean_token_accuracy"].append((gather(out.correct).sum() / count).item() if valid else 0.0)
+        if training:
+            if "attention_mask" in inputs:
+                tokens = inputs["attention_mask"].sum()
+            else:  # padding-free and packed batches
+                tokens = out.count.new_tensor(inputs["position_ids"].size(1))
+            self._total_train_tokens += gather(tokens).sum().item()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if out.aux_loss is not None and getattr(self, "aux_loss_enabled", False):
+            metrics["aux_loss"].append(gather(out.aux_loss.detach()).mean().item())
+
+
+def _check_settings(args: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses, before any model loads, what cannot work."""
+    if args is not None:
+        check_arguments(args)
+        path = getattr(args, "chat_template_path", None)
+        if path is not None and not (os.path.isfile(path) and path.endswith((".jinja", ".j2"))):
+            raise ValueError(
+                f"chat_template_path={path!r} clones another tokenizer's template and resizes the embeddings, which "
+                "the teacher shares: pass a .jinja file, or prepare model and tokenizer beforehand."
+            )
+    if isinstance(kwargs.get("processing_class"), ProcessorMixin):
+        raise ValueError(
+            "processing_class is a multimodal processor: BA-LoRA does not train vision-language models yet; pass the "
+            "tokenizer of a text-only model."
+        )
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
+
+
+def _load(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """A model given by name, loaded as SFTTrainer loads it; its arguments are then spent."""
+    if not isinstance(model, str):
+        return model, args
+    if args is None:
+        args = SFTConfig(f"{model.rstrip('/').split('/')[-1]}-SFT")
+    settings = dict(getattr(args, "model_init_kwargs", None) or {})
+    quantization = kwargs.pop("quantization_config", None)
+    if quantization is not None:
+        if "quantization_config" in settings:
+            raise ValueError("quantization_config is given twice: as a trainer argument and in args.model_init_kwargs.")
+        settings["quantization_config"] = quantization
+    trust = getattr(args, "trust_remote_code", False)
+    settings.setdefault("trust_remote_code", trust)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+    if hasattr(config, "vision_config"):
+        raise ValueError(f"model={model!r} is a vision-language model, which BA-LoRA does not train yet.")
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        settings["device_map"] = None
+    loaded = create_model_from_path(model, **settings)
+    if hasattr(args, "model_init_kwargs"):
+        args.model_init_kwargs = None
+    return loaded, args
+
+
+def _is_plain_zero3(model: Any, args: Any) -> bool:
+    """ZeRO-3 over an unquantised base needs adapters in the base's dtype (the same rule as SFTTrainer's)."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    return plugin is not None and plugin.zero_stage == 3 and not quantised

@@ -1,0 +1,120 @@
+"""The formulas of the three terms on dense logits: the slow, obvious reference. Imports torch alone.
+
+Rows are samples (NLU: N x D) or counted tokens (NLG: M x V). Every function returns the term to *minimise*, a scalar
+averaged over rows, in float32 (float64 for float64 inputs): KL from bfloat16 logits comes out negative. The `*_rows`
+variants give one value a row; `balora_plugin.fused` builds on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def consistency(student: Tensor, teacher: Tensor, *, form: str = "kl", temperature: float = 1.0) -> Tensor:
+    """Distance of the student's outputs from the pre-trained model's (CR; paper, section "consistency").
+
+    Args:
+        student: (rows, D) logits, differentiable.
+        teacher: (rows, D) logits of the pre-trained model; no gradient flows into them.
+        form: "kl" = T^2 KL(teacher || student), "reverse_kl" = T^2 KL(student || teacher), "jsd" = T^2 times the
+            half / half Jensen-Shannon divergence, "mse" = squared difference of the L2-normalised rows, mean over D.
+        temperature: T > 0; not used by "mse".
+    """
+    return _mean(consistency_rows(student, teacher, form=form, temperature=temperature))
+
+
+def token_entropy(student: Tensor, *, top_k: int = 0) -> Tensor:
+    """Minus the mean entropy of softmax(student) (DR for NLG): (rows, V) logits -> scalar, in nats.
+
+    `top_k` > 0 takes the student's K most likely tokens, renormalised; 0 (or >= V) takes all.
+    """
+    return _mean(-entropy_rows(student, top_k=top_k))
+
+
+def covariance(student: Tensor) -> Tensor:
+    """(1/D) * sum of squared off-diagonal covariances (DR for NLU, the form of VICReg): (N, D) -> scalar.
+
+    With N < 2 a covariance does not exist and D < 2 has no off-diagonal: ValueError rather than nan or a silent 0.
+    """
+    z = upcast(student)
+    n, d = z.shape
+    if n < 2 or d < 2:
+        raise ValueError(f"covariance needs at least 2 samples and 2 columns, got {n} x {d}.")
+    z = z - z.mean(dim=0)
+    cov = z.T @ z / (n - 1)
+    return (cov.square().sum() - cov.diagonal().square().sum()) / d
+
+
+def spectral(student: Tensor, *, k: int, norm: str = "nuclear", centered: bool = False) -> Tensor:
+    """Minus the share of the k largest singular values (SVDR): (rows, D) -> scalar.
+
+    Args:
+        student: (rows, D) logits or features.
+        k: How many singular values count as signal. With k >= min(rows, D) the ratio is constant and trains nothing;
+            callers clamp k and say so.
+        norm: "nuclear" = sum_k / sum of all, "frobenius" = sum_k / ||Z||_F, "none" = sum_k.
+        centered: Subtract each row's mean first, which no probability sees.
+    """
+    z = upcast(student)
+    if centered:
+        z = z - z.mean(dim=-1, keepdim=True)
+    if z.numel() == 0:
+        return z.sum()
+    return -singular_value_ratio(torch.linalg.svdvals(z), k, norm)
+
+
+def singular_value_ratio(s: Tensor, k: int, norm: str) -> Tensor:
+    """Ratio of the first k of the descending singular values `s` (n,) to their norm; see [`spectral`]."""
+    top = s[:k].sum()
+    if norm == "nuclear":
+        return top / s.sum()
+    if norm == "frobenius":
+        return top / torch.linalg.vector_norm(s)
+    if norm == "none":
+        return top
+    raise ValueError(f"norm={norm!r} is not known: write 'nuclear', 'frobenius' or 'none'.")
+
+
+def consistency_rows(student: Tensor, teacher: Tensor, *, form: str = "kl", temperature: float = 1.0) -> Tensor:
+    """[`consistency`] per row: (rows, D), (rows, D) -> (rows,)."""
+    z_s, z_t = upcast(student), upcast(teacher.detach())
+    if form == "mse":
+        return (F.normalize(z_s, dim=-1) - F.normalize(z_t, dim=-1)).square().mean(dim=-1)
+    # log_softmax, not softmax().log(): the latter is -inf at a logit gap of 120 in float32
+    log_s, log_t = F.log_softmax(z_s / temperature, dim=-1), F.log_softmax(z_t / temperature, dim=-1)
+    if form == "kl":
+        divergence = _kl(log_t, log_s)
+    elif form == "reverse_kl":
+        divergence = _kl(log_s, log_t)
+    elif form == "jsd":
+        half = torch.log(torch.tensor(0.5, dtype=log_s.dtype, device=log_s.device))
+        log_m = torch.logaddexp(log_s, log_t) + half
+        divergence = 0.5 * (_kl(log_t, log_m) + _kl(log_s, log_m))
+    else:
+        raise ValueError(f"form={form!r} is not known: write 'kl', 'reverse_kl', 'jsd' or 'mse'.")
+    return temperature**2 * divergence
+
+
+def entropy_rows(student: Tensor, *, top_k: int = 0) -> Tensor:
+    """Entropy of each row's softmax in nats: (rows, V) -> (rows,)."""
+    z = upcast(student)
+    if 0 < top_k < z.shape[-1]:
+        z = z.topk(top_k, dim=-1).values
+    log_p = F.log_softmax(z, dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    # no counted row: 0 with a gradient of 0, not nan
+    return rows.mean() if rows.numel() else rows.sum()

@@ -1,0 +1,65 @@
+"""Small things the adapter and trainer tests share."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from balora_plugin import BaLoraConfig, RegularizerConfig, get_ba_lora_model
+
+
+def ba_lora(model, r=4, targets="all-linear", **changes):
+    """`model` with a BA-LoRA adapter, alpha = r."""
+    values = {"r": r, "lora_alpha": r, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    return get_ba_lora_model(model, BaLoraConfig(**{**values, **changes}))
+
+
+def stock(model, r=4, targets="all-linear", **changes):
+    """`model` with a stock PEFT adapter."""
+    values = {"r": r, "lora_alpha": r, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(**{**values, **changes}))
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def train(model, ids, steps=5, lr=1e-2):
+    """AdamW without weight decay on one batch; returns the losses."""
+    optimizer = torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def base_parameters(model):
+    """Copies of the base model's parameters, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_base_untouched(model, before):
+    """Every base parameter inside a wrapped model is bit-equal to `before`."""
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in model.named_parameters()
+    }
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def fresh(model):
+    return copy.deepcopy(model)
+
+
+TERMS = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.02, lambda_svd=0.02)
