@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, split_factors, stack_factors
+from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, split_factors, stack_factors, target_key
 
 if TYPE_CHECKING:
     from .adapter.config import BaLoraConfig
@@ -63,8 +63,8 @@ def stock_config(config: BaLoraConfig, model: PeftModel | None = None, adapter_n
     changes["alpha_pattern"] = {}
     if (ranks or alphas) and model is not None:
         changes["alpha_pattern"] = {
-            name.removeprefix(PEFT_PREFIX): _alpha_for(layer.scaling[adapter_name], 2 * layer.r[adapter_name])
-            for name, layer in delta_layers(model, adapter_name)
+            target_key(name, layer): _alpha_for(layer.scaling[adapter_name], 2 * layer.r[adapter_name])
+            for name, layer in delta_layers_of(model, adapter_name)
         }
     else:  # no layers known yet (a config saved before training): per pattern; the adapter's own save is per layer
         for key in {**ranks, **alphas}:
@@ -158,7 +158,7 @@ def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> Non
     expected = set()
     for name, layer in delta_layers(model, adapter_name):
         expected |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
-        key = name.removeprefix(PEFT_PREFIX)
+        key = target_key(name.removeprefix(PEFT_PREFIX), layer)
         rank = saved.rank_pattern.get(get_pattern_key(saved.rank_pattern.keys(), key), saved.r)
         alpha = saved.alpha_pattern.get(get_pattern_key(saved.alpha_pattern.keys(), key), saved.lora_alpha)
         scaling = torch.tensor([alpha / rank, layer.scaling[adapter_name]], dtype=torch.float32)
@@ -270,6 +270,12 @@ def read_factors(
         d_a, d_b, b0 = split_factors(a, b, num_experts(layer))
         factors[name] = {"lora_A": d_a, "lora_B": d_b, "frozen_A": a0[keys[2]], "frozen_B": b0}
         split[keys[0]], split[keys[1]] = d_a, d_b
+    foreign = sorted(key for key in weights if ".lora_" in key and key not in split)
+    if foreign:
+        raise ValueError(
+            f"the adapter also holds {foreign[0]} ({len(foreign)} such tensors), which this model's config does not "
+            "target: load it with its own config."
+        )
     return split, factors
 
 

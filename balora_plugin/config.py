@@ -104,6 +104,15 @@ class RegularizerConfig:
     Raises:
         ValueError: for a value out of range or an unknown choice; names the key, the value and what to write.
         TypeError: for a value of the wrong type.
+
+    Example:
+        >>> terms = RegularizerConfig(preset="iclr2026", lambda_svd=0.0)
+        >>> terms.resolved("nlg").temperature
+        2.0
+        >>> RegularizerConfig(lambda_svd=-1)
+        Traceback (most recent call last):
+        ...
+        ValueError: lambda_svd=-1 must be a finite number >= 0.
     """
 
     preset: str = "paper"

@@ -26,6 +26,10 @@ def consistency(student: Tensor, teacher: Tensor, *, form: str = "kl", temperatu
         form: "kl" = T^2 KL(teacher || student), "reverse_kl" = T^2 KL(student || teacher), "jsd" = T^2 times the
             half / half Jensen-Shannon divergence, "mse" = squared difference of the L2-normalised rows, mean over D.
         temperature: T > 0; not used by "mse".
+
+    >>> z = torch.tensor([[1.0, 0.0, -1.0]])
+    >>> consistency(z, z).item()
+    0.0
     """
     return _mean(consistency_rows(student, teacher, form=form, temperature=temperature))
 

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging
 
 from .adapter.config import BaLoraConfig
-from .adapter.delta import follow_dtype
 from .config import RegularizerConfig
 from .head import FactorCache, check_head, read_head
 from .objective import StepOutput, StepRequest, install
@@ -83,7 +82,6 @@ class BaLoraTrainerMixin(_Base):
         _check_model(causal_lm, config)
         check_head(causal_lm)
         install(causal_lm)
-        follow_dtype(model)
         if teacher_model is not None:
             teacher_model.requires_grad_(False).eval().to(self.args.device)
         self.ba_lora = config

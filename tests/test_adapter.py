@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
 from helpers import assert_base_untouched, ba_lora, base_parameters, logits, stock, train, trainable
+from models import tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 

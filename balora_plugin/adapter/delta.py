@@ -54,6 +54,9 @@ class DeltaVariant(LoraVariant):
         """x (..., in), result (..., out) of the base layer -> result + s [ B0 (dA x) + dB (A0 x + dA x) ]."""
         frozen_a, frozen_b = module.frozen_A[active_adapter], module.frozen_B[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if frozen_a.weight.dtype != lora_a.weight.dtype:  # a host cast what trains (TRL: adapters on quantised bases)
+            frozen_a.to(lora_a.weight.dtype)
+            frozen_b.to(lora_b.weight.dtype)
         x = module.lora_dropout[active_adapter](x)
         u = lora_a(x)
         update = frozen_b(u) + lora_b(frozen_a(x) + u)
@@ -104,6 +107,10 @@ class DeltaParamWrapper(ParamWrapper):
         return lhs.to(param.dtype), rhs.to(param.dtype), self.scaling[adapter_name]
 
 
+# PEFT recognises its wrapper by this name when a second adapter targets the same parameters; pickle uses __qualname__
+DeltaParamWrapper.__name__ = ParamWrapper.__name__
+
+
 def stack_factors(d_a: Tensor, d_b: Tensor, a0: Tensor, b0: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
     """The stock rank-2r factors A = [dA; A0 + dA], B = [B0, dB], with B A = (B0 + dB)(A0 + dA) - B0 A0.
 
@@ -151,7 +158,7 @@ def is_delta(layer: nn.Module, adapter_name: str) -> bool:
 
 
 def delta_layers_of(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, LoraLayer]]:
-    """(name without PEFT's and parallel engines' prefixes, layer) of every layer with this adapter in delta form."""
+    """(module name in the base model, layer) of every layer with this adapter in delta form."""
     found = []
     for name, layer in model.named_modules():
         if is_delta(layer, adapter_name):
@@ -159,6 +166,11 @@ def delta_layers_of(model: nn.Module, adapter_name: str = "default") -> list[tup
                 name = name.replace(wrapper, "")
             found.append((name.removeprefix(PEFT_PREFIX), layer))
     return found
+
+
+def target_key(name: str, layer: LoraLayer) -> str:
+    """What PEFT matches rank and alpha patterns against: the module's name, or the targeted parameter's."""
+    return f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def num_experts(layer: LoraLayer) -> int:
@@ -210,13 +222,3 @@ def _base_matrix(layer: LoraLayer) -> Tensor:
         return param if param.ndim == 2 or layer._did_swap_in_out_features else param.mT
     weight = dequantize_module_weight(layer.get_base_layer()).data
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
-
-
-def follow_dtype(model: nn.Module) -> None:
-    """Casts A0, B0 to where and what dA, dB are: TRL casts adapters on quantised bases after wrapping."""
-    for layer in model.modules():
-        for name, trained in zip(FROZEN, ("lora_A", "lora_B"), strict=True):
-            for adapter_name, frozen in getattr(layer, name, {}).items() if isinstance(layer, LoraLayer) else ():
-                weight = getattr(layer, trained)[adapter_name].weight
-                if frozen.weight.dtype != weight.dtype or frozen.weight.device != weight.device:
-                    frozen.weight.data = frozen.weight.data.to(weight)

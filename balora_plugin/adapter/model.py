@@ -51,6 +51,13 @@ def get_ba_lora_model(
     Raises:
         TypeError: config is not a BaLoraConfig.
         ValueError: targets that cannot be adapted (embeddings, LM head, convolutions), a rank too large, NaN weights.
+
+    >>> base = nn.Sequential(nn.Linear(8, 8))
+    >>> x = torch.ones(1, 8)
+    >>> before = base(x)
+    >>> model = get_ba_lora_model(base, BaLoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
+    >>> torch.equal(model(x), before)
+    True
     """
     if not isinstance(config, BaLoraConfig):
         raise TypeError(f"config must be a BaLoraConfig, not {type(config).__name__}: use peft.get_peft_model.")
@@ -102,6 +109,19 @@ def _check_default_targets(model: nn.Module, config: BaLoraConfig) -> None:
         )
 
 
+# what PEFT resolves or rewrites in its config during injection (all-linear, Conv1D, fused experts)
+_RESOLVED = (
+    "target_modules",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
+
+
 class BaLoraModelMixin(_Base):
     """What a BA-LoRA model does differently from a PeftModel: saving, loading, adding and deleting adapters."""
 
@@ -110,9 +130,8 @@ class BaLoraModelMixin(_Base):
         stock: LoraConfig = self.peft_config[adapter_name]
         layers = self._injected(adapter_name)
         self._check_targets(layers)
-        for key in ("fan_in_fan_out", "target_modules", "target_parameters", "base_model_name_or_path", "revision"):
-            setattr(config, key, getattr(stock, key))  # what PEFT resolved during injection
-        config.inference_mode = stock.inference_mode
+        for key in _RESOLVED:
+            setattr(config, key, getattr(stock, key))
         if config.delta:
             for _, layer in layers:
                 attach_delta(layer, adapter_name)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FAST_SEED = 20240808  # fixed: two builds of the same weight give the same factors on one machine
-FAST_ITERATIONS = 8
+FAST_ITERATIONS = 4
 
 
 def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = False) -> tuple[Tensor, Tensor]:
@@ -35,12 +35,12 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = Fal
 
 
 def _leading_triples(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomised subspace iteration with as much oversampling as rank (at least 16): (out, in) -> U, S, V^T.
+    """Randomised subspace iteration oversampled by half the rank (at least 16): (out, in) -> U, S, V^T.
 
     torch.svd_lowrank has no oversampling: 2.4 % off in the singular values after 16 iterations.
     """
     out_features, in_features = w.shape[-2:]
-    size = rank + max(rank, 16)
+    size = rank + max(rank // 2, 16)
     if 3 * size > min(out_features, in_features):  # no longer cheaper than exact
         return torch.linalg.svd(w, full_matrices=False)
     generator = torch.Generator(device="cpu").manual_seed(FAST_SEED)

@@ -69,6 +69,11 @@ def spectral_term(
         scale: Factor on the logits; matters for norm="none" only.
 
     Returns: scalar, float32 (float64 for float64 hidden).
+
+    >>> weight = torch.eye(5)
+    >>> hidden = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0, 0.0]))
+    >>> spectral_term(hidden, HeadFactor.from_weight(weight), k=2).item()  # -(3 + 2) / 6
+    -0.833...
     """
     flattened = hidden.ndim == 3
     if flattened and (factor.has_bias or centered):

@@ -86,6 +86,11 @@ def token_terms(
 
     Raises:
         ValueError: shapes that do not match, or a consistency weight without teacher_hidden.
+
+    >>> hidden, weight = torch.ones(3, 4), torch.ones(8, 4)
+    >>> terms = token_terms(hidden, hidden, weight, torch.tensor([1, -100, 2]), lambda_consistency=1.0)
+    >>> terms.count.item(), round(terms.loss.item(), 4)  # 2 log 8
+    (2, 4.1589)
     """
     _check_shapes(hidden, teacher_hidden, weight, labels, lambda_consistency)
     options = _Options(

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-os.environ.setdefault("TRACKIO_DISABLE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import pytest
 import torch
 
 VOCABULARY = 96
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
 
 
 def tiny_llama(**changes):
@@ -71,10 +57,8 @@ def tiny_mixtral(**changes):
     return MixtralForCausalLM(MixtralConfig(**{**values, **changes}))
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    """A byte-level tokenizer without merges: any text, a vocabulary of VOCABULARY at most matters not (ids are clipped
-    by the texts we use: printable ASCII)."""
+def character_tokenizer():
+    """One token a printable ASCII character, with a chat template that marks the assistant's tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -93,13 +77,3 @@ def tokenizer():
         "{% if add_generation_prompt %}A: {% endif %}"
     )
     return fast
-
-
-@pytest.fixture
-def llama():
-    return tiny_llama()
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))

@@ -1,0 +1,53 @@
+# Two commands do everything on a fresh machine, environment included: `make quickstart` and `make test`.
+# TORCH chooses the build, e.g. make quickstart TORCH="torch==2.13.0 --index-url <an index of CPU wheels>".
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+export HF_HUB_OFFLINE ?= 1
+export AXOLOTL_DO_NOT_TRACK ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+PINS = .venv/bin/python
+NEWEST = .venv-newest/bin/python
+
+.PHONY: quickstart quickstart-trl test test-pins test-newest lint clean
+
+quickstart: quickstart-trl
+
+quickstart-trl: .venv/.ready
+	$(PINS) -m integration.quickstart
+
+test: lint test-pins test-newest
+
+lint: .venv/.ready
+	$(PINS) -m ruff check .
+	$(PINS) -m ruff format --check .
+	$(PINS) -m mypy
+
+test-pins: .venv/.ready
+	$(PINS) -m pytest tests
+	$(PINS) -m pytest integration
+
+# pure maths does not depend on the hosts: only what touches PEFT, TRL and transformers runs again
+test-newest: .venv-newest/.ready
+	$(NEWEST) -m pytest tests/test_adapter.py tests/test_checkpoint.py tests/test_special_bases.py tests/test_package.py
+	$(NEWEST) -m pytest integration
+
+.venv/.ready: requirements/axolotl-pins.txt requirements/dev.txt pyproject.toml
+	$(call environment,.venv,requirements/axolotl-pins.txt)
+
+.venv-newest/.ready: requirements/newest.txt requirements/dev.txt pyproject.toml
+	$(call environment,.venv-newest,requirements/newest.txt)
+
+define environment
+	@echo "Setting up $(1) (about two minutes)"
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python $(PIP_INSTALL) $(TORCH)
+	$(1)/bin/python $(PIP_INSTALL) -r $(2) -r requirements/dev.txt
+	$(1)/bin/python $(PIP_INSTALL) --no-deps --editable .
+	touch $@
+endef
+
+clean:
+	rm -rf .venv .venv-newest .cache outputs

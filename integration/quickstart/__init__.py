@@ -1,0 +1,1 @@
+"""A five-minute comparison of LoRA, PiSSA and BA-LoRA on a model pre-trained on the spot; needs no downloads."""

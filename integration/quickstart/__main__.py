@@ -1,0 +1,47 @@
+"""Entry point of `python -m integration.quickstart`: quietens the host libraries, then runs the comparison."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from .settings import Options, parse_options
+
+HOSTS = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl")
+
+
+def prepare_environment(options: Options) -> None:
+    """Sets what the hosts read while they are imported: no network, no thread pools of their own, no chatter."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(HOSTS)})(\.|$)")
+    for host in HOSTS:
+        logging.getLogger(host).setLevel(logging.ERROR)
+
+
+def silence_progress_bars() -> None:
+    """Turns off the hosts' progress bars; the quickstart shows one of its own per phase."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
+def main() -> int:
+    """Runs the quickstart; the exit status is 1 if a saved adapter does not give back its model."""
+    options = parse_options()
+    prepare_environment(options)
+    print("loading PyTorch, Transformers, PEFT and TRL ...", flush=True)
+    silence_progress_bars()
+    from .run import run
+
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""BaLoraTrainer and the mixin on transformers' own Trainer; a truly 4-bit base through TRL."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import TERMS, assert_base_untouched, ba_lora, base_parameters, fresh, logits
+from models import tiny_gpt2, tiny_llama
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+from balora_plugin import BaLoraConfig, BaLoraTrainer, BaLoraTrainerMixin, RegularizerConfig
+
+TEXTS = [f"The number {i} comes before {i + 1}" + " and so on" * (i % 3) for i in range(12)]
+
+
+def adapter(**changes):
+    values = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "regularizers": TERMS}
+    return BaLoraConfig(**{**values, **changes})
+
+
+def arguments(tmp_path, **changes):
+    values = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return TrainingArguments(**{**values, **changes})
+
+
+def build(tmp_path, tokenizer, model=None, cls=BaLoraTrainer, **changes):
+    trainer_keys = ("peft_config", "regularizers", "teacher_model", "compute_metrics")
+    extra = {key: changes.pop(key) for key in trainer_keys if key in changes}
+    rows = Dataset.from_list([tokenizer(text) for text in TEXTS])
+    return cls(
+        model=tiny_llama() if model is None else model,
+        args=arguments(tmp_path, **changes),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        data_collator=DataCollatorForLanguageModeling(copy.deepcopy(tokenizer), mlm=False),
+        **extra,
+    )
+
+
+def history(trainer, key):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+@pytest.mark.parametrize("model", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trains_saves_and_leaves_the_base_alone(model, checkpointing, tmp_path, tokenizer, ids):
+    base = model(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    before = base_parameters(base)
+    trainer = build(
+        tmp_path,
+        tokenizer,
+        model=base,
+        peft_config=adapter(lora_dropout=0.1),
+        gradient_checkpointing=checkpointing,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    assert history(trainer, "balora/consistency")[0] == 0
+    assert history(trainer, "balora/consistency")[-1] > 1e-6
+    assert_base_untouched(trainer.model, before)
+    result = trainer.evaluate()
+    assert math.isfinite(result["eval_balora/loss"])
+    trainer.save_model(str(tmp_path / "adapter"))
+    stock = PeftModel.from_pretrained(model(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(stock, ids), logits(trainer.model.eval(), ids), rtol=0, atol=1e-5)
+
+
+def test_checkpointing_and_accumulation_give_the_same_run(tmp_path, tokenizer):
+    runs = [
+        build(tmp_path, tokenizer, peft_config=adapter(), **settings)
+        for settings in (
+            {},
+            {"gradient_checkpointing": True},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        )
+    ]
+    for trainer in runs:
+        trainer.train()
+    for key in ("loss", "grad_norm", "balora/consistency", "balora/svd"):
+        for trainer in runs[1:]:
+            torch.testing.assert_close(history(trainer, key), history(runs[0], key), rtol=1e-5, atol=1e-6)
+
+
+def test_an_already_wrapped_model_any_adapter_and_no_adapter(tmp_path, tokenizer):
+    wrapped = build(tmp_path, tokenizer, model=ba_lora(tiny_llama(), regularizers=TERMS))
+    wrapped.train()
+    assert history(wrapped, "balora/consistency")[-1] > 0
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    plain = build(tmp_path, tokenizer, peft_config=config, regularizers=TERMS)
+    plain.train()
+    assert history(plain, "balora/consistency")[0] == 0
+    off = build(tmp_path, tokenizer, peft_config=config)
+    off.train()
+    assert off.ba_lora is None
+    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.1)
+    full = build(tmp_path, tokenizer, regularizers=terms, teacher_model=tiny_llama())
+    full.train()
+    assert history(full, "balora/consistency")[0] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="peft_config is given"):
+        build(tmp_path, tokenizer, model=ba_lora(tiny_llama()), peft_config=adapter())
+    with pytest.raises(ValueError, match="teacher_model is given"):
+        build(tmp_path, tokenizer, teacher_model=tiny_llama())
+
+
+def test_the_mixin_on_any_trainer_subclass(tmp_path, tokenizer):
+    class Custom(BaLoraTrainerMixin, Trainer):
+        pass
+
+    custom = build(tmp_path, tokenizer, cls=Custom, model=ba_lora(tiny_llama(), regularizers=TERMS))
+    ours = build(tmp_path, tokenizer, model=ba_lora(tiny_llama(), regularizers=TERMS))
+    custom.train(), ours.train()
+    assert history(custom, "loss") == history(ours, "loss")
+
+
+def test_compute_metrics_and_resume(tmp_path, tokenizer, ids):
+    def metrics(prediction):
+        assert prediction.predictions.shape[-1] == 96
+        return {"first": float(prediction.predictions[0, 0, 0])}
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "peft_config": adapter(), "compute_metrics": metrics}
+    whole = build(tmp_path, tokenizer, **settings)
+    whole.train()
+    assert "eval_first" in whole.evaluate()
+    resumed = build(tmp_path, tokenizer, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert torch.equal(logits(resumed.model.eval(), ids), logits(whole.model.eval(), ids))
+
+
+def test_models_without_an_lm_head_are_refused(tmp_path, tokenizer):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    config = tiny_llama().config
+    for model in (AutoModel.from_config(config), AutoModelForSequenceClassification.from_config(config)):
+        with pytest.raises(ValueError, match="not a causal language model"):
+            build(tmp_path, tokenizer, model=model, peft_config=adapter(target_modules=["q_proj"]))
+
+
+def test_a_four_bit_base_through_trl(tmp_path, tokenizer, ids):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    pytest.importorskip("trl")
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+    from balora_plugin import BaLoraSFTTrainer
+
+    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    rows = Dataset.from_list([{"text": text} for text in TEXTS])
+    trainer = BaLoraSFTTrainer(
+        model=str(tmp_path / "base"),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "out"),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            eval_strategy="steps",
+            eval_steps=1,
+            disable_tqdm=True,
+            model_init_kwargs={"device_map": {"": "cpu"}},
+        ),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        quantization_config=quantization,
+        peft_config=adapter(task_type="CAUSAL_LM"),
+    )
+    layers = [m for m in trainer.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 14
+    packed = [layer.weight.data.clone() for layer in layers]
+    # SFTTrainer casts the trained factors of a quantised base to bfloat16; the frozen ones follow
+    trainer.train()
+    dtypes = {p.dtype for name, p in trainer.model.named_parameters() if "lora_" in name or "frozen_" in name}
+    assert dtypes == {torch.bfloat16}
+    assert history(trainer, "balora/consistency")[0] == 0
+    assert history(trainer, "loss")[-1] < history(trainer, "loss")[0]
+    # evaluations in between did not repack the weights
+    assert all(torch.equal(layer.weight.data, p) for layer, p in zip(layers, packed, strict=True))
+    trainer.save_model(str(tmp_path / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantization, device_map={"": "cpu"}, dtype=torch.float32
+    ).train()
+    stock = PeftModel.from_pretrained(fresh(base), tmp_path / "adapter").train()
+    expected = logits(trainer.model.train(), ids)
+    # bfloat16 factors: A0 + dA is rounded once in the file, where training adds two products
+    assert (logits(stock, ids) - expected).abs().max() < 0.02 * expected.abs().max()

@@ -1,0 +1,666 @@
+"""BaLoraSFTTrainer: what SFTTrainer can do works or is refused by name, and the loss is the method's."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import TERMS, fresh, logits
+from models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_mixtral
+from peft import LoraConfig, PeftModel
+from torch.nn import functional as F
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, regularizers
+
+N = 16
+PROMPT_COMPLETION = [
+    {"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}" + " ok" * (i % 3)} for i in range(N)
+]
+TEXT = [{"text": f"The number {i} comes before {i + 1}" + " and so on" * (i % 3)} for i in range(N)]
+CHAT = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What comes after {i}?"},
+            {"role": "assistant", "content": f"{i + 1} does" + ", yes" * (i % 3)},
+        ]
+    }
+    for i in range(N)
+]
+CHAT_PROMPT = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in CHAT]
+
+
+def adapter(**changes):
+    values = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "regularizers": TERMS}
+    return BaLoraConfig(**{**values, **changes})
+
+
+def build(tmp_path, tokenizer, rows=PROMPT_COMPLETION, model=None, cls=BaLoraSFTTrainer, evaluate=False, **changes):
+    """A trainer on a tiny model; `changes` go to SFTConfig, except those named here."""
+    trainer_keys = ("peft_config", "regularizers", "teacher_model", "compute_metrics", "callbacks", "compute_loss_func")
+    extra = {key: changes.pop(key) for key in trainer_keys if key in changes}
+    if cls is BaLoraSFTTrainer and not {"peft_config", "regularizers"} & set(extra):
+        extra["peft_config"] = adapter()
+    values = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": 64,
+        "seed": 1,
+    }
+    args = SFTConfig(**{**values, **changes})
+    dataset = Dataset.from_list(rows)
+    return cls(
+        model=tiny_llama() if model is None else model,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(5)) if evaluate else None,
+        processing_class=copy.deepcopy(tokenizer),
+        **extra,
+    )
+
+
+def history(trainer, key="loss"):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+KEYS = ["balora/task", "balora/consistency", "balora/diversity", "balora/svd", "balora/loss"]
+
+WORKS = {
+    "prompt_completion": {},
+    "prompt_completion_full_loss": {"completion_only_loss": False},
+    "text": {"rows": TEXT},
+    "chat": {"rows": CHAT},
+    "chat_assistant_only": {"rows": CHAT, "assistant_only_loss": True},
+    "chat_prompt_completion": {"rows": CHAT_PROMPT},
+    "packing": {"packing": True, "max_length": 48},
+    "packing_wrapped": {"rows": TEXT, "packing": True, "packing_strategy": "wrapped", "max_length": 32},
+    "padding_free": {"padding_free": True, "max_length": None},
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing_reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "bf16_autocast": {"bf16": True, "max_steps": 2},
+}
+
+
+@pytest.mark.parametrize("case", WORKS)
+@pytest.mark.parametrize("preset", ["paper", "iclr2026"])
+def test_every_kind_of_data_and_setting_trains_and_starts_at_zero_consistency(case, preset, tmp_path, tokenizer):
+    """The teacher is exact at step 0, under LoRA dropout too."""
+    terms = RegularizerConfig(preset=preset, lambda_consistency=0.5)
+    config = adapter(lora_dropout=0.2, regularizers=terms)
+    trainer = build(tmp_path, tokenizer, peft_config=config, **WORKS[case])
+    trainer.train()
+    assert abs(history(trainer, "balora/consistency")[0]) < 1e-9
+    assert history(trainer, "balora/consistency")[-1] > 1e-6
+    for key in ("balora/task", "balora/loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
+        assert all(math.isfinite(value) for value in history(trainer, key)), key
+        assert len(history(trainer, key)) == trainer.state.max_steps, key
+    if preset == "paper":
+        assert all(len(history(trainer, key)) == trainer.state.max_steps for key in KEYS)
+    else:  # diversity and spectrum rest for the first fifth of training
+        assert "balora/svd" not in trainer.state.log_history[0]
+        assert history(trainer, "balora/svd")
+
+
+def dense_loss(model, teacher_logits, batch, terms, num_items):
+    """The objective written out on dense logits, from the definition."""
+    out = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    mask = targets != -100
+    student, teacher = out[mask], teacher_logits[:, :-1][mask]
+    n = mask.sum()
+    token = F.cross_entropy(student, targets[mask], reduction="sum")
+    token = token + terms.lambda_consistency * n * regularizers.consistency(
+        student, teacher, form=terms.consistency, temperature=terms.temperature
+    )
+    token = token + terms.lambda_diversity * n * regularizers.token_entropy(student, top_k=terms.diversity_top_k)
+    svd = regularizers.spectral(student, k=terms.svd_top_k, norm=terms.svd_norm, centered=False)
+    return token / num_items + terms.lambda_svd * svd
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        TERMS,
+        RegularizerConfig(lambda_consistency=0.3, lambda_diversity=0.1, lambda_svd=0.2, svd_top_k=3),
+        RegularizerConfig(preset="iclr2026", schedule="constant", svd_top_k=2, consistency="jsd", lambda_svd=0.5),
+        RegularizerConfig(consistency="reverse_kl", lambda_consistency=1.0, svd_norm="none", diversity_top_k=4),
+        RegularizerConfig(consistency="mse", lambda_consistency=5.0, lambda_svd=0.0, lambda_diversity=0.0),
+    ],
+)
+@pytest.mark.parametrize("model", [tiny_llama, tiny_gpt2])
+def test_loss_and_gradient_are_the_definitions(terms, model, tmp_path, tokenizer):
+    base = model(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    trainer = build(tmp_path, tokenizer, model=base, peft_config=adapter(regularizers=terms))
+    wrapped = trainer.model.train()
+    with torch.no_grad():  # away from the start, so that every term has a gradient
+        for name, p in wrapped.named_parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
+    with wrapped.disable_adapter(), torch.no_grad():
+        teacher = wrapped(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]
+    num_items = torch.tensor(40)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(wrapped, dict(batch), num_items_in_batch=num_items)
+    ours = torch.autograd.grad(loss, parameters)
+    expected = dense_loss(wrapped, teacher, batch, terms.resolved("nlg"), num_items)
+    theirs = torch.autograd.grad(expected, parameters)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6)
+    scale = max(g.abs().max() for g in theirs)
+    assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) < 3e-5 * scale
+
+
+class KeepGradients(TrainerCallback):
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("terms", [TERMS, RegularizerConfig(preset="iclr2026", lambda_consistency=0.5)])
+def test_token_terms_do_not_depend_on_how_the_global_batch_is_cut(terms, tmp_path, tokenizer):
+    terms = copy.deepcopy(terms)
+    terms.lambda_svd, terms.schedule = 0.0, "constant"
+    results = {}
+    for size, steps in ((1, 4), (2, 2), (4, 1)):
+        keep = KeepGradients()
+        trainer = build(
+            tmp_path,
+            tokenizer,
+            rows=PROMPT_COMPLETION[5:9],  # of different lengths
+            peft_config=adapter(regularizers=terms),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            max_grad_norm=0.0,
+            optim="sgd",
+            learning_rate=0.1,
+            callbacks=[keep],
+        )
+        trainer.train()
+        results[size] = (keep.gradients, history(trainer, "loss"), history(trainer, "balora/loss"))
+    for size in (1, 2):
+        for a, b in zip(results[size][0], results[4][0], strict=True):
+            scale = max(g.abs().max() for g in b)
+            assert max((x - y).abs().max() for x, y in zip(a, b, strict=True)) < 1e-5 * scale
+        torch.testing.assert_close(results[size][1], results[4][1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(results[size][2], results[4][2], rtol=1e-5, atol=1e-6)
+
+
+def test_with_all_weights_zero_it_is_the_stock_trainer_metric_for_metric(tmp_path, tokenizer):
+    """Loss, entropy, accuracy, token count, evaluation: what TRL logs, it still logs."""
+    off = RegularizerConfig(lambda_consistency=0, lambda_diversity=0, lambda_svd=0)
+    settings = {"evaluate": True, "eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 2}
+    torch.manual_seed(0)
+    ours = build(tmp_path, tokenizer, peft_config=adapter(init_lora_weights=True, regularizers=off), **settings)
+    torch.manual_seed(0)
+    theirs = build(
+        tmp_path,
+        tokenizer,
+        cls=SFTTrainer,
+        peft_config=LoraConfig(r=4, lora_alpha=4, target_modules="all-linear"),
+        **settings,
+    )
+    theirs.model.load_state_dict(ours.model.state_dict())
+    ours.train(), theirs.train()
+    metrics = ["loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"]
+    for key in [*metrics, "eval_loss", "eval_entropy", "eval_mean_token_accuracy", "eval_num_tokens"]:
+        assert history(theirs, key), key
+        torch.testing.assert_close(history(ours, key), history(theirs, key), rtol=2e-5, atol=2e-5, msg=key)
+    torch.testing.assert_close(history(ours, "balora/task"), history(ours, "loss"), rtol=1e-5, atol=1e-5)
+    assert not history(ours, "balora/consistency")  # off, and its cost with it
+
+
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_a_plain_lora_config_is_exactly_the_stock_trainer(init, tmp_path, tokenizer):
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=init)
+    runs = []
+    for cls in (BaLoraSFTTrainer, SFTTrainer):
+        torch.manual_seed(0)
+        trainer = build(tmp_path, tokenizer, cls=cls, peft_config=copy.deepcopy(config))
+        trainer.train()
+        runs.append(trainer)
+    assert history(runs[0]) == history(runs[1])
+    assert runs[0].ba_lora is None
+    assert not any(key.startswith("balora") for row in runs[0].state.log_history for key in row)
+
+
+def test_full_fine_tuning_baseline_is_the_stock_trainer(tmp_path, tokenizer):
+    ours, theirs = (build(tmp_path, tokenizer, cls=cls, peft_config=None) for cls in (BaLoraSFTTrainer, SFTTrainer))
+    ours.train(), theirs.train()
+    assert history(ours) == history(theirs)
+
+
+def test_terms_on_a_plain_lora(tmp_path, tokenizer):
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    trainer = build(tmp_path, tokenizer, peft_config=config, regularizers=TERMS)
+    trainer.train()
+    assert history(trainer, "balora/consistency")[0] == 0
+    assert history(trainer, "balora/consistency")[-1] > 0
+
+
+def test_terms_in_full_fine_tuning_train_the_head_too(tmp_path, tokenizer):
+    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.3, svd_top_k=2)
+    base = tiny_llama()
+    trainer = build(tmp_path, tokenizer, model=fresh(base), regularizers=terms, teacher_model=fresh(base))
+    model = trainer.model.train()
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1 * torch.randn_like(model.lm_head.weight))
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
+    teacher = logits(base, batch["input_ids"])
+    teacher = base(**{k: v for k, v in batch.items() if k != "labels"}).logits.detach()
+    trainer.current_gradient_accumulation_steps = 1
+    parameters = list(model.parameters())
+    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(30))
+    ours = torch.autograd.grad(loss, parameters)
+    expected = dense_loss(model, teacher, batch, terms.resolved("nlg"), 30)
+    theirs = torch.autograd.grad(expected, parameters)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6)
+    scale = max(g.abs().max() for g in theirs)
+    assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) < 3e-5 * scale
+    trainer.train()
+    assert not any(p.requires_grad for p in trainer._ba_lora_teacher.parameters())
+
+
+def test_a_head_that_trains_beside_the_adapter_has_its_initial_copy_as_teacher(tmp_path, tokenizer):
+    trainer = build(tmp_path, tokenizer, peft_config=adapter(modules_to_save=["lm_head"], target_modules=["q_proj"]))
+    trainer.train()
+    consistency = history(trainer, "balora/consistency")
+    assert consistency[0] == 0
+    head = trainer.model.base_model.model.lm_head
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+    with torch.no_grad():  # only the head moved: the consistency term sees it
+        for name, p in trainer.model.named_parameters():
+            if "lora_" in name:
+                p.zero_()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    trainer._ba_lora_sums["train"] = {}
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert trainer._take_terms("train")["balora/consistency"] > 1e-5
+
+
+def test_evaluation_logs_the_terms_and_eval_loss_is_the_task_alone(tmp_path, tokenizer):
+    trainer = build(tmp_path, tokenizer, evaluate=True, per_device_eval_batch_size=2)
+    trainer.train()
+    result = trainer.evaluate()
+    for key in KEYS:
+        assert math.isfinite(result[f"eval_{key}"])
+    # eval_loss: mean over batches, as the host does; eval_balora/task: mean over all tokens
+    sums, counts, means = 0.0, 0, []
+    for batch in trainer.get_eval_dataloader():
+        out = logits(trainer.model, batch["input_ids"]) if "attention_mask" not in batch else None
+        with torch.no_grad():
+            out = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        targets = batch["labels"][:, 1:]
+        mask = targets != -100
+        loss = F.cross_entropy(out[:, :-1][mask], targets[mask], reduction="sum").item()
+        sums, counts = sums + loss, counts + int(mask.sum())
+        means += [loss / int(mask.sum())] * len(targets)
+    assert result["eval_balora/task"] == pytest.approx(sums / counts, rel=1e-5)
+    assert result["eval_loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
+
+
+def test_compute_metrics_gets_the_models_logits(tmp_path, tokenizer):
+    seen = {}
+
+    def metrics(prediction):
+        seen["logits"], seen["labels"] = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
+        return {"first": float(prediction.predictions[0, 0, 0])}
+
+    trainer = build(tmp_path, tokenizer, evaluate=True, compute_metrics=metrics, per_device_eval_batch_size=5)
+    trainer.train()
+    assert "eval_first" in trainer.evaluate()
+    batch = next(iter(trainer.get_eval_dataloader()))
+    with torch.no_grad():
+        expected = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(seen["logits"], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(seen["labels"], batch["labels"])
+
+
+def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
+    config = adapter(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], regularizers=TERMS)
+    settings = {"router_aux_loss_coef": 0.1, "max_steps": 2}
+    ours = build(tmp_path, tokenizer, model=tiny_mixtral(), peft_config=config, **settings)
+    assert ours.aux_loss_enabled
+    ours.train()
+    assert history(ours, "balora/consistency")[0] == 0
+    theirs = build(
+        tmp_path,
+        tokenizer,
+        model=tiny_mixtral(),
+        cls=SFTTrainer,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]),
+        **settings,
+    )
+    theirs.train()
+    assert history(ours, "aux_loss")[0] == pytest.approx(history(theirs, "aux_loss")[0], rel=1e-5)
+    first = ours.state.log_history[0]
+    assert first["loss"] == pytest.approx(first["balora/loss"] + 0.1 * first["aux_loss"], rel=1e-4)
+
+
+def test_torch_compile(tmp_path, tokenizer):
+    eager = build(tmp_path, tokenizer)
+    eager.train()
+    compiled = build(tmp_path, tokenizer, torch_compile=True, torch_compile_backend="eager")
+    compiled.train()
+    torch.testing.assert_close(history(compiled), history(eager), rtol=1e-4, atol=1e-4)
+
+
+REFUSED = {
+    "label_smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True"),
+    "dft": ({"loss_type": "dft"}, "loss_type='dft'"),
+    "loss_function": ({"compute_loss_func": lambda *a, **k: 0}, "compute_loss_func"),
+    "template": ({"chat_template_path": "some/model"}, "chat_template_path='some/model'"),
+    "wrapped_twice": ({"model": "peft"}, "already a PeftModel"),
+    "full_without_teacher": ({"regularizers": TERMS}, "teacher_model"),
+    "mutating_start": (
+        {"regularizers": TERMS, "peft_config": LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"])},
+        "init_lora_weights='pissa'",
+    ),
+    "trained_bias": (
+        {"regularizers": TERMS, "peft_config": LoraConfig(bias="all", target_modules=["q_proj"])},
+        "bias='all'",
+    ),
+    "nlu": ({"peft_config": adapter(regularizers=RegularizerConfig(task="nlu"))}, "task='nlu'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case, tmp_path, tokenizer):
+    settings, words = REFUSED[case]
+    if settings.get("model") == "peft":
+        from helpers import stock
+
+        settings = {**settings, "model": stock(tiny_llama())}
+    with pytest.raises((ValueError, TypeError)) as caught:
+        build(tmp_path, tokenizer, **settings)
+    assert words in str(caught.value)
+
+
+def test_vision_language_models_are_refused(tmp_path, tokenizer):
+    model = tiny_llama()
+    model.config.vision_config = {"hidden_size": 8}
+    with pytest.raises(ValueError, match="vision-language"):
+        build(tmp_path, tokenizer, model=model)
+
+
+def test_logits_that_cannot_be_reproduced_are_refused(tmp_path, tokenizer):
+    model = tiny_llama()
+    model.config.logit_scale = 0.5  # the model's forward knows nothing of it
+    with pytest.raises(ValueError, match="logits are not"):
+        build(tmp_path, tokenizer, model=model)
+
+
+def test_schedules_follow_optimizer_steps(tmp_path, tokenizer):
+    terms = RegularizerConfig(preset="iclr2026", lambda_consistency=0.5, lambda_diversity=0.4, lambda_svd=0.3)
+    trainer = build(
+        tmp_path,
+        tokenizer,
+        peft_config=adapter(regularizers=terms),
+        max_steps=20,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=1,
+    )
+    seen = []
+    original = trainer._ba_lora_request
+
+    def spy(training):
+        request = original(training)
+        seen.append((trainer.state.global_step, request.lambdas))
+        return request
+
+    trainer._ba_lora_request = spy
+    trainer.train()
+    assert len(seen) == 40
+    for step, lambdas in seen:
+        p = step / 20
+        assert lambdas.consistency == pytest.approx(0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2))
+        assert lambdas.diversity == pytest.approx(0.4 * min(max((p - 0.2) / 0.05, 0), 1))
+        assert lambdas.svd == pytest.approx(0.3 * min(max((p - 0.2) / 0.05, 0), 1))
+
+
+def test_teacher_interval_runs_every_nth_micro_batch_with_n_times_the_weight(tmp_path, tokenizer):
+    terms = RegularizerConfig(lambda_consistency=0.5, teacher_interval=3)
+    trainer = build(
+        tmp_path,
+        tokenizer,
+        peft_config=adapter(regularizers=terms),
+        max_steps=3,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=1,
+    )
+    seen = []
+    original = trainer._ba_lora_request
+    trainer._ba_lora_request = lambda training: seen.append(original(training)) or seen[-1]
+    trainer.train()
+    assert [request.lambdas.consistency for request in seen] == [1.5, 0, 0, 1.5, 0, 0]
+
+
+def test_checkpoints_are_stock_adapters_and_resuming_is_exact(tmp_path, tokenizer, ids):
+    settings = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "peft_config": adapter(
+            lora_dropout=0.1, regularizers=RegularizerConfig(preset="iclr2026", lambda_consistency=0.5)
+        ),
+        "lr_scheduler_type": "cosine",
+    }
+    whole = build(tmp_path, tokenizer, **settings)
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    assert {"adapter_model.safetensors", "ba_lora.json", "ba_lora_init.safetensors"} <= {
+        path.name for path in checkpoint.iterdir()
+    }
+    base = tiny_llama().eval()
+    assert (logits(PeftModel.from_pretrained(fresh(base), checkpoint), ids) - logits(base, ids)).abs().max() > 1e-3
+    expected = logits(whole.model.eval(), ids)
+    resumed = build(tmp_path, tokenizer, **settings)
+    for name, p in resumed.model.named_parameters():
+        if "frozen_" in name:
+            p.data.neg_()  # as if the SVD had come out otherwise on this machine
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(logits(resumed.model.eval(), ids), expected)
+    full, rest = history(whole)[3:], history(resumed)[-3:]
+    assert rest == full
+    stock = PeftModel.from_pretrained(fresh(base), tmp_path / "out" / "checkpoint-6").eval()
+    torch.testing.assert_close(logits(stock, ids), expected, rtol=0, atol=1e-5)
+
+
+def test_load_best_model_at_end(tmp_path, tokenizer, ids):
+    trainer = build(
+        tmp_path,
+        tokenizer,
+        evaluate=True,
+        max_steps=4,
+        learning_rate=0.5,  # diverges: the best is not the last
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    losses = history(trainer, "eval_loss")
+    assert losses.index(min(losses)) < 3
+    stock = PeftModel.from_pretrained(tiny_llama(), best).eval()
+    torch.testing.assert_close(logits(trainer.model.eval(), ids), logits(stock, ids), rtol=0, atol=1e-4)
+    trainer.save_model(str(tmp_path / "final"))
+    final = PeftModel.from_pretrained(tiny_llama(), tmp_path / "final").eval()
+    torch.testing.assert_close(logits(final, ids), logits(stock, ids), rtol=0, atol=1e-4)
+
+
+def test_model_by_path_and_saved_settings(tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    terms = RegularizerConfig(preset="iclr2026")
+    trainer = build(tmp_path, tokenizer, model=str(tmp_path / "base"), peft_config=adapter(regularizers=terms))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    settings = json.loads((tmp_path / "adapter" / "ba_lora.json").read_text())
+    assert settings["base_model"] == str(tmp_path / "base")
+    assert settings["regularizers"]["preset"] == "iclr2026"
+
+
+class Listener(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def warned():
+    listener = Listener()
+    logger = logging.getLogger("balora_plugin.trainer")
+    logger.addHandler(listener)
+    yield listener.messages
+    logger.removeHandler(listener)
+
+
+def test_terms_that_cannot_act_are_said_once(tmp_path, tokenizer, warned):
+    rows = [{"prompt": f"{i} ", "completion": "ok"} for i in range(N)]  # 3 counted tokens a sample
+    build(tmp_path, tokenizer, rows=rows, per_device_train_batch_size=1, max_steps=3).train()
+    clamped = [message for message in warned if "svd_top_k=10" in message]
+    assert len(clamped) == 1
+    assert "using 2" in clamped[0]
+
+
+def test_a_single_counted_token_leaves_the_svd_term_out_and_says_so(tmp_path, tokenizer, warned):
+    trainer = build(tmp_path, tokenizer, per_device_train_batch_size=1, max_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["labels"][:, :-1] = -100
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    for _ in range(2):
+        assert math.isfinite(trainer.compute_loss(trainer.model, dict(batch)).item())
+    assert "balora/svd" not in trainer._take_terms("train")
+    assert len([message for message in warned if "single counted token" in message]) == 1
+
+
+def test_no_counted_token_gives_zero_and_a_zero_gradient(tmp_path, tokenizer):
+    trainer = build(tmp_path, tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["labels"][:] = -100
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(0))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+def test_negligible_shares_are_logged_and_said_once(tmp_path, tokenizer, warned):
+    terms = RegularizerConfig(share_interval=2)  # the paper's weights
+    trainer = build(tmp_path, tokenizer, peft_config=adapter(regularizers=terms), max_steps=5)
+    trainer.train()
+    assert len(history(trainer, "balora/share_consistency")) == 3  # steps 1, 2, 4
+    assert all(0 < value < 1e-3 for value in history(trainer, "balora/share_consistency"))
+    assert all(value > 0 for key in ("diversity", "svd") for value in history(trainer, f"balora/share_{key}"))
+    assert len([message for message in warned if "hardly act" in message and "lambda_consistency" in message]) == 1
+
+
+def test_shares_are_the_ratio_of_gradient_norms(tmp_path, tokenizer):
+    """Against autograd on dense logits, with respect to the final hidden states."""
+    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.2, lambda_svd=0.3, svd_top_k=2)
+    trainer = build(tmp_path, tokenizer, peft_config=adapter(regularizers=terms))
+    trainer.train()
+    request = trainer._ba_lora_request(True)
+    request.measure_shares = True
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
+    model = trainer.model.train()
+    shares = model(**batch, ba_lora=request).shares
+    base = model.get_base_model()
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    mask = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        hidden = base.model(**inputs).last_hidden_state[:, :-1][mask]
+        with model.disable_adapter():
+            teacher = base.model(**inputs).last_hidden_state[:, :-1][mask] @ base.lm_head.weight.T
+    hidden.requires_grad_()
+    z = hidden @ base.lm_head.weight.T
+    losses = [
+        F.cross_entropy(z, batch["labels"][:, 1:][mask]),
+        0.5 * regularizers.consistency(z, teacher),
+        0.2 * regularizers.token_entropy(z),
+        0.3 * regularizers.spectral(z, k=2),
+    ]
+    norms = [torch.autograd.grad(loss, hidden, retain_graph=True)[0].norm() for loss in losses]
+    torch.testing.assert_close(shares, torch.stack(norms[1:]) / norms[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        RegularizerConfig(svd_input="centered_logits", lambda_svd=0.5, svd_top_k=2),
+        RegularizerConfig(svd_input="features", lambda_svd=0.5, svd_top_k=2),
+        RegularizerConfig(svd_layout="flattened", lambda_svd=0.5, svd_top_k=1),
+        RegularizerConfig(svd_layout="flattened", svd_input="features", lambda_svd=0.5, svd_top_k=1),
+    ],
+)
+def test_the_other_inputs_of_the_spectral_term(terms, tmp_path, tokenizer):
+    trainer = build(tmp_path, tokenizer, peft_config=adapter(regularizers=terms))
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model.train()
+    got = model(**batch, ba_lora=trainer._ba_lora_request(True)).svd
+    base = model.get_base_model()
+    hidden = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, :-1]
+    mask = batch["labels"][:, 1:] != -100
+    matrix = hidden if terms.svd_input == "features" else hidden @ base.lm_head.weight.T
+    matrix = (matrix * mask[..., None]).flatten(1) if terms.svd_layout == "flattened" else matrix[mask]
+    expected = regularizers.spectral(matrix, k=terms.svd_top_k, centered=terms.svd_input == "centered_logits")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_samples_give_the_terms_of_the_same_samples_unpacked(tmp_path, tokenizer):
+    """Per token: no leak between the documents of a packed row, in the teacher's pass neither."""
+    sums = []
+    for settings in ({"packing": True, "max_length": 256}, {"max_length": 256}):
+        trainer = build(tmp_path, tokenizer, rows=PROMPT_COMPLETION[:4], per_device_train_batch_size=4, **settings)
+        with torch.no_grad():
+            for name, p in trainer.model.named_parameters():
+                if p.requires_grad:
+                    p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        for batch in trainer.get_train_dataloader():
+            trainer.compute_loss(trainer.model, dict(batch))
+        sums.append(trainer._take_terms("train"))
+    assert sums[0]["balora/consistency"] > 1e-3
+    for key in ("task", "consistency", "diversity"):
+        assert sums[0][f"balora/{key}"] == pytest.approx(sums[1][f"balora/{key}"], rel=1e-4), key
+
+
+def test_vocabulary_is_what_the_tests_assume(tokenizer):
+    assert len(tokenizer) <= VOCABULARY
+    assert tokenizer("What is 1?")["input_ids"][0] > 2

@@ -1,0 +1,167 @@
+"""Settings: what the presets resolve to, what overrides them, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from balora_plugin.config import RegularizerConfig
+
+FIELDS = (
+    "lambda_consistency",
+    "lambda_diversity",
+    "lambda_svd",
+    "consistency",
+    "temperature",
+    "diversity_top_k",
+    "svd_top_k",
+    "svd_norm",
+    "schedule",
+)
+PRESETS = {
+    ("paper", "nlg"): (1e-4, 3e-4, 1e-4, "kl", 1.0, 0, 10, "nuclear", "constant"),
+    ("paper", "nlu"): (1e-4, 4e-4, 1e-4, "mse", 1.0, 0, 5, "none", "constant"),
+    ("iclr2026", "nlg"): (0.025, 0.005, 0.005, "kl", 2.0, 20, 10, "frobenius", "iclr2026"),
+    ("iclr2026", "nlu"): (0.15, 0.03, 0.03, "kl", 2.0, 0, 5, "nuclear", "iclr2026"),
+}
+OVERRIDES = {
+    "lambda_consistency": 0.0,
+    "lambda_diversity": 0,
+    "lambda_svd": 7.5,
+    "consistency": "jsd",
+    "temperature": 3,
+    "diversity_top_k": 50,
+    "svd_top_k": 1,
+    "svd_norm": "none",
+    "svd_input": "features",
+    "svd_layout": "flattened",
+    "schedule": "iclr2026",
+}
+
+
+@pytest.mark.parametrize(("preset", "task"), PRESETS)
+def test_preset_values(preset, task):
+    resolved = RegularizerConfig(preset=preset).resolved(task)
+    assert tuple(getattr(resolved, field) for field in FIELDS) == PRESETS[preset, task]
+    assert (resolved.preset, resolved.task) == (preset, task)
+    assert (resolved.svd_input, resolved.svd_layout) == ("logits", "rows")
+    assert resolved.teacher_interval == 1
+
+
+def test_the_default_is_the_paper():
+    assert RegularizerConfig() == RegularizerConfig(preset="paper", task="auto")
+
+
+@pytest.mark.parametrize("key", OVERRIDES)
+@pytest.mark.parametrize("task", ["nlg", "nlu"])
+def test_a_value_overrides_the_preset_and_nothing_else(key, task):
+    resolved = RegularizerConfig(**{key: OVERRIDES[key]}).resolved(task)
+    expected = dataclasses.replace(RegularizerConfig().resolved(task), **{key: OVERRIDES[key]})
+    assert resolved == expected
+    assert getattr(resolved, key) == OVERRIDES[key]
+
+
+def test_resolved_returns_a_copy_and_is_idempotent():
+    config = RegularizerConfig(preset="iclr2026", task="nlu")
+    resolved = config.resolved()
+    assert config.lambda_svd is None
+    assert resolved.lambda_svd == 0.03
+    assert resolved.resolved() == resolved.resolved("nlu") == resolved.resolved("auto") == resolved
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("preset", "balora", ValueError),
+        ("preset", None, ValueError),
+        ("task", "nlp", ValueError),
+        ("task", None, ValueError),
+        ("lambda_consistency", -1e-4, ValueError),
+        ("lambda_consistency", math.nan, ValueError),
+        ("lambda_consistency", "0.1", TypeError),
+        ("lambda_diversity", math.inf, ValueError),
+        ("lambda_diversity", True, TypeError),
+        ("lambda_svd", -1, ValueError),
+        ("lambda_svd", [0.1], TypeError),
+        ("consistency", "KL", ValueError),
+        ("consistency", 1, ValueError),
+        ("temperature", 0, ValueError),
+        ("temperature", -2.0, ValueError),
+        ("temperature", math.nan, ValueError),
+        ("temperature", "2", TypeError),
+        ("diversity_top_k", -1, ValueError),
+        ("diversity_top_k", 20.0, TypeError),
+        ("diversity_top_k", False, TypeError),
+        ("svd_top_k", 0, ValueError),
+        ("svd_top_k", 2.5, TypeError),
+        ("svd_norm", "l2", ValueError),
+        ("svd_input", "hidden", ValueError),
+        ("svd_layout", ["rows"], ValueError),
+        ("schedule", "cosine", ValueError),
+        ("teacher_interval", 0, ValueError),
+        ("teacher_interval", None, TypeError),
+        ("teacher_interval", 1.0, TypeError),
+        ("share_interval", -1, ValueError),
+        ("share_interval", True, TypeError),
+        ("teacher_cache", "cache.bin", ValueError),
+    ],
+)
+def test_bad_values_are_named(key, value, error):
+    with pytest.raises(error) as caught:
+        RegularizerConfig(**{key: value})
+    assert f"{key}={value!r}" in str(caught.value)
+
+
+def test_boundary_values_are_accepted():
+    config = RegularizerConfig(
+        lambda_svd=0, temperature=1e-3, diversity_top_k=0, svd_top_k=1, teacher_interval=1, share_interval=0
+    )
+    assert config.lambda_svd == 0
+
+
+def test_flattened_centered_logits_are_refused():
+    with pytest.raises(ValueError, match="svd_layout='flattened' with svd_input='centered_logits'"):
+        RegularizerConfig(svd_layout="flattened", svd_input="centered_logits")
+
+
+def test_resolved_refuses_another_task():
+    with pytest.raises(ValueError, match=r"task='nlu' in the config.*task='nlg'"):
+        RegularizerConfig(task="nlu").resolved("nlg")
+
+
+@pytest.mark.parametrize("task", [None, "auto", "classification"])
+def test_resolved_needs_a_task(task):
+    with pytest.raises(ValueError, match="say 'nlg' or 'nlu'"):
+        RegularizerConfig().resolved(task)
+
+
+def test_from_dict_names_an_unknown_key_and_lists_the_known():
+    with pytest.raises(ValueError, match=r"'lambda_cr'.*lambda_consistency.*svd_top_k"):
+        RegularizerConfig.from_dict({"preset": "paper", "lambda_cr": 1.0})
+
+
+def test_from_dict_validates():
+    with pytest.raises(ValueError, match="svd_top_k=0"):
+        RegularizerConfig.from_dict({"svd_top_k": 0})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RegularizerConfig(),
+        RegularizerConfig(preset="iclr2026", svd_top_k=3, teacher_interval=4),
+        RegularizerConfig(preset="iclr2026").resolved("nlg"),
+    ],
+)
+def test_dict_round_trip_through_json(config):
+    values = json.loads(json.dumps(config.to_dict()))
+    assert set(values) == {field.name for field in dataclasses.fields(config)}
+    assert RegularizerConfig.from_dict(values) == config
+
+
+def test_to_dict_keeps_what_the_preset_decides_open():
+    assert RegularizerConfig(svd_top_k=3).to_dict()["svd_top_k"] == 3
+    assert RegularizerConfig(svd_top_k=3).to_dict()["lambda_svd"] is None

@@ -1,0 +1,154 @@
+"""The package as a whole: imports, layering, documentation that runs."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import character_tokenizer, tiny_llama
+
+import balora_plugin
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "balora_plugin"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path):
+    """Absolute names of the modules a source file imports, relative imports resolved."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else ())))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    ).stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = "('torch', 'transformers', 'peft', 'trl', 'axolotl')"
+    code = f"import sys, balora_plugin; print([m for m in {heavy} if m in sys.modules])"
+    assert run(code).strip() == "[]"
+
+
+def test_the_core_imports_no_host_framework():
+    code = (
+        "import sys; from balora_plugin import BaLoraConfig, get_ba_lora_model, BaLoraTrainerMixin, BaLoraTrainer\n"
+        "print([m for m in ('trl', 'axolotl') if m in sys.modules])"
+    )
+    assert run(code).strip() == "[]"
+
+
+def test_the_core_never_imports_hosts_and_hosts_never_each_other():
+    for path in SOURCES:
+        inside = path.is_relative_to(PACKAGE / "hosts")
+        for name in imports_of(path):
+            if name.startswith("balora_plugin.hosts") and path.name != "__init__.py":
+                raise AssertionError(f"{path.relative_to(ROOT)} imports {name}")
+            if not inside:
+                assert name.split(".")[0] not in ("trl", "axolotl"), path
+
+
+@pytest.mark.parametrize(
+    "path", ["regularizers.py", "fused/tokens.py", "fused/spectrum.py", "fused/project.py", "adapter/start.py"]
+)
+def test_pure_maths_imports_torch_alone(path):
+    third_party = {name.split(".")[0] for name in imports_of(PACKAGE / path)} - set(sys.stdlib_module_names)
+    assert third_party <= {"torch", "balora_plugin"}
+    assert not any(name.startswith("balora_plugin.adapter") for name in imports_of(PACKAGE / path))
+
+
+def test_every_public_name_resolves():
+    for name in balora_plugin.__all__:
+        if name == "BaLoraSFTTrainer":
+            pytest.importorskip("trl")
+        assert getattr(balora_plugin, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        balora_plugin.nonsense  # noqa: B018
+    assert set(balora_plugin.__all__) <= set(dir(balora_plugin))
+
+
+def modules():
+    names = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "balora_plugin.")]
+    return ["balora_plugin", *names]
+
+
+def test_docstring_examples_run():
+    attempted = 0
+    for name in modules():
+        if name.endswith("hosts.trl"):
+            pytest.importorskip("trl")
+        result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+        assert result.failed == 0, name
+        attempted += result.attempted
+    assert attempted >= 5
+
+
+@pytest.fixture
+def local_model(tmp_path):
+    """A tiny model and tokenizer on disk, in the place of the hub's."""
+    path = tmp_path / "model"
+    tiny_llama().save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_readme_examples_run(local_model, tmp_path, monkeypatch):
+    """Every python block of the README, in order, in one namespace; only the model's name is replaced."""
+    pytest.importorskip("trl")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 2
+    code = "\n".join(blocks)
+    assert code.count('MODEL = "') == 1
+    code = re.sub(r'MODEL = "[^"]*"', f"MODEL = {str(local_model)!r}", code)
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "readme.py"
+    script.write_text(code, encoding="utf-8")
+    runpy.run_path(str(script))
+    assert (tmp_path / "outputs" / "ba-lora" / "ba_lora.json").exists()
+
+
+def test_readme_names_existing_commands_and_files():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"`make ([\w-]+)`", text)) | set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {"quickstart", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_configs").glob("*.py")), ids=lambda path: path.name)
+def test_example_scripts_build_their_settings(path, monkeypatch, tmp_path):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    settings = runpy.run_path(str(path), run_name="example")
+    from trl import SFTConfig
+
+    assert isinstance(settings["adapter"](), balora_plugin.BaLoraConfig)
+    assert isinstance(settings["arguments"](use_cpu=True, bf16=False), SFTConfig)
