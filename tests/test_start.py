@@ -104,7 +104,7 @@ def check_fast(size, rank):
     # and it is energy of the weight, not of something else: what is left is the weight's other singular values
     left = (weight - scaling * b @ a).square().sum().item()
     total = math.fsum(1 / i for i in range(1, size + 1))
-    assert left == pytest.approx(total - optimal, rel=1e-4)
+    assert left == pytest.approx(total - optimal, rel=1e-3)
     return weight, a, b
 
 

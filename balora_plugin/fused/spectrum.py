@@ -172,9 +172,6 @@ class _HeadRatio(torch.autograd.Function):
         h = hidden.double()
         m, vocabulary = h.shape[0], weight.shape[0]
         wants = ctx.needs_input_grad[:3]
-        if m == 0:
-            ctx.save_for_backward(torch.zeros_like(hidden), torch.zeros_like(weight) if wants[1] else None, None)
-            return h.new_zeros(())
 
         def chunk(start: int) -> tuple[Tensor, Tensor]:
             """(M, C) logits of one vocabulary chunk and their derivative by hidden @ W^T."""
@@ -196,29 +193,34 @@ class _HeadRatio(torch.autograd.Function):
             total += z.sum(dim=1)
         mean = total / vocabulary if centered else torch.zeros_like(total)
         gram -= vocabulary * torch.outer(mean, mean)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        grad_hidden = torch.zeros_like(h)
+        grad_weight = torch.zeros_like(weight, dtype=h.dtype) if wants[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=h.dtype) if bias is not None and wants[2] else None
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        if not bool(gram.any()):  # no rows, or logits of zero: 0 with a gradient of 0
+            return h.new_zeros(())
         s, vectors = _gram_eigen(gram)
         value, gradient = ratio_gradient(s, k, norm)
         weights = torch.where(gradient != 0, gradient / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
         core = (vectors * weights) @ vectors.T  # d value / dZ = core @ (Z - mean)
-        grad_hidden = torch.zeros_like(h)
-        grad_weight = torch.zeros_like(weight) if wants[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
         for start in range(0, vocabulary, chunk_size):
             part = slice(start, start + chunk_size)
             z, slope = chunk(start)
             inner = core @ (z - mean[:, None]) * slope
             grad_hidden += inner @ weight[part].double()
             if grad_weight is not None:
-                grad_weight[part] = (inner.T @ h).to(weight.dtype)
-            if grad_bias is not None and bias is not None:
-                grad_bias[part] = inner.sum(dim=0).to(bias.dtype)
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
+                grad_weight[part] = inner.T @ h
+            if grad_bias is not None:
+                grad_bias[part] = inner.sum(dim=0)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        grads = [
+            None if g is None else (g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*grads, *([None] * 6))
 
 

@@ -166,18 +166,20 @@ class _TokenTermsFunction(torch.autograd.Function):
                         grad_bias += next(grads)
             sums[0] += loss.detach()
             sums[1:] += values
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
-        ctx.mark_non_differentiable(sums)
-        return sums[0].clone(), sums[1:]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        values = sums[1:].clone()
+        ctx.mark_non_differentiable(values)
+        return sums[0].clone(), values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
+        # the factor (1 / tokens, say) stays in its own precision: in bfloat16 it would shrink every gradient alike
+        grads = [
+            None if g is None else (g.to(torch.promote_types(g.dtype, grad_loss.dtype)) * grad_loss).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*grads, None, None, None, None, None)
 
 
