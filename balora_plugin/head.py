@@ -22,6 +22,7 @@ class Head:
     bias: Tensor | None
     scale: float = 1.0
     softcap: float | None = None
+    source: Any = None  # the parameter `weight` is, or was gathered from
 
     @property
     def trains(self) -> bool:
@@ -42,11 +43,12 @@ def read_head(model: PreTrainedModel, *, teacher: bool = False) -> Head:
         )
     if isinstance(layer, ModulesToSaveWrapper):
         layer = layer.original_module if teacher else layer.modules_to_save[layer.active_adapter]
-    weight, bias = layer.weight, getattr(layer, "bias", None)
+    source = weight = layer.weight
+    bias = getattr(layer, "bias", None)
     if hasattr(weight, "full_tensor"):  # sharded (FSDP2)
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     config = model.config.get_text_config()
-    return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None), source)
 
 
 def _logit_scale(config: Any) -> float:
@@ -100,7 +102,8 @@ class FactorCache:
         self._factor: HeadFactor | None = None
 
     def get(self, head: Head) -> HeadFactor:
-        key = (head.weight.data_ptr(), head.weight._version, tuple(head.weight.shape), head.weight.device)
+        # not the address of the data: a gathered (sharded) weight has another one at every step
+        key = (id(head.source), head.source._version, tuple(head.weight.shape), head.weight.device)
         if self._factor is None or key != self._key:
             self._factor, self._key = HeadFactor.from_weight(head.weight.detach(), head.bias), key
         return self._factor
