@@ -53,7 +53,7 @@ def covariance(student: Tensor) -> Tensor:
         raise ValueError(f"covariance needs at least 2 samples and 2 columns, got {n} x {d}.")
     z = z - z.mean(dim=0)
     cov = z.T @ z / (n - 1)
-    return (cov.square().sum() - cov.diagonal().square().sum()) / d
+    return (cov - torch.diag(cov.diagonal())).square().sum() / d  # a difference of sums would cancel
 
 
 def spectral(student: Tensor, *, k: int, norm: str = "nuclear", centered: bool = False) -> Tensor:
@@ -69,8 +69,8 @@ def spectral(student: Tensor, *, k: int, norm: str = "nuclear", centered: bool =
     z = upcast(student)
     if centered:
         z = z - z.mean(dim=-1, keepdim=True)
-    if z.numel() == 0:
-        return z.sum()
+    if not bool(z.any()):  # no rows, or all zero: 0 with a gradient of 0, not 0 / 0
+        return z.sum() * 0.0
     return -singular_value_ratio(torch.linalg.svdvals(z), k, norm)
 
 
@@ -90,7 +90,7 @@ def consistency_rows(student: Tensor, teacher: Tensor, *, form: str = "kl", temp
     """[`consistency`] per row: (rows, D), (rows, D) -> (rows,)."""
     z_s, z_t = upcast(student), upcast(teacher.detach())
     if form == "mse":
-        return (F.normalize(z_s, dim=-1) - F.normalize(z_t, dim=-1)).square().mean(dim=-1)
+        return (F.normalize(z_s, dim=-1, eps=1e-6) - F.normalize(z_t, dim=-1, eps=1e-6)).square().mean(dim=-1)
     # log_softmax, not softmax().log(): the latter is -inf at a logit gap of 120 in float32
     log_s, log_t = F.log_softmax(z_s / temperature, dim=-1), F.log_softmax(z_t / temperature, dim=-1)
     if form == "kl":

@@ -378,3 +378,17 @@ def test_autocast_runs_the_product_in_its_dtype_and_widens_the_result():
     assert torch.equal(logits, (hidden.bfloat16() @ weight.bfloat16().T).float())
     assert not torch.equal(logits, hidden @ weight.T)
     assert torch.equal(wide, hidden.double() @ weight.double().T)
+
+
+def test_without_gradients_none_is_computed_and_the_values_are_the_same():
+    example = case(trains="hidden weight", **ALL)
+    with torch.no_grad():
+        quiet = example.fused()
+    assert not quiet.loss.requires_grad
+    torch.testing.assert_close(quiet.loss, example.fused().loss.detach())
+
+
+def test_a_teacher_bias_alone_is_refused():
+    hidden, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with pytest.raises(ValueError, match="teacher_bias"):
+        token_terms(hidden, hidden, weight, torch.tensor([1, 2]), lambda_consistency=1.0, teacher_bias=torch.ones(4))

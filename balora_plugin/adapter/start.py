@@ -21,7 +21,9 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = Fal
     w = weight.detach()
     w = w if w.dtype == torch.float64 else w.float()
     limit = min(w.shape[-2:])
-    if not 1 <= rank <= limit:
+    if rank < 1:
+        raise ValueError(f"r={rank} must be >= 1.")
+    if rank > limit:
         raise ValueError(f"r={rank} is larger than the matrix {tuple(w.shape[-2:])} allows: write r <= {limit}.")
     if not scaling > 0:
         raise ValueError(f"the scaling lora_alpha / r is {scaling}: write lora_alpha > 0.")

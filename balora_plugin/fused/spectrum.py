@@ -85,14 +85,14 @@ def spectral_term(
         y = y @ (factor.centered if centered else factor.plain) * scale
         if flattened:
             y = y.flatten(1)
-        value = _MatrixRatio.apply(y, k, norm)
+        value = _MatrixRatio.apply(y, k, norm, torch.is_grad_enabled())
     return value.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
 
 def matrix_spectral_term(matrix: Tensor, *, k: int, norm: str = "nuclear") -> Tensor:
     """The same of a matrix (M, d) as it stands (`svd_input="features"`)."""
     with torch.autocast(matrix.device.type, enabled=False):
-        value = _MatrixRatio.apply(matrix.double(), k, norm)
+        value = _MatrixRatio.apply(matrix.double(), k, norm, torch.is_grad_enabled())
     return value.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
 
 
@@ -114,7 +114,8 @@ def head_spectral_term(
     weight (V, d) and bias (V,). Costs O(M^2 V) instead of O(M d^2).
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        value = _HeadRatio.apply(hidden, weight, bias, k, norm, centered, scale, softcap, chunk_size)
+        options = (k, norm, centered, scale, softcap, chunk_size, torch.is_grad_enabled())
+        value = _HeadRatio.apply(hidden, weight, bias, *options)
     return value.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
 
 
@@ -127,20 +128,21 @@ def ratio_gradient(s: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
         leaf = s.detach().requires_grad_()
         value = -singular_value_ratio(leaf, k, norm)
         (gradient,) = torch.autograd.grad(value, leaf)
-    alive = s > _RELATIVE_ZERO * s[0]
-    return value.detach(), torch.where(alive, gradient, torch.zeros_like(gradient))
+    return value.detach(), torch.where(s > 0, gradient, torch.zeros_like(gradient))
 
 
 class _MatrixRatio(torch.autograd.Function):
     """Minus the singular-value ratio of a float64 matrix, by the Gram matrix of its smaller side."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, k: int, norm: str) -> Tensor:
+    def forward(ctx: Any, y: Tensor, k: int, norm: str, differentiate: bool) -> Tensor:
         if y.numel() == 0 or not bool(y.any()):
             ctx.save_for_backward(torch.zeros_like(y))
             return y.new_zeros(())
         tall = y.shape[0] > y.shape[1]
         s, vectors = _gram_eigen(y.T @ y if tall else y @ y.T)
+        if not differentiate:  # inside forward gradients are always off: the caller looked
+            return -singular_value_ratio(s, k, norm)
         value, gradient = ratio_gradient(s, k, norm)
         weights = torch.where(gradient != 0, gradient / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
         ctx.save_for_backward((y @ vectors) * weights @ vectors.T if tall else (vectors * weights) @ (vectors.T @ y))
@@ -150,7 +152,7 @@ class _MatrixRatio(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None
+        return gradient * grad, None, None, None
 
 
 class _HeadRatio(torch.autograd.Function):
@@ -168,6 +170,7 @@ class _HeadRatio(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         chunk_size: int,
+        differentiate: bool,
     ) -> Tensor:
         h = hidden.double()
         m, vocabulary = h.shape[0], weight.shape[0]
@@ -201,6 +204,8 @@ class _HeadRatio(torch.autograd.Function):
         if not bool(gram.any()):  # no rows, or logits of zero: 0 with a gradient of 0
             return h.new_zeros(())
         s, vectors = _gram_eigen(gram)
+        if not differentiate:
+            return -singular_value_ratio(s, k, norm)
         value, gradient = ratio_gradient(s, k, norm)
         weights = torch.where(gradient != 0, gradient / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
         core = (vectors * weights) @ vectors.T  # d value / dZ = core @ (Z - mean)
@@ -221,13 +226,15 @@ class _HeadRatio(torch.autograd.Function):
         grads = [
             None if g is None else (g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, *([None] * 6))
+        return (*grads, *([None] * 7))
 
 
 def _gram_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Descending singular values (n,) and vectors (n, n) from a Gram matrix (n, n)."""
     eigenvalues, vectors = torch.linalg.eigh(gram)
-    return eigenvalues.flip(0).clamp_min(0.0).sqrt(), vectors.flip(1)
+    s = eigenvalues.flip(0).clamp_min(0.0).sqrt()
+    # what a Gram matrix of lower rank leaves of its zeros would add up in the nuclear norm
+    return torch.where(s > _RELATIVE_ZERO * s[0], s, torch.zeros_like(s)), vectors.flip(1)
 
 
 def _square_root(gram: Tensor) -> Tensor:

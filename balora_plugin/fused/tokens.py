@@ -45,6 +45,7 @@ class _Options(NamedTuple):
     scale: float
     softcap: float | None
     chunk_size: int
+    differentiate: bool
 
 
 def token_terms(
@@ -93,6 +94,8 @@ def token_terms(
     (2, 4.1589)
     """
     _check_shapes(hidden, teacher_hidden, weight, labels, lambda_consistency)
+    if teacher_weight is None and teacher_bias is not None:
+        raise ValueError("teacher_bias is given without teacher_weight: pass both, or neither.")
     options = _Options(
         float(lambda_task),
         float(lambda_consistency),
@@ -103,6 +106,7 @@ def token_terms(
         float(scale),
         softcap,
         chunk_size or default_chunk(weight.shape[0]),
+        torch.is_grad_enabled(),  # inside a Function's forward it never is
     )
     counted = labels != -100
     if teacher_hidden is not None and lambda_consistency == 0:
@@ -133,7 +137,7 @@ class _TokenTermsFunction(torch.autograd.Function):
         teacher_bias: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        wants = ctx.needs_input_grad[:3]
+        wants = [want and options.differentiate for want in ctx.needs_input_grad[:3]]
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         if teacher_weight is None:
             teacher_weight, teacher_bias = weight, bias
