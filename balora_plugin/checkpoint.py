@@ -7,6 +7,7 @@ stock file) and ba_lora.json (format version, settings, hashes), written last. U
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -14,8 +15,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
@@ -39,38 +42,49 @@ def stock_config(config: BaLoraConfig, model: PeftModel | None = None, adapter_n
     """The LoraConfig of the saved file: rank 2r with the same scaling in delta form, rank r otherwise.
 
     alpha / r = (2 alpha) / (2 r) exactly. With rsLoRA alpha / sqrt(r) has no such twin, so the saved file says
-    use_rslora=False with an alpha per layer that gives the same float; `model` is needed to know the layers then.
-
-    Raises:
-        ValueError: a scaling that no encoding reproduces.
+    use_rslora=False with an alpha that gives the same float. Patterns are written per layer where their own form, read
+    back by PEFT, would give a layer something else (rsLoRA; overlapping patterns, whose order the file loses). `model`
+    is needed to know the layers: without it (a config saved before training) patterns stay as they are, doubled.
     """
     if not config.delta:
         return config.to_lora_config(init_lora_weights=True)
-    changes: dict[str, Any] = {
-        "init_lora_weights": True,
-        "r": 2 * config.r,
-        "rank_pattern": {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()},
-    }
-    if not config.use_rslora:
-        changes["lora_alpha"] = 2 * config.lora_alpha
-        changes["alpha_pattern"] = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
-        return config.to_lora_config(**changes)
-    changes |= {"use_rslora": False, "lora_alpha": _alpha_for(config.lora_alpha / math.sqrt(config.r), 2 * config.r)}
-    default_rank: int = config.r
-    default_alpha: float = config.lora_alpha
     ranks: dict[str, int] = config.rank_pattern or {}
     alphas: dict[str, float] = config.alpha_pattern or {}
-    changes["alpha_pattern"] = {}
-    if (ranks or alphas) and model is not None:
-        changes["alpha_pattern"] = {
-            target_key(name, layer): _alpha_for(layer.scaling[adapter_name], 2 * layer.r[adapter_name])
-            for name, layer in delta_layers_of(model, adapter_name)
+    default_rank: int = config.r
+    default_alpha: float = config.lora_alpha
+    rslora: bool = config.use_rslora
+    doubled = {key: 2 * rank for key, rank in ranks.items()}
+    if rslora:
+        alpha = _alpha_for(default_alpha / math.sqrt(default_rank), 2 * default_rank)
+        scaled = {
+            key: _alpha_for(
+                alphas.get(key, default_alpha) / math.sqrt(ranks.get(key, default_rank)),
+                2 * ranks.get(key, default_rank),
+            )
+            for key in {**ranks, **alphas}
         }
-    else:  # no layers known yet (a config saved before training): per pattern; the adapter's own save is per layer
-        for key in {**ranks, **alphas}:
-            rank, alpha = ranks.get(key, default_rank), alphas.get(key, default_alpha)
-            changes["alpha_pattern"][key] = _alpha_for(alpha / math.sqrt(rank), 2 * rank)
-    return config.to_lora_config(**changes)
+    else:
+        alpha, scaled = 2 * default_alpha, {key: 2 * value for key, value in alphas.items()}
+    changes: dict[str, Any] = {"init_lora_weights": True, "use_rslora": False, "r": 2 * default_rank}
+    stock = config.to_lora_config(**changes, lora_alpha=alpha, rank_pattern=doubled, alpha_pattern=scaled)
+    if model is None or not (ranks or alphas):
+        return stock
+    layers = [(target_key(name, layer), layer) for name, layer in delta_layers_of(model, adapter_name)]
+    if all(_as_peft_reads(stock, key) == (2 * la.r[adapter_name], la.scaling[adapter_name]) for key, la in layers):
+        return stock
+    stock.rank_pattern = {key: 2 * layer.r[adapter_name] for key, layer in layers}
+    stock.alpha_pattern = {
+        key: _alpha_for(layer.scaling[adapter_name], 2 * layer.r[adapter_name]) for key, layer in layers
+    }
+    return stock
+
+
+def _as_peft_reads(config: LoraConfig, key: str) -> tuple[int, float]:
+    """Rank and scaling PEFT gives the module `key` when it reads `config` back from its file, where keys are sorted."""
+    rank_key = get_pattern_key(sorted(config.rank_pattern), key)
+    alpha_key = get_pattern_key(sorted(config.alpha_pattern), key)
+    rank = config.rank_pattern.get(rank_key, config.r)
+    return rank, config.alpha_pattern.get(alpha_key, config.lora_alpha) / rank
 
 
 def _alpha_for(scaling: float, rank: int) -> float:
@@ -159,12 +173,11 @@ def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> Non
     for name, layer in delta_layers(model, adapter_name):
         expected |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
         key = target_key(name.removeprefix(PEFT_PREFIX), layer)
-        rank = saved.rank_pattern.get(get_pattern_key(saved.rank_pattern.keys(), key), saved.r)
-        alpha = saved.alpha_pattern.get(get_pattern_key(saved.alpha_pattern.keys(), key), saved.lora_alpha)
-        scaling = torch.tensor([alpha / rank, layer.scaling[adapter_name]], dtype=torch.float32)
-        if rank != 2 * layer.r[adapter_name] or scaling[0] != scaling[1]:
+        rank, scaling = _as_peft_reads(saved, key)
+        both = torch.tensor([scaling, layer.scaling[adapter_name]], dtype=torch.float32)
+        if rank != 2 * layer.r[adapter_name] or both[0] != both[1]:
             raise RuntimeError(
-                f"the saved config would give layer {key} rank {rank} and scaling {alpha / rank} instead of "
+                f"the saved config would give layer {key} rank {rank} and scaling {scaling} instead of "
                 f"{2 * layer.r[adapter_name]} and {layer.scaling[adapter_name]}: please report this."
             )
     if lora_keys != expected:
@@ -178,9 +191,13 @@ def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] 
     """Writes ba_lora.json; without `hashes` it says that no weights stand beside it yet."""
     from . import __version__
 
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    for key in ("runtime_config", "peft_type", "auto_mapping"):
-        values.pop(key, None)
+    # only what is set: another PEFT release may not know the rest
+    neutral = type(config)().to_dict()
+    values = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+        if value != neutral.get(key) and key not in ("runtime_config", "auto_mapping", "peft_version", "inference_mode")
+    }
     settings = {
         "format_version": FORMAT_VERSION,
         "balora_plugin_version": __version__,
@@ -193,7 +210,7 @@ def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] 
     }
     path = Path(directory, SETTINGS_FILE)
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -206,7 +223,11 @@ def find_file(model_id: str, name: str, subfolder: str | None = None, **hub: Any
         return None
     try:
         return hf_hub_download(model_id, name, subfolder=subfolder, **hub)
-    except Exception:  # any hub failure means: not there; the caller names the file
+    except LocalEntryNotFoundError:  # could not be asked: not the same as absent
+        raise ValueError(
+            f"{model_id!r} is no directory here, and the hub could not be reached for its {name}."
+        ) from None
+    except EntryNotFoundError:
         return None
 
 
@@ -238,7 +259,46 @@ def read_config(model_id: str, subfolder: str | None = None, **hub: Any) -> BaLo
             f"{model_id!r} holds no {SETTINGS_FILE}: it is not a BA-LoRA adapter (or its side files were not copied). "
             "As a plain LoRA it loads with peft.PeftModel.from_pretrained."
         )
-    return BaLoraConfig(**settings["config"])
+    values = settings["config"]
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(BaLoraConfig)})
+    if unknown:
+        raise ValueError(
+            f"{model_id!r} was saved with {unknown[0]}={values[unknown[0]]!r}, which this release of PEFT "
+            f"({peft.__version__}) does not know: pip install -U peft."
+        )
+    return BaLoraConfig(**values)
+
+
+def check_settings(settings: dict[str, Any], config: BaLoraConfig, model_id: str) -> None:
+    """Refuses to load factors into an adapter that would scale them differently.
+
+    Raises:
+        ValueError: names the setting, both values and the remedy.
+    """
+    neutral = type(config)()
+    for key in ("r", "lora_alpha", "use_rslora"):
+        saved, here = settings["config"].get(key, getattr(neutral, key)), getattr(config, key)
+        if saved != here:
+            raise ValueError(
+                f"{key}={here!r} here, but the adapter in {model_id!r} has {key}={saved!r}: write {saved!r}."
+            )
+
+
+def check_hashes(settings: dict[str, Any], model_id: str, subfolder: str | None = None, **hub: Any) -> None:
+    """Refuses tensor files that are not the ones this ba_lora.json was written for (a crash, a mixed-up copy).
+
+    Raises:
+        ValueError: names the file.
+    """
+    for name in (WEIGHTS_FILE, INIT_FILE):
+        path = find_file(model_id, name, subfolder, **hub)
+        if path is None:
+            continue  # named by whoever needs it
+        if settings["sha256"].get(name) != _sha256(path):
+            raise ValueError(
+                f"{path} is not the file that {SETTINGS_FILE} beside it was written for: the save was cut short, or "
+                "files of two runs were mixed. Use the last whole checkpoint. (For inference alone: peft.PeftModel.)"
+            )
 
 
 def read_factors(

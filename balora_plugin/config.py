@@ -142,6 +142,8 @@ class RegularizerConfig:
         _check_integer("svd_top_k", self.svd_top_k, minimum=1)
         _check_integer("teacher_interval", self.teacher_interval, minimum=1, optional=False)
         _check_integer("share_interval", self.share_interval, minimum=0, optional=False)
+        if self.diversity_top_k == 1:
+            raise ValueError("diversity_top_k=1 makes the entropy 0 by definition: write 0 (full vocabulary) or >= 2.")
         if self.teacher_cache is not None:
             raise ValueError(
                 f"teacher_cache={self.teacher_cache!r} is not available in this version of balora-plugin: remove it "

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .fused import HeadFactor
 from .fused.project import project
+from .teacher import quantised_layers_stay_in_training_mode
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def read_head(model: PreTrainedModel, *, teacher: bool = False) -> Head:
             "causal language model."
         )
     if isinstance(layer, ModulesToSaveWrapper):
-        layer = layer.original_module if teacher else layer.modules_to_save[layer.active_adapter]
+        active = [name for name in layer.active_adapters if name in layer.modules_to_save]
+        layer = layer.modules_to_save[active[0]] if active and not teacher else layer.original_module
     source = weight = layer.weight
     bias = getattr(layer, "bias", None)
     if hasattr(weight, "full_tensor"):  # sharded (FSDP2)
@@ -79,8 +81,9 @@ def check_head(model: PreTrainedModel) -> None:
     captured: list[Tensor] = []
     handle = backbone.register_forward_hook(lambda module, args, output: captured.append(output.last_hidden_state))
     try:
-        ids = torch.arange(1, 5, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
-        expected = model(input_ids=ids, use_cache=False).logits
+        with quantised_layers_stay_in_training_mode(model):
+            ids = torch.arange(1, 5, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+            expected = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
     head = read_head(model)

@@ -23,14 +23,17 @@ from .fused import head_spectral_term, matrix_spectral_term, spectral_term, toke
 from .fused.project import project
 from .head import FactorCache, Head, read_head
 from .schedules import Lambdas
-from .teacher import teacher_mode
+from .teacher import TeacherSwitch
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
 
 @dataclass
 class StepRequest:
-    """What the trainer asks of one forward pass. `lambdas` are the weights in force, teacher interval included."""
+    """What the trainer asks of one forward pass.
+
+    `lambdas` are the weights in force; lambdas.consistency includes `teacher_factor`, the teacher interval (or 0).
+    """
 
     config: RegularizerConfig
     lambdas: Lambdas
@@ -38,6 +41,8 @@ class StepRequest:
     teacher: PreTrainedModel | None = None
     return_logits: bool = False
     measure_shares: bool = False
+    teacher_factor: int = 1
+    switch: TeacherSwitch | None = None
     warn: Callable[[str, str], None] = lambda key, message: None
 
 
@@ -117,7 +122,7 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
 
     teacher_hidden = teacher_head = None
     if lambdas.consistency:
-        teacher_hidden, teacher_head = _teacher_pass(model, request.teacher, inputs)
+        teacher_hidden, teacher_head = _teacher_pass(model, request, inputs)
     extra = {"output_router_logits": True} if router else {}
     outputs = model.base_model(**inputs, **extra)
     hidden = outputs.last_hidden_state
@@ -173,6 +178,7 @@ def _terms(
             top_k=config.diversity_top_k or 0,
             teacher_weight=None if teacher_head is None else teacher_head.weight,
             teacher_bias=None if teacher_head is None else teacher_head.bias,
+            all_counted=True,
         )
 
     def svd(h: Tensor) -> Tensor | None:
@@ -190,7 +196,8 @@ def _terms(
         "svd": svd(rows),
     }
     if request.measure_shares and rows.shape[0]:
-        result["shares"] = _shares(rows, lambdas, tokens, svd)
+        each = lambdas._replace(consistency=lambdas.consistency / max(request.teacher_factor, 1))
+        result["shares"] = _shares(rows, each, tokens, svd)
     return result
 
 
@@ -257,17 +264,14 @@ def _svd_term(request: StepRequest, head: Head, rows: Tensor, states: Tensor, co
     return spectral_term(rows, request.factors.get(head), k=k, norm=norm, centered=centered, scale=head.scale)
 
 
-def _teacher_pass(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, inputs: dict[str, Any]
-) -> tuple[Tensor, Head | None]:
+def _teacher_pass(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> tuple[Tensor, Head | None]:
     """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's."""
-    if teacher is not None:
+    if request.teacher is not None:
         with torch.no_grad():
-            return teacher.base_model(**inputs).last_hidden_state, read_head(teacher)
-    with teacher_mode(model):
+            return request.teacher.base_model(**inputs).last_hidden_state, read_head(request.teacher)
+    with (request.switch or TeacherSwitch(model)).off():
         hidden = model.base_model(**inputs).last_hidden_state
-    head = read_head(model, teacher=True)
-    return hidden, head
+    return hidden, read_head(model, teacher=True)
 
 
 def _wants_router_logits(model: PreTrainedModel) -> bool:

@@ -12,31 +12,42 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
-@contextmanager
-def teacher_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes what the pre-trained model computes: adapters off, eval mode, no gradient.
+class TeacherSwitch:
+    """Switches a model to the pre-trained one and back. Holds its lists of modules: a walk over 3,500 takes 5 ms.
 
     A flag, not PEFT's `disable_adapter()`: that one re-enables gradients on frozen adapters when it exits, and breaks
-    non-reentrant checkpointing. `modules_to_save` fall back to their initial copy by the same flag. Every module's flag
-    is restored as it was.
+    non-reentrant checkpointing. `modules_to_save` fall back to their initial copy by the same flag.
     """
-    switched: list[tuple[Any, bool]] = []
-    evaluated: list[nn.Module] = []
-    for module in model.modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            switched.append((module, module._disable_adapters))
-            module._disable_adapters = True
-        if module.training and not is_quantised_linear(module):
-            evaluated.append(module)
-            module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, disabled in switched:
-            module._disable_adapters = disabled
-        for module in evaluated:
-            module.training = True
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._adapters: list[Any] = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        self._others = [m for m in modules if not is_quantised_linear(m)]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside: adapters off, eval mode, no gradient. Every module's flag is restored as it was."""
+        disabled = [(module, module._disable_adapters) for module in self._adapters]
+        training = [module for module in self._others if module.training]
+        try:
+            for module, _ in disabled:
+                module._disable_adapters = True
+            for module in training:  # past nn.Module.__setattr__, which costs more than the rest of this
+                module.__dict__["training"] = False
+            with torch.no_grad():
+                yield
+        finally:
+            for module, was in disabled:
+                module._disable_adapters = was
+            for module in training:
+                module.__dict__["training"] = True
+
+
+@contextmanager
+def teacher_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes what the pre-trained model computes: see [`TeacherSwitch`]."""
+    with TeacherSwitch(model).off():
+        yield
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
@@ -46,7 +57,7 @@ def is_quantised_linear(module: nn.Module) -> bool:
 
 @contextmanager
 def quantised_layers_stay_in_training_mode(model: nn.Module) -> Iterator[None]:
-    """For an evaluation in the middle of training: see [`is_quantised_linear`]."""
+    """For a forward before or between training steps: see [`is_quantised_linear`]."""
     changed = [m for m in model.modules() if is_quantised_linear(m) and not m.training]
     for module in changed:
         module.training = True

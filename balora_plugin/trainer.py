@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging
 
 from .adapter.config import BaLoraConfig
+from .checks import check_arguments, check_regularizers, check_teacher, resolve
 from .config import RegularizerConfig
-from .head import FactorCache, check_head, read_head
+from .head import FactorCache, check_head
 from .objective import StepOutput, StepRequest, install
 from .schedules import Lambdas, lambdas_at
-from .teacher import quantised_layers_stay_in_training_mode
+from .teacher import TeacherSwitch, quantised_layers_stay_in_training_mode
 
 logger = logging.get_logger(__name__)
 
@@ -28,8 +28,6 @@ else:
 
 NEGLIGIBLE_SHARE = 1e-3
 TERMS = ("consistency", "diversity", "svd")
-# starts that rewrite the base weights: switching such an adapter off gives a residual model, not the pre-trained one
-_MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class BaLoraTrainerMixin(_Base):
@@ -45,8 +43,11 @@ class BaLoraTrainerMixin(_Base):
         teacher_model: An explicit second model as teacher, in eval mode. Not needed with an adapter.
 
     Logs `balora/task`, `balora/consistency`, `balora/diversity`, `balora/svd` (unweighted means), `balora/loss`
-    (weighted total) and `balora/share_*`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone.
+    (weighted total) and `balora/share_*`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone;
+    evaluation measures every configured term, at its full weight whatever the schedule.
     """
+
+    _ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
 
     def __init__(
         self,
@@ -72,24 +73,32 @@ class BaLoraTrainerMixin(_Base):
             return
         if not isinstance(regularizers, RegularizerConfig):
             raise TypeError(f"regularizers must be a RegularizerConfig, got {type(regularizers).__name__}.")
+        check_regularizers(regularizers)
         check_arguments(self.args)
         if getattr(self, "compute_loss_func", None) is not None:
             raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        config = regularizers.resolved(_task_of(causal_lm, regularizers))
+        config = resolve(causal_lm, regularizers)
         if config.lambda_consistency:
-            _check_teacher(model, adapter, teacher_model)
-        _check_model(causal_lm, config)
-        check_head(causal_lm)
+            check_teacher(adapter, teacher_model)
+        if not self._ba_lora_head_checked:
+            check_head(causal_lm)
         install(causal_lm)
+        if isinstance(teacher_model, PeftModel):
+            teacher_model = teacher_model.get_base_model()  # its adapters live in the module tree
         if teacher_model is not None:
+            check_head(teacher_model)
             teacher_model.requires_grad_(False).eval().to(self.args.device)
+        if isinstance(adapter, BaLoraConfig):
+            adapter.regularizers = regularizers  # what is used is what the adapter's file says
         self.ba_lora = config
         self.model_accepts_loss_kwargs = True  # the host then counts the tokens of the accumulated batch for us
         self._ba_lora_teacher = teacher_model
         self._ba_lora_factors = FactorCache()
+        self._ba_lora_switch = TeacherSwitch(causal_lm)
         self._ba_lora_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it
+        self._ba_lora_shares_due = False
         self._ba_lora_wants_logits = False
         self._ba_lora_warned: set[str] = set()
         logger.info(f"BA-LoRA: {config}")
@@ -106,24 +115,24 @@ class BaLoraTrainerMixin(_Base):
         config, state = self.ba_lora, self.state
         assert config is not None
         lambdas = lambdas_at(config, state.global_step / max(state.max_steps, 1))
-        measure = False
+        measure, factor = False, 1
         if training:
             step, micro = self._ba_lora_position
             micro = micro + 1 if step == state.global_step else 0
             self._ba_lora_position = (state.global_step, micro)
-            interval = config.teacher_interval
-            if interval > 1:
-                # the same choice on every rank, and after a resume
-                index = state.global_step * self.args.gradient_accumulation_steps + micro
-                factor = interval if index % interval == 0 else 0
-                lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
-            # not at step 0, where the consistency gradient is zero by construction
+            # the same choice on every rank, and after a resume
+            index = state.global_step * self.args.gradient_accumulation_steps + micro
+            factor = config.teacher_interval if index % config.teacher_interval == 0 else 0
             every = config.share_interval
-            measure = (
-                bool(every)
-                and micro == 0
-                and (state.global_step == 1 or (state.global_step and state.global_step % every == 0))
-            )
+            # not at step 0, where the consistency gradient is zero by construction
+            due = state.global_step == 1 or (state.global_step > 0 and state.global_step % max(every, 1) == 0)
+            if every and micro == 0 and due:
+                self._ba_lora_shares_due = True
+            measure = self._ba_lora_shares_due and bool(factor)
+            self._ba_lora_shares_due = self._ba_lora_shares_due and not measure
+            lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
+        else:  # every configured term at its full weight, so that evaluations compare
+            lambdas = Lambdas(*(getattr(config, f"lambda_{name}") for name in TERMS))
         return StepRequest(
             config=config,
             lambdas=lambdas,
@@ -131,6 +140,8 @@ class BaLoraTrainerMixin(_Base):
             teacher=self._ba_lora_teacher,
             return_logits=self._ba_lora_wants_logits,
             measure_shares=measure,
+            teacher_factor=factor,
+            switch=self._ba_lora_switch,
             warn=self._ba_lora_warn,
         )
 
@@ -203,12 +214,13 @@ class BaLoraTrainerMixin(_Base):
             values |= {"svd": out.svd.detach(), "svd_count": one, "weighted_svd": lambdas.svd * out.svd.detach()}
         values["batches"] = torch.ones_like(out.loss)
         if out.shares is not None:
-            for name, share in zip(TERMS, out.shares, strict=True):
-                values[f"share_{name}"] = share
-            values["share_count"] = torch.ones_like(out.loss)
+            for name, share, weight in zip(TERMS, out.shares, lambdas, strict=True):
+                if weight:  # a schedule may hold a term back for now
+                    values |= {f"share_{name}": share, f"share_{name}_count": torch.ones_like(out.loss)}
         sums = self._ba_lora_sums["train" if training else "eval"]
+        wide = torch.float32 if out.loss.device.type == "mps" else torch.float64
         for key, value in values.items():
-            value = value.detach().double()
+            value = value.detach().to(wide)
             sums[key] = sums[key] + value if key in sums else value
 
     def _take_terms(self, mode: str) -> dict[str, float]:
@@ -217,8 +229,8 @@ class BaLoraTrainerMixin(_Base):
         if not sums:
             return {}
         # every rank walks the same keys, whether or not its own batches had a term
-        keys = ["task", "count", "tokens", "batches", "weighted_svd", "share_count"]
-        keys += [f"{name}{suffix}" for name in TERMS for suffix in ("", "_count")] + [f"share_{name}" for name in TERMS]
+        keys = ["task", "count", "tokens", "batches", "weighted_svd"]
+        keys += [f"{what}{name}{suffix}" for what in ("", "share_") for name in TERMS for suffix in ("", "_count")]
         zero = torch.zeros_like(sums["task"])
         packed = self.accelerator.reduce(torch.stack([sums.get(key, zero) for key in keys]), "sum")
         total = defaultdict(float, zip(keys, packed.tolist(), strict=True))
@@ -228,19 +240,18 @@ class BaLoraTrainerMixin(_Base):
             if total[f"{name}_count"]:
                 logs[f"balora/{name}"] = total[name] / total[f"{name}_count"]
         logs["balora/loss"] = total["tokens"] / count + total["weighted_svd"] / max(total["batches"], 1.0)
-        if total["share_count"]:
-            shares = {name: total[f"share_{name}"] / total["share_count"] for name in TERMS}
-            logs |= {f"balora/share_{name}": value for name, value in shares.items()}
-            self._warn_negligible(shares)
+        shares = {n: total[f"share_{n}"] / total[f"share_{n}_count"] for n in TERMS if total[f"share_{n}_count"]}
+        logs |= {f"balora/share_{name}": value for name, value in shares.items()}
+        self._warn_negligible(shares)
         return logs
 
     def _warn_negligible(self, shares: dict[str, float]) -> None:
-        config = self.ba_lora
-        weights = {name: getattr(config, f"lambda_{name}") for name in TERMS}
-        # a schedule may hold a term back for now: its share is exactly 0 then
-        small = {name: share for name, share in shares.items() if weights[name] and 0 < share < NEGLIGIBLE_SHARE}
+        small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE}
         if small:
-            listed = ", ".join(f"lambda_{name}={weights[name]:g} ({share:.0e})" for name, share in small.items())
+            listed = ", ".join(
+                f"lambda_{name}={getattr(self.ba_lora, f'lambda_{name}'):g} ({share:.0e})"
+                for name, share in small.items()
+            )
             self._ba_lora_warn(
                 "negligible",
                 f"these terms carry less than {NEGLIGIBLE_SHARE:g} of the task's gradient and hardly act: {listed}. "
@@ -249,7 +260,7 @@ class BaLoraTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the training terms since the last training log."""
-        if self.ba_lora is not None and not any(key.startswith(("eval", "test")) for key in logs):
+        if self.ba_lora is not None and ("loss" in logs or "train_runtime" in logs):  # not an evaluation's row
             logs.update(self._take_terms("train"))
         super().log(logs, *args, **kwargs)
 
@@ -281,94 +292,7 @@ class BaLoraTrainerMixin(_Base):
             self._ba_lora_wants_logits = False
 
 
-def check_arguments(args: Any) -> None:
-    """Training arguments that would replace or bypass the loss, refused by name.
-
-    Raises:
-        ValueError: names the argument, its value and what to write.
-    """
-    refused: list[tuple[str, Any, str]] = [
-        ("label_smoothing_factor", 0.0, "the consistency term already softens the targets; set it to 0"),
-        ("use_liger_kernel", False, "it replaces the forward that computes the terms; set it to False"),
-        ("loss_type", ("nll", "chunked_nll"), "BA-LoRA's task loss is the cross-entropy; leave it at its default"),
-    ]
-    for key, allowed, remedy in refused:
-        value = getattr(args, key, None)
-        if value is None or value in (allowed if isinstance(allowed, tuple) else (allowed,)):
-            continue
-        raise ValueError(f"{key}={value!r} does not work with BA-LoRA: {remedy}.")
-    if getattr(args, "n_gpu", 1) > 1:
-        raise ValueError(
-            f"n_gpu={args.n_gpu}: nn.DataParallel is not supported. Launch with `accelerate launch` or `torchrun`, or "
-            "show one GPU with CUDA_VISIBLE_DEVICES."
-        )
-    parallelism = getattr(args, "parallelism_config", None)
-    for key in ("cp_enabled", "sp_enabled", "tp_enabled"):
-        if getattr(parallelism, key, False):
-            raise ValueError(f"parallelism_config.{key}=True does not work with BA-LoRA yet: use DDP or FSDP.")
-
-
 def _active_config(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
         return None
     return model.peft_config.get(model.active_adapters[0]) if model.active_adapters else None
-
-
-def _task_of(model: PreTrainedModel, regularizers: RegularizerConfig) -> str:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None:
-        return "nlg"
-    if regularizers.task == "nlg":
-        read_head(model)  # says that there is no LM head
-    raise ValueError(
-        f"{type(model).__name__} is not a causal language model: this version trains NLG (task='nlg'); the NLU terms "
-        "are available as formulas in balora_plugin.regularizers."
-    )
-
-
-def _check_teacher(model: nn.Module, adapter: Any, teacher_model: nn.Module | None) -> None:
-    if teacher_model is not None:
-        return
-    if adapter is None:
-        raise ValueError(
-            "lambda_consistency > 0 in full fine-tuning has no adapter to switch off for the teacher: pass "
-            "teacher_model=<the pre-trained model>, or set lambda_consistency=0."
-        )
-    if getattr(adapter, "is_prompt_learning", False):
-        raise ValueError(f"{type(adapter).__name__} cannot be switched off for the teacher: pass teacher_model=...")
-    if isinstance(adapter, BaLoraConfig):
-        return
-    start = str(getattr(adapter, "init_lora_weights", "")).lower()
-    if start.startswith(_MUTATING_STARTS):
-        raise ValueError(
-            f"init_lora_weights={start!r} rewrites the base weights, so switching the adapter off gives its residual "
-            "model, not the pre-trained one: use BaLoraConfig (the same start in delta form), or pass teacher_model=..."
-        )
-    for key, neutral in (("bias", "none"), ("trainable_token_indices", None)):
-        if getattr(adapter, key, neutral) not in (neutral, None):
-            raise ValueError(
-                f"{key}={getattr(adapter, key)!r} trains base parameters that the teacher shares: leave it at "
-                f"{neutral!r}, or pass teacher_model=..."
-            )
-
-
-def _check_model(model: PreTrainedModel, config: RegularizerConfig) -> None:
-    model_config = model.config
-    if hasattr(model_config, "vision_config") or hasattr(model_config, "audio_config"):
-        raise ValueError(
-            f"{type(model).__name__} is a multimodal (vision-language) model, which BA-LoRA does not train yet: use a "
-            "text-only model."
-        )
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, which BA-LoRA does not train: use a causal LM."
-        )
-    head = read_head(model)
-    if config.lambda_svd and config.svd_layout == "flattened" and config.svd_input != "features":
-        for what, present in (
-            ("a head bias", head.bias is not None),
-            ("a softcap", head.softcap is not None),
-            ("a head that trains", head.trains),
-        ):
-            if present:
-                raise ValueError(f"svd_layout='flattened' does not work with {what}: use svd_layout='rows'.")

@@ -142,6 +142,39 @@ def test_compute_metrics_and_resume(tmp_path, tokenizer, ids):
     assert torch.equal(logits(resumed.model.eval(), ids), logits(whole.model.eval(), ids))
 
 
+def test_an_evaluation_in_between_does_not_take_the_training_terms(tmp_path, tokenizer):
+    def run(evaluate):
+        class Custom(BaLoraTrainer):
+            def training_step(self, *args, **kwargs):
+                loss = super().training_step(*args, **kwargs)
+                if evaluate and self.state.global_step == 1:
+                    self.evaluate(metric_key_prefix="valid")
+                return loss
+
+        trainer = build(tmp_path, tokenizer, cls=Custom, peft_config=adapter(), logging_steps=2)
+        trainer.train()
+        return trainer
+
+    rows = [row for row in run(True).state.log_history if "valid_loss" in row]
+    assert rows
+    assert not any(key.startswith("balora/") for row in rows for key in row)
+    assert all("valid_balora/task" in row for row in rows)
+    assert history(run(True), "balora/task") == history(run(False), "balora/task")
+
+
+def test_an_adapter_on_the_lm_head_is_refused(tmp_path, tokenizer):
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="LM head"):
+        build(tmp_path, tokenizer, peft_config=config, regularizers=TERMS)
+
+
+def test_a_teacher_with_adapters_of_its_own(tmp_path, tokenizer):
+    teacher = ba_lora(tiny_llama())
+    trainer = build(tmp_path, tokenizer, regularizers=TERMS, teacher_model=teacher)
+    trainer.train()
+    assert history(trainer, "balora/consistency")[0] == pytest.approx(0, abs=1e-9)
+
+
 def test_models_without_an_lm_head_are_refused(tmp_path, tokenizer):
     from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -165,8 +198,14 @@ def test_a_four_bit_base_through_trl(tmp_path, tokenizer, ids):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     rows = Dataset.from_list([{"text": text} for text in TEXTS])
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantization, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 14
+    packed = [layer.weight.data.clone() for layer in layers]  # before any forward of ours
     trainer = BaLoraSFTTrainer(
-        model=str(tmp_path / "base"),
+        model=model,
         args=SFTConfig(
             output_dir=str(tmp_path / "out"),
             max_steps=3,
@@ -181,23 +220,19 @@ def test_a_four_bit_base_through_trl(tmp_path, tokenizer, ids):
             eval_strategy="steps",
             eval_steps=1,
             disable_tqdm=True,
-            model_init_kwargs={"device_map": {"": "cpu"}},
         ),
         train_dataset=rows,
         eval_dataset=rows.select(range(4)),
-        quantization_config=quantization,
+        processing_class=copy.deepcopy(tokenizer),
         peft_config=adapter(task_type="CAUSAL_LM"),
     )
-    layers = [m for m in trainer.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    assert len(layers) == 14
-    packed = [layer.weight.data.clone() for layer in layers]
     # SFTTrainer casts the trained factors of a quantised base to bfloat16; the frozen ones follow
     trainer.train()
     dtypes = {p.dtype for name, p in trainer.model.named_parameters() if "lora_" in name or "frozen_" in name}
     assert dtypes == {torch.bfloat16}
     assert history(trainer, "balora/consistency")[0] == 0
     assert history(trainer, "loss")[-1] < history(trainer, "loss")[0]
-    # evaluations in between did not repack the weights
+    # neither the check at construction nor evaluations in between repacked the weights
     assert all(torch.equal(layer.weight.data, p) for layer, p in zip(layers, packed, strict=True))
     trainer.save_model(str(tmp_path / "adapter"))
     base = AutoModelForCausalLM.from_pretrained(

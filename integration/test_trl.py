@@ -344,7 +344,7 @@ def test_compute_metrics_gets_the_models_logits(tmp_path, tokenizer):
 
 def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
     config = adapter(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], regularizers=TERMS)
-    settings = {"router_aux_loss_coef": 0.1, "max_steps": 2}
+    settings = {"router_aux_loss_coef": 0.1, "max_steps": 2, "gradient_accumulation_steps": 2}
     ours = build(tmp_path, tokenizer, model=tiny_mixtral(), peft_config=config, **settings)
     assert ours.aux_loss_enabled
     ours.train()
@@ -389,6 +389,12 @@ REFUSED = {
     ),
     "nlu": ({"peft_config": adapter(regularizers=RegularizerConfig(task="nlu"))}, "task='nlu'"),
 }
+
+
+def test_a_task_without_a_trainer_is_refused_before_the_model_loads(tmp_path, tokenizer):
+    config = adapter(regularizers=RegularizerConfig(task="nlu"))
+    with pytest.raises(ValueError, match="task='nlu'"):
+        build(tmp_path, tokenizer, model=str(tmp_path / "there is no such model"), peft_config=config)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -462,6 +468,32 @@ def test_teacher_interval_runs_every_nth_micro_batch_with_n_times_the_weight(tmp
     assert [request.lambdas.consistency for request in seen] == [1.5, 0, 0, 1.5, 0, 0]
 
 
+def test_the_share_of_a_teacher_that_runs_now_and_then_is_its_average_weights(tmp_path, tokenizer):
+    shares = []
+    for interval in (1, 3):
+        terms = RegularizerConfig(lambda_consistency=0.5, teacher_interval=interval, share_interval=1)
+        config = adapter(regularizers=terms, init_lora_weights="pissa")
+        trainer = build(tmp_path, tokenizer, peft_config=config, max_steps=7, learning_rate=1e-3)
+        trainer.train()
+        shares.append(history(trainer, "balora/share_consistency"))
+    assert len(shares[0]) == 6
+    assert len(shares[1]) == 2  # at the micro-batches where the teacher ran
+    assert shares[1][0] == pytest.approx(shares[0][2], rel=0.2)
+
+
+def test_evaluation_measures_every_term_whatever_the_schedule(tmp_path, tokenizer):
+    config = adapter(regularizers=RegularizerConfig(preset="iclr2026"))
+    result = build(tmp_path, tokenizer, peft_config=config, evaluate=True).evaluate()
+    assert all(f"eval_{key}" in result for key in KEYS)
+    expected = (
+        result["eval_balora/task"]
+        + 0.025 * result["eval_balora/consistency"]
+        + 0.005 * result["eval_balora/diversity"]
+        + 0.005 * result["eval_balora/svd"]
+    )
+    assert result["eval_balora/loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_checkpoints_are_stock_adapters_and_resuming_is_exact(tmp_path, tokenizer, ids):
     settings = {
         "max_steps": 6,
@@ -521,7 +553,16 @@ def test_model_by_path_and_saved_settings(tmp_path, tokenizer):
     tiny_llama().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     terms = RegularizerConfig(preset="iclr2026")
-    trainer = build(tmp_path, tokenizer, model=str(tmp_path / "base"), peft_config=adapter(regularizers=terms))
+    kwargs = {"dtype": "bfloat16"}
+    trainer = build(
+        tmp_path,
+        tokenizer,
+        model=str(tmp_path / "base"),
+        peft_config=adapter(),
+        regularizers=terms,  # on the trainer: what was used is what the file says
+        model_init_kwargs=kwargs,
+    )
+    assert trainer.model.get_base_model().dtype == torch.bfloat16
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     settings = json.loads((tmp_path / "adapter" / "ba_lora.json").read_text())

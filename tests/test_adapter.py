@@ -114,6 +114,16 @@ def test_a_cast_of_the_saved_layout_keeps_the_update_where_the_naive_layout_lose
     assert naive > 0.5  # the layout of converted PiSSA adapters
 
 
+def test_the_teacher_has_no_dropout_of_the_base(ids):
+    base = tiny_gpt2(attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5)
+    before = logits(base.eval(), ids)
+    model = ba_lora(base, lora_dropout=0.5).train()
+    train(model, ids, steps=2)
+    with teacher_mode(model):
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert not torch.equal(logits(model, ids), logits(model, ids))  # without eval mode it would be another each time
+
+
 def test_the_teacher_is_the_pretrained_model_where_disabling_stock_pissa_gives_the_residual(llama, ids):
     before = logits(llama.eval(), ids)
     ours = ba_lora(copy.deepcopy(llama)).train()
@@ -295,6 +305,30 @@ def test_several_adapters(llama, ids):
         assert torch.equal(logits(model, ids), base)
     model.delete_adapter("second")
     assert not any(".second." in name for name in model.state_dict())
+
+
+def test_added_adapters_keep_the_dtype_asked_for(ids):
+    config = BaLoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_ba_lora_model(tiny_llama().bfloat16(), config, autocast_adapter_dtype=False)
+    model.add_adapter("second", config, autocast_adapter_dtype=False)
+    model.add_adapter("third", config)
+    dtypes = {
+        name: {p.dtype for key, p in model.named_parameters() if f".{name}." in key} for name in ("second", "third")
+    }
+    assert dtypes == {"second": {torch.bfloat16}, "third": {torch.float32}}
+
+
+def test_factors_travel_on_a_device_the_process_group_can_carry(monkeypatch):
+    """Plain NCCL has no backend for the CPU, where TRL builds the model before it moves it."""
+    from balora_plugin.adapter import delta
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 3)
+    monkeypatch.setattr(delta.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(delta.torch.accelerator, "current_device_index", lambda: 3)
+    for backends, expected in (("cuda:nccl", cuda), ("cpu:gloo,cuda:nccl", cpu)):
+        monkeypatch.setattr(delta.dist, "get_backend_config", lambda backends=backends: backends)
+        assert delta._collective_device(cpu) == expected
+        assert delta._collective_device(cuda) == cuda
 
 
 def test_what_would_be_silently_wrong_is_refused(llama):

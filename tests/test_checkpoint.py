@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -215,7 +216,7 @@ def test_config_round_trip_and_no_silent_fallback(llama, tmp_path):
 def test_wrong_files_are_refused(llama, ids, tmp_path):
     model = ba_lora(fresh(llama))
     saved(model, ids, tmp_path / "a")
-    with pytest.raises(ValueError, match="rank 2"):
+    with pytest.raises(ValueError, match="r=2 here"):
         ba_lora(fresh(llama), r=2).load_adapter(str(tmp_path / "a"), "default")
     with pytest.raises(ValueError, match="does not target"):
         ba_lora(fresh(llama), targets=["q_proj"]).load_adapter(str(tmp_path / "a"), "default")
@@ -257,6 +258,75 @@ def test_unsupported_ways_to_save_are_refused(llama, tmp_path):
         model.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
         model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path))
+
+
+def test_files_of_two_runs_are_not_mixed(llama, ids, tmp_path):
+    for name, steps in (("a", 2), ("b", 4)):
+        model = ba_lora(fresh(llama))
+        if name == "b":
+            for key, p in model.named_parameters():
+                if "frozen_" in key:
+                    p.data.neg_()
+        train(model, ids, steps=steps)
+        model.save_pretrained(tmp_path / name)
+    shutil.copy(tmp_path / "b" / "ba_lora_init.safetensors", tmp_path / "a")
+    with pytest.raises(ValueError, match=r"ba_lora_init\.safetensors is not the file"):
+        BaLoraModel.from_pretrained(fresh(llama), tmp_path / "a")
+    stock(fresh(llama), r=8).save_pretrained(tmp_path / "b")  # a baseline into a used directory
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not the file"):
+        BaLoraModel.from_pretrained(fresh(llama), tmp_path / "b")
+
+
+@pytest.mark.parametrize(("key", "value"), [("lora_alpha", 16), ("use_rslora", True), ("r", 2)])
+def test_loading_into_another_scaling_is_refused_by_key(key, value, llama, ids, tmp_path):
+    saved(ba_lora(fresh(llama)), ids, tmp_path)
+    with pytest.raises(ValueError, match=f"{key}={value!r} here"):
+        ba_lora(fresh(llama), **{key: value}).load_adapter(str(tmp_path), "default")
+
+
+def test_settings_of_a_newer_peft_are_named(llama, ids, tmp_path):
+    saved(ba_lora(llama), ids, tmp_path)
+    path = tmp_path / "ba_lora.json"
+    settings = json.loads(path.read_text())
+    assert settings["config"].keys() <= {"r", "lora_alpha", "target_modules", "task_type", "base_model_name_or_path"}
+    settings["config"]["use_something_new"] = True
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="use_something_new=True"):
+        BaLoraConfig.from_pretrained(tmp_path)
+
+
+def test_ranks_that_write_nothing_may_pass_an_empty_state_dict(llama, tmp_path):
+    ba_lora(llama).save_pretrained(tmp_path / "nothing", is_main_process=False, state_dict={})
+    assert not list((tmp_path / "nothing").glob("*.safetensors"))
+
+
+def test_overlapping_patterns_survive_the_files_sorting(llama, ids, tmp_path):
+    patterns = {"q_proj": 2, "layers.0.self_attn.q_proj": 6}
+    model = ba_lora(fresh(llama), rank_pattern=patterns, use_rslora=True)
+    expected = saved(model, ids, tmp_path)
+    loaded = PeftModel.from_pretrained(fresh(llama), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, ids), expected, rtol=0, atol=1e-5)
+    again = BaLoraModel.from_pretrained(fresh(llama), tmp_path).eval()
+    assert torch.equal(logits(again, ids), expected)
+
+
+def test_an_unreachable_hub_is_not_a_missing_file(monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from balora_plugin import checkpoint
+
+    def fail(error):
+        def download(*args, **kwargs):
+            raise error("no")
+
+        monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+
+    fail(LocalEntryNotFoundError)
+    with pytest.raises(ValueError, match="could not be reached"):
+        BaLoraModel.from_pretrained(tiny_llama(), "somebody/adapter")
+    fail(EntryNotFoundError)
+    with pytest.raises(ValueError, match="not a BA-LoRA adapter"):
+        BaLoraModel.from_pretrained(tiny_llama(), "somebody/adapter")
 
 
 def test_a_leaked_frozen_factor_is_noticed(llama, ids, tmp_path):

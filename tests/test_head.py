@@ -128,6 +128,20 @@ def test_a_wrong_reading_is_refused(build, key, value):
         check_head(model)
 
 
+def test_a_head_copied_for_another_adapter_only():
+    from helpers import ba_lora
+
+    from balora_plugin import BaLoraConfig
+
+    model = ba_lora(tiny_llama(), targets=["q_proj"], modules_to_save=["lm_head"])
+    model.add_adapter("two", BaLoraConfig(r=2, target_modules=["q_proj"]))
+    base = model.get_base_model()
+    assert read_head(base).weight is base.lm_head.modules_to_save["default"].weight
+    assert read_head(base, teacher=True).weight is base.lm_head.original_module.weight
+    model.set_adapter("two")
+    assert read_head(base).weight is base.lm_head.original_module.weight
+
+
 def test_the_factor_is_cached_and_renewed_when_the_head_changes():
     model, cache = tiny_llama(), FactorCache()
     first = cache.get(read_head(model))

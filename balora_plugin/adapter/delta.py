@@ -16,6 +16,7 @@ from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
@@ -201,18 +202,28 @@ def attach_delta(layer: LoraLayer, adapter_name: str) -> None:
 def start_layer(layer: LoraLayer, adapter_name: str, *, fast: bool) -> None:
     """Fills A0, B0 from the layer's base weight (dequantised if quantised). Rank 0 factorises, all receive."""
     frozen_a, frozen_b = layer.frozen_A[adapter_name].weight, layer.frozen_B[adapter_name].weight
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     owner = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
     with gather_params_ctx(owner):
-        if not distributed or torch.distributed.get_rank() == 0:
+        if not distributed or dist.get_rank() == 0:
             a, b = pissa_factors(_base_matrix(layer), layer.r[adapter_name], layer.scaling[adapter_name], fast=fast)
             if a.ndim == 3:  # experts: (E, r, in), (E, out, r) -> PEFT's layout
                 a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
             frozen_a.copy_(a)
             frozen_b.copy_(b)
     if distributed:
-        torch.distributed.broadcast(frozen_a, src=0)
-        torch.distributed.broadcast(frozen_b, src=0)
+        for factor in (frozen_a, frozen_b):
+            on_wire = factor.to(_collective_device(factor.device))
+            dist.broadcast(on_wire, src=0)
+            factor.copy_(on_wire)
+
+
+def _collective_device(device: torch.device) -> torch.device:
+    """`device`, or this rank's accelerator where the process group (plain NCCL) cannot carry tensors of `device`."""
+    accelerator = torch.accelerator.current_accelerator()
+    if f"{device.type}:" in dist.get_backend_config() or accelerator is None:
+        return device
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _base_matrix(layer: LoraLayer) -> Tensor:

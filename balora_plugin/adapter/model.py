@@ -196,6 +196,11 @@ class BaLoraModelMixin(_Base):
         if state_dict is None:
             state_dict = self.state_dict()
         configs = self.peft_config
+        if not is_main_process:  # nothing is written here, and a gathered dict may be empty
+            super().save_pretrained(
+                save_directory, selected_adapters=selected_adapters, is_main_process=False, state_dict=state_dict
+            )
+            return
         for name in list(configs) if selected_adapters is None else selected_adapters:
             config = configs.get(name)
             ours = isinstance(config, BaLoraConfig)
@@ -209,14 +214,13 @@ class BaLoraModelMixin(_Base):
                     save_directory,
                     selected_adapters=[name],
                     save_embedding_layers=save_embedding_layers,
-                    is_main_process=is_main_process,
                     state_dict=rewritten,
                     **kwargs,
                 )
             finally:
                 if config is not None:
                     configs[name] = config
-            if ours and is_main_process:
+            if ours:
                 directory = str(save_directory) if name == "default" else f"{save_directory}/{name}"
                 checkpoint.write_side_files(directory, self, name, state_dict)
 
@@ -303,12 +307,14 @@ class BaLoraModelMixin(_Base):
         if existing is None:
             config = checkpoint.read_config(str(model_id), **hub)
             config.inference_mode = not is_trainable
-            self._add_delta_adapter(adapter_name, config, start=False, autocast_adapter_dtype=autocast_adapter_dtype)
+            self._add_ba_lora(adapter_name, config, start=False, autocast_adapter_dtype=autocast_adapter_dtype)
         elif not delta:
             raise ValueError(
                 f"adapter {adapter_name!r} of this model is not in delta form, but {model_id!r} is: load "
                 "it under another adapter_name."
             )
+        checkpoint.check_settings(settings, self.peft_config[adapter_name], str(model_id))
+        checkpoint.check_hashes(settings, str(model_id), **hub)
         init_path = checkpoint.find_file(str(model_id), checkpoint.INIT_FILE, **hub)
         if init_path is None:
             raise ValueError(
@@ -330,23 +336,27 @@ class BaLoraModelMixin(_Base):
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         """Adds another adapter: a BaLoraConfig in delta form, anything else as PEFT does."""
         if isinstance(peft_config, BaLoraConfig):
-            cast = kwargs.get("autocast_adapter_dtype", True)
-            self._add_delta_adapter(adapter_name, peft_config, start=True, autocast_adapter_dtype=cast)
+            self._add_ba_lora(adapter_name, peft_config, *args, start=True, **kwargs)
         else:
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
-    def _add_delta_adapter(
-        self, adapter_name: str, config: BaLoraConfig, *, start: bool, autocast_adapter_dtype: bool
+    def _add_ba_lora(
+        self,
+        adapter_name: str,
+        config: BaLoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        start: bool,
     ) -> None:
         config = copy.deepcopy(config)
         stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
-        super().add_adapter(adapter_name, stock)
+        super().add_adapter(adapter_name, stock, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
             self._adopt(config, adapter_name, start=start)
         except Exception:
             self.delete_adapter(adapter_name)
             raise
-        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter with its frozen factors."""

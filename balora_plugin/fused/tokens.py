@@ -66,6 +66,7 @@ def token_terms(
     lambda_task: float = 1.0,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    all_counted: bool = False,
 ) -> TokenTerms:
     """Cross-entropy, consistency and entropy from hidden states, logits = softcap((hidden @ weight.T + bias) * scale).
 
@@ -84,6 +85,7 @@ def token_terms(
         chunk_size: Rows a chunk; default from V.
         lambda_task: Weight of the cross-entropy in `loss` (0 leaves the terms alone).
         teacher_weight, teacher_bias: The teacher's head, if it is not the student's (a head that trains).
+        all_counted: Promise that no label is -100; spares a synchronisation with the device.
 
     Raises:
         ValueError: shapes that do not match, or a consistency weight without teacher_hidden.
@@ -108,17 +110,16 @@ def token_terms(
         chunk_size or default_chunk(weight.shape[0]),
         torch.is_grad_enabled(),  # inside a Function's forward it never is
     )
-    counted = labels != -100
     if teacher_hidden is not None and lambda_consistency == 0:
         teacher_hidden = None  # switched off, and its cost with it
-    if not bool(counted.all()):  # drop ignored tokens before any product
-        rows = counted.nonzero().squeeze(-1)
+    if not all_counted and bool((labels == -100).any()):  # drop ignored tokens before any product
+        rows = (labels != -100).nonzero().squeeze(-1)
         hidden, labels = hidden[rows], labels[rows]
         teacher_hidden = None if teacher_hidden is None else teacher_hidden[rows]
     loss, sums = _TokenTermsFunction.apply(
         hidden, weight, bias, labels, teacher_hidden, teacher_weight, teacher_bias, options
     )
-    count = torch.tensor(labels.numel(), device=hidden.device)
+    count = torch.full((), labels.numel(), device=hidden.device)
     return TokenTerms(loss, sums[0], sums[1], sums[2], sums[3], sums[4], count)
 
 

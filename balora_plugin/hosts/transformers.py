@@ -10,7 +10,9 @@ from transformers import Trainer, TrainingArguments
 
 from ..adapter.config import BaLoraConfig
 from ..adapter.model import get_ba_lora_model
-from ..trainer import BaLoraTrainerMixin, check_arguments
+from ..checks import check_arguments, resolve
+from ..head import check_head
+from ..trainer import BaLoraTrainerMixin
 
 
 class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
@@ -38,6 +40,9 @@ class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
             if isinstance(peft_config, BaLoraConfig):
                 if args is not None:
                     check_arguments(args)
+                resolve(model, kwargs.get("regularizers") or peft_config.regularizers)  # before the SVDs
+                check_head(model)
+                self._ba_lora_head_checked = True
                 model = get_ba_lora_model(model, peft_config)
             else:
                 model = get_peft_model(model, peft_config)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from ..adapter.config import BaLoraConfig
 from ..adapter.model import get_ba_lora_model
+from ..checks import check_arguments, check_regularizers, check_teacher, resolve
+from ..config import RegularizerConfig
+from ..head import check_head
 from ..objective import StepOutput
-from ..trainer import BaLoraTrainerMixin, check_arguments
+from ..trainer import BaLoraTrainerMixin
 
 
 class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
@@ -36,8 +40,9 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(peft_config, BaLoraConfig) or kwargs.get("regularizers") is not None:
-            _check_settings(args, kwargs)
+        regularizers = kwargs.get("regularizers") or getattr(peft_config, "regularizers", None)
+        if regularizers is not None:
+            _check_settings(args, peft_config, regularizers, kwargs)
         if isinstance(peft_config, BaLoraConfig):
             model, args = _load(model, args, kwargs)
             if isinstance(model, PeftModel):
@@ -45,6 +50,9 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
                     "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
                     "peft_config out."
                 )
+            resolve(model, regularizers or peft_config.regularizers)  # before the SVDs
+            check_head(model)
+            self._ba_lora_head_checked = True
             model = get_ba_lora_model(model, peft_config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
             peft_config = None
         super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
@@ -72,8 +80,13 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
             metrics["aux_loss"].append(gather(out.aux_loss.detach()).mean().item())
 
 
-def _check_settings(args: Any, kwargs: dict[str, Any]) -> None:
+def _check_settings(args: Any, peft_config: Any, regularizers: RegularizerConfig, kwargs: dict[str, Any]) -> None:
     """Refuses, before any model loads, what cannot work."""
+    if not isinstance(regularizers, RegularizerConfig):
+        raise TypeError(f"regularizers must be a RegularizerConfig, got {type(regularizers).__name__}.")
+    check_regularizers(regularizers)
+    if peft_config is not None and regularizers.resolved("nlg").lambda_consistency:
+        check_teacher(peft_config, kwargs.get("teacher_model"))
     if args is not None:
         check_arguments(args)
         path = getattr(args, "chat_template_path", None)
@@ -103,14 +116,17 @@ def _load(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any
         if "quantization_config" in settings:
             raise ValueError("quantization_config is given twice: as a trainer argument and in args.model_init_kwargs.")
         settings["quantization_config"] = quantization
-    trust = getattr(args, "trust_remote_code", False)
-    settings.setdefault("trust_remote_code", trust)
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+    settings.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    source = {key: settings[key] for key in ("trust_remote_code", "revision") if settings.get(key) is not None}
+    config = AutoConfig.from_pretrained(model, **source)
     if hasattr(config, "vision_config"):
         raise ValueError(f"model={model!r} is a vision-language model, which BA-LoRA does not train yet.")
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         settings["device_map"] = None
     loaded = create_model_from_path(model, **settings)
+    if kwargs.get("processing_class") is None:  # at the model's own revision
+        kwargs["processing_class"] = AutoTokenizer.from_pretrained(model, **source)
+    args = copy.copy(args)  # the caller may use his for another run
     if hasattr(args, "model_init_kwargs"):
         args.model_init_kwargs = None
     return loaded, args

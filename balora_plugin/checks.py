@@ -1,0 +1,136 @@
+"""What BA-LoRA cannot train with, refused by name before any training: arguments, model, teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from .adapter.config import BaLoraConfig
+from .config import RegularizerConfig
+from .head import read_head
+
+# starts that rewrite the base weights: switching such an adapter off gives a residual model, not the pre-trained one
+_MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_arguments(args: Any) -> None:
+    """Training arguments that would replace or bypass the loss, refused by name.
+
+    Raises:
+        ValueError: names the argument, its value and what to write.
+    """
+    refused: list[tuple[str, Any, str]] = [
+        ("label_smoothing_factor", 0.0, "the consistency term already softens the targets; set it to 0"),
+        ("use_liger_kernel", False, "it replaces the forward that computes the terms; set it to False"),
+        ("loss_type", ("nll", "chunked_nll"), "BA-LoRA's task loss is the cross-entropy; leave it at its default"),
+    ]
+    for key, allowed, remedy in refused:
+        value = getattr(args, key, None)
+        if value is None or value in (allowed if isinstance(allowed, tuple) else (allowed,)):
+            continue
+        raise ValueError(f"{key}={value!r} does not work with BA-LoRA: {remedy}.")
+    if getattr(args, "n_gpu", 1) > 1:
+        raise ValueError(
+            f"n_gpu={args.n_gpu}: nn.DataParallel is not supported. Launch with `accelerate launch` or `torchrun`, or "
+            "show one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    parallelism = getattr(args, "parallelism_config", None)
+    for key in ("cp_enabled", "sp_enabled", "tp_enabled"):
+        if getattr(parallelism, key, False):
+            raise ValueError(f"parallelism_config.{key}=True does not work with BA-LoRA yet: use DDP or FSDP.")
+
+
+def check_regularizers(regularizers: RegularizerConfig) -> None:
+    """What can be refused before any model loads.
+
+    Raises:
+        ValueError: a task this version has no trainer for.
+    """
+    if regularizers.task == "nlu":
+        raise ValueError(
+            "task='nlu': this version trains NLG (task='nlg' or 'auto'); the NLU terms are available as formulas in "
+            "balora_plugin.regularizers."
+        )
+
+
+def resolve(model: PreTrainedModel, regularizers: RegularizerConfig) -> RegularizerConfig:
+    """The effective settings for this (unwrapped) model.
+
+    Raises:
+        ValueError: the model is not one that BA-LoRA trains.
+    """
+    config = regularizers.resolved(task_of(model, regularizers))
+    check_model(model, config)
+    return config
+
+
+def task_of(model: PreTrainedModel, regularizers: RegularizerConfig) -> str:
+    """ "nlg" for a causal language model; anything else is refused."""
+    check_regularizers(regularizers)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        return "nlg"
+    if regularizers.task == "nlg":
+        read_head(model)  # says that there is no LM head
+    raise ValueError(
+        f"{type(model).__name__} is not a causal language model: this version trains NLG (task='nlg'); the NLU terms "
+        "are available as formulas in balora_plugin.regularizers."
+    )
+
+
+def check_teacher(adapter: Any, teacher_model: nn.Module | None) -> None:
+    if teacher_model is not None:
+        return
+    if adapter is None:
+        raise ValueError(
+            "lambda_consistency > 0 in full fine-tuning has no adapter to switch off for the teacher: pass "
+            "teacher_model=<the pre-trained model>, or set lambda_consistency=0."
+        )
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(f"{type(adapter).__name__} cannot be switched off for the teacher: pass teacher_model=...")
+    if isinstance(adapter, BaLoraConfig):
+        return
+    start = str(getattr(adapter, "init_lora_weights", "")).lower()
+    if start.startswith(_MUTATING_STARTS):
+        raise ValueError(
+            f"init_lora_weights={start!r} rewrites the base weights, so switching the adapter off gives its residual "
+            "model, not the pre-trained one: use BaLoraConfig (the same start in delta form), or pass teacher_model=..."
+        )
+    for key, neutral in (("bias", "none"), ("trainable_token_indices", None)):
+        if getattr(adapter, key, neutral) not in (neutral, None):
+            raise ValueError(
+                f"{key}={getattr(adapter, key)!r} trains base parameters that the teacher shares: leave it at "
+                f"{neutral!r}, or pass teacher_model=..."
+            )
+
+
+def check_model(model: PreTrainedModel, config: RegularizerConfig) -> None:
+    model_config = model.config
+    if hasattr(model_config, "vision_config") or hasattr(model_config, "audio_config"):
+        raise ValueError(
+            f"{type(model).__name__} is a multimodal (vision-language) model, which BA-LoRA does not train yet: use a "
+            "text-only model."
+        )
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder, which BA-LoRA does not train: use a causal LM."
+        )
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "target_modules matches the LM head: the terms read its weight directly and would ignore an adapter. "
+            "Remove it from target_modules."
+        )
+    head = read_head(model)
+    if config.lambda_svd and head.weight.device.type == "mps":
+        raise ValueError("the SVD term needs float64, which MPS does not have: set lambda_svd=0.")
+    if config.lambda_svd and config.svd_layout == "flattened" and config.svd_input != "features":
+        for what, present in (
+            ("a head bias", head.bias is not None),
+            ("a softcap", head.softcap is not None),
+            ("a head that trains", head.trains),
+        ):
+            if present:
+                raise ValueError(f"svd_layout='flattened' does not work with {what}: use svd_layout='rows'.")
