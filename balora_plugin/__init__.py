@@ -15,6 +15,7 @@ _LAZY = {
     "BaLoraTrainerMixin": ".trainer",
     "BaLoraTrainer": ".hosts.transformers",
     "BaLoraSFTTrainer": ".hosts.trl",
+    "BaLoraPlugin": ".hosts.axolotl",
 }
 
 __all__ = [*_LAZY, "__version__"]

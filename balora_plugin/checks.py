@@ -56,14 +56,16 @@ def check_regularizers(regularizers: RegularizerConfig) -> None:
         )
 
 
-def resolve(model: PreTrainedModel, regularizers: RegularizerConfig) -> RegularizerConfig:
-    """The effective settings for this (unwrapped) model.
+def resolve(
+    model: PreTrainedModel, regularizers: RegularizerConfig, *, adapter_follows: bool = False
+) -> RegularizerConfig:
+    """The effective settings for this causal language model; `adapter_follows`: a bare one that will be wrapped.
 
     Raises:
         ValueError: the model is not one that BA-LoRA trains.
     """
     config = regularizers.resolved(task_of(model, regularizers))
-    check_model(model, config)
+    check_model(model, config, adapter_follows=adapter_follows)
     return config
 
 
@@ -107,7 +109,8 @@ def check_teacher(adapter: Any, teacher_model: nn.Module | None) -> None:
             )
 
 
-def check_model(model: PreTrainedModel, config: RegularizerConfig) -> None:
+def check_model(model: PreTrainedModel, config: RegularizerConfig, *, adapter_follows: bool = False) -> None:
+    """Architectures and heads that the terms cannot work with."""
     model_config = model.config
     if hasattr(model_config, "vision_config") or hasattr(model_config, "audio_config"):
         raise ValueError(
@@ -130,7 +133,7 @@ def check_model(model: PreTrainedModel, config: RegularizerConfig) -> None:
         for what, present in (
             ("a head bias", head.bias is not None),
             ("a softcap", head.softcap is not None),
-            ("a head that trains", head.trains),
+            ("a head that trains", head.trains and not adapter_follows),
         ):
             if present:
                 raise ValueError(f"svd_layout='flattened' does not work with {what}: use svd_layout='rows'.")

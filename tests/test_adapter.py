@@ -269,7 +269,14 @@ def test_isinstance_deepcopy_and_pickle_hold(llama, ids):
     train(model, ids, steps=2)
     assert isinstance(model, PeftModel)
     expected = logits(model, ids)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    copies = [copy.deepcopy(model)]
+    try:
+        pickle.dumps(tiny_llama())
+    except AttributeError:  # with the `kernels` package transformers' own models cannot be pickled
+        pass
+    else:
+        copies.append(pickle.loads(pickle.dumps(model)))
+    for copied in copies:
         assert type(copied) is type(model)
         assert torch.equal(logits(copied, ids), expected)
 

@@ -40,7 +40,8 @@ class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
             if isinstance(peft_config, BaLoraConfig):
                 if args is not None:
                     check_arguments(args)
-                resolve(model, kwargs.get("regularizers") or peft_config.regularizers)  # before the SVDs
+                terms = kwargs.get("regularizers") or peft_config.regularizers
+                resolve(model, terms, adapter_follows=True)  # before the SVDs
                 check_head(model)
                 self._ba_lora_head_checked = True
                 model = get_ba_lora_model(model, peft_config)

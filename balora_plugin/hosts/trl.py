@@ -50,7 +50,7 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
                     "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
                     "peft_config out."
                 )
-            resolve(model, regularizers or peft_config.regularizers)  # before the SVDs
+            resolve(model, regularizers or peft_config.regularizers, adapter_follows=True)  # before the SVDs
             check_head(model)
             self._ba_lora_head_checked = True
             model = get_ba_lora_model(model, peft_config, autocast_adapter_dtype=not _is_plain_zero3(model, args))

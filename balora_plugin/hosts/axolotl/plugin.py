@@ -1,0 +1,115 @@
+"""BaLoraPlugin: the hooks Axolotl calls; thin over the core's adapter and trainer mixin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft import TaskType
+from transformers import PreTrainedModel
+
+from ...adapter.config import BaLoraConfig
+from ...adapter.model import BaLoraModel, get_ba_lora_model
+from ...checks import resolve
+from ...config import RegularizerConfig
+from ...head import check_head
+from .args import BaLoraBlock
+from .checks import ADAPTER, KERNELS, active, check_command_line
+
+
+class BaLoraPlugin(BasePlugin):
+    """`plugins: [balora_plugin.BaLoraPlugin]`, `adapter: ba_lora`, and a `ba_lora:` block or none."""
+
+    def register(self, cfg: Any) -> None:
+        """Called with the YAML as written, before validation."""
+        check_command_line()
+        if active(cfg):
+            for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
+                if cfg.get(key) is None:
+                    cfg[key] = False
+
+    def get_input_args(self) -> str:
+        return "balora_plugin.hosts.axolotl.args.BaLoraArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
+
+    def load_adapter(
+        self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, Any] | None:
+        """Injects the adapter, or loads the one in `lora_model_dir`; None leaves other adapters to Axolotl."""
+        if cfg.adapter != ADAPTER:
+            return None
+        config = adapter_config(cfg)
+        if config_only:
+            return None, config
+        autocast = (
+            {}
+            if cfg.peft_autocast_adapter_dtype is None
+            else {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}
+        )
+        if cfg.lora_model_dir:
+            wrapped = BaLoraModel.from_pretrained(
+                model, str(cfg.lora_model_dir), is_trainable=not inference, **autocast
+            )
+            config = wrapped.peft_config["default"]
+            config.regularizers = regularizers_of(cfg)  # the YAML's terms, the file's adapter
+        else:
+            if not inference and not cfg.merge_lora:
+                resolve(model, config.regularizers, adapter_follows=True)  # before the SVDs
+                check_head(model)
+            wrapped = get_ba_lora_model(model, config, **autocast)
+        wrapped.print_trainable_parameters()
+        return wrapped, config
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        if not active(cfg):
+            return None
+        from .trainer import trainer_class
+
+        return trainer_class(None if cfg.adapter == ADAPTER else regularizers_of(cfg))
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if active(cfg):
+            trainer.axolotl_cfg = cfg
+
+
+def regularizers_of(cfg: Any) -> RegularizerConfig:
+    """The block's settings (all defaults if there is none)."""
+    block = cfg.get("ba_lora") or {}
+    return BaLoraBlock(**dict(block)).regularizers()
+
+
+def adapter_config(cfg: Any) -> BaLoraConfig:
+    """Axolotl's `lora_*` and `peft_*` keys as a BaLoraConfig."""
+    modules: Any = cfg.lora_target_modules or []
+    if cfg.lora_target_linear:
+        # PEFT's own word for it leaves out the LM head; names beside it are linear layers already
+        modules = "all-linear"
+    optional = {
+        "target_parameters": cfg.lora_target_parameters,
+        "modules_to_save": cfg.lora_modules_to_save,
+        "exclude_modules": cfg.lora_exclude_modules,
+        "layers_to_transform": cfg.peft_layers_to_transform,
+        "layers_pattern": cfg.peft_layers_pattern,
+        "rank_pattern": cfg.lora_rank_pattern,
+        "alpha_pattern": cfg.lora_alpha_pattern,
+        "use_rslora": cfg.peft_use_rslora,
+        "lora_dropout": cfg.lora_dropout,
+        "fan_in_fan_out": cfg.lora_fan_in_fan_out,
+    }
+    start = cfg.peft_init_lora_weights
+    return BaLoraConfig(
+        r=cfg.lora_r or BaLoraConfig.r,
+        lora_alpha=cfg.lora_alpha or BaLoraConfig.lora_alpha,
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        init_lora_weights="pissa" if start is None else start,
+        task_type=TaskType.CAUSAL_LM,
+        regularizers=regularizers_of(cfg),
+        **{key: _plain(value) for key, value in optional.items() if value},
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Axolotl's dict class is no plain dict, which PEFT writes to JSON."""
+    return dict(value) if isinstance(value, dict) else value

@@ -1,0 +1,42 @@
+"""Axolotl's trainer with BA-LoRA: the core's mixin over AxolotlTrainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+
+from ...config import RegularizerConfig
+from ...objective import StepOutput
+from ...trainer import BaLoraTrainerMixin
+
+
+class AxolotlBaLoraTrainer(BaLoraTrainerMixin, AxolotlTrainer):
+    """Token terms are normalised over the accumulated global batch, as in TRL, not by Axolotl's micro-batch mean."""
+
+    terms: RegularizerConfig | None = None  # for adapters that do not carry them: see `trainer_class`
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, regularizers=self.terms, **kwargs)
+        if self.ba_lora is not None:
+            self.args.average_tokens_across_devices = True
+
+    def _record_host_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
+        """Axolotl's token counts (`include_tkps`), which its own compute_loss would keep."""
+        if not (training and self.args.include_tkps):
+            return
+        assert out.count is not None
+        totals = torch.stack([out.count, out.count.new_tensor(inputs["input_ids"].numel())]).double()
+        trainable, total = self.accelerator.reduce(totals, "sum").cpu()
+        tokens = getattr(self.state, "tokens", None) or {"trainable": torch.zeros(1), "total": torch.zeros(1)}
+        self.state.tokens = {"trainable": tokens["trainable"] + trainable, "total": tokens["total"] + total}
+
+
+def trainer_class(terms: RegularizerConfig | None) -> type:
+    """The trainer, carrying `terms` for an adapter that has none of its own."""
+    return (
+        AxolotlBaLoraTrainer
+        if terms is None
+        else type("AxolotlBaLoraTrainer", (AxolotlBaLoraTrainer,), {"terms": terms})
+    )

@@ -1,0 +1,372 @@
+"""`adapter: ba_lora` in Axolotl: its own loading, training and merging code, in one process (imports are slow)."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("axolotl")
+
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.cli.merge_lora import do_cli as merge_lora
+from axolotl.cli.preprocess import do_cli as preprocess
+from axolotl.cli.utils import load_model_and_tokenizer
+from axolotl.common.datasets import load_datasets
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.train import train
+from datasets import Dataset
+from helpers import assert_base_untouched, base_parameters, logits
+from models import character_tokenizer, tiny_llama
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+
+from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig
+from balora_plugin.hosts.axolotl.trainer import AxolotlBaLoraTrainer
+
+TERMS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.02}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A tiny base model with its tokenizer, and a dataset."""
+    path = tmp_path_factory.mktemp("axolotl")
+    tiny_llama().save_pretrained(path / "base")
+    character_tokenizer().save_pretrained(path / "base")
+    rows = [
+        {"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2 * i}" + " ok" * (i % 3)}
+        for i in range(12)
+    ]
+    (path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def written(workspace, tmp_path, monkeypatch):
+    """Writes a YAML: the working one with `changes` (None removes a key); returns its path."""
+    monkeypatch.setattr(sys, "argv", ["axolotl"])
+
+    def write(name="config.yml", **changes):
+        values = {
+            "base_model": str(workspace / "base"),
+            "plugins": ["balora_plugin.BaLoraPlugin"],
+            "adapter": "ba_lora",
+            "lora_r": 4,
+            "lora_alpha": 4,
+            "lora_target_linear": True,
+            "ba_lora": TERMS,
+            "datasets": [{"path": str(workspace / "data.jsonl"), "ds_type": "json", "type": "alpaca"}],
+            "dataset_prepared_path": str(workspace / "prepared"),
+            "output_dir": str(tmp_path / "out"),
+            "sequence_len": 256,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 3,
+            "num_epochs": 1,
+            "learning_rate": 0.01,
+            "lr_scheduler": "constant",
+            "optimizer": "adamw_torch",
+            "bf16": False,
+            "fp16": False,
+            "tf32": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "seed": 1,
+            "special_tokens": {"pad_token": "<pad>"},
+            "dataset_num_proc": 1,
+            "dataloader_num_workers": 0,
+            "device_map": {"": "cpu"},
+        }
+        values.update(changes)
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+        return path
+
+    return write
+
+
+def run(path):
+    """What `axolotl train` does with a YAML, returning its trainer."""
+    cfg = load_cfg(str(path))
+    _, _, trainer = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg, cli_args=TrainerCliArgs()))
+    return trainer
+
+
+def history(trainer, key):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def base_model(workspace):
+    return AutoModelForCausalLM.from_pretrained(workspace / "base", dtype=torch.float32).eval()
+
+
+WORKS = {
+    "plain": {},
+    "no_block": {"ba_lora": None},
+    "packing": {"sample_packing": True, "pad_to_sequence_len": True, "attn_implementation": "sdpa"},
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing_reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "modules_to_save": {"lora_modules_to_save": ["norm"]},
+    "patterns": {"lora_rank_pattern": {"q_proj": 2}, "lora_alpha_pattern": {"v_proj": 8}},
+    "target_modules": {"lora_target_linear": None, "lora_target_modules": ["q_proj", "up_proj"]},
+    "rslora_dropout": {"peft_use_rslora": True, "lora_dropout": 0.1},
+    "fast": {"peft_init_lora_weights": "pissa_fast"},
+    "plain_start": {"peft_init_lora_weights": True},
+    "tokens_per_second": {"include_tkps": True},
+}
+
+
+@pytest.mark.parametrize("case", WORKS)
+def test_trains_from_a_zero_consistency_and_saves_a_stock_adapter(case, workspace, written, ids):
+    trainer = run(written(**WORKS[case]))
+    assert isinstance(trainer, AxolotlBaLoraTrainer)
+    consistency = history(trainer, "balora/consistency")
+    assert abs(consistency[0]) < 1e-9
+    assert consistency[-1] > 1e-6
+    for key in ("loss", "balora/task", "balora/diversity", "balora/svd", "balora/loss"):
+        assert len(history(trainer, key)) == 3, key
+        assert all(math.isfinite(value) for value in history(trainer, key))
+    expected = logits(trainer.model.eval(), ids)
+    stock = PeftModel.from_pretrained(base_model(workspace), trainer.args.output_dir).eval()
+    torch.testing.assert_close(logits(stock, ids), expected, rtol=0, atol=1e-5)
+    assert (expected - logits(base_model(workspace), ids)).abs().max() > 1e-3
+
+
+def test_the_base_is_untouched_and_the_yaml_is_what_runs(workspace, written):
+    terms = {"preset": "iclr2026", "lambda_svd": 0.4, "svd_top_k": 3, "teacher_interval": 2, "schedule": "constant"}
+    trainer = run(written(ba_lora=terms, lora_r=3, lora_alpha=6, lora_dropout=0.2))
+    expected = RegularizerConfig.from_dict(terms).resolved("nlg")
+    assert trainer.ba_lora == expected
+    config = trainer.model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, str(config.init_lora_weights)) == (3, 6, 0.2, "pissa")
+    targets = {name.rpartition(".")[2] for name in config.target_modules}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    settings = json.loads((Path(trainer.args.output_dir) / "ba_lora.json").read_text())
+    assert settings["regularizers"]["lambda_svd"] == 0.4
+    assert_base_untouched(trainer.model, base_parameters(base_model(workspace)))
+
+
+def test_evaluation_during_training(written):
+    trainer = run(written(val_set_size=0.25, eval_steps=1, eval_strategy="steps"))
+    assert len(history(trainer, "eval_balora/task")) == len(history(trainer, "eval_loss")) >= 3
+    for key in ("consistency", "diversity", "svd", "loss"):
+        assert history(trainer, f"eval_balora/{key}")
+
+
+def tokenised(written):
+    cfg = load_cfg(str(written(name="tokenised.yml")))
+    return load_datasets(cfg=cfg, cli_args=TrainerCliArgs()).train_dataset
+
+
+@pytest.mark.parametrize(
+    ("micro", "steps", "terms"),
+    [(12, 1, TERMS), (3, 4, {**TERMS, "lambda_svd": 0.0}), (4, 3, {"preset": "iclr2026", "lambda_svd": 0.0})],
+)
+def test_the_terms_are_trls(micro, steps, terms, workspace, written, tmp_path):
+    """Same data, seed and settings: normalised over the accumulated batch, not by Axolotl's micro-batch mean."""
+    ours = run(
+        written(
+            ba_lora=terms, micro_batch_size=micro, gradient_accumulation_steps=steps, max_grad_norm=0.0, num_epochs=9
+        )
+    )
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in tokenised(written)]
+    assert len(rows) == 12
+    theirs = BaLoraSFTTrainer(
+        model=tiny_llama(),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "trl"),
+            max_steps=3,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=steps,
+            learning_rate=0.01,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=character_tokenizer(),
+        peft_config=BaLoraConfig(
+            r=4, lora_alpha=4, target_modules="all-linear", regularizers=RegularizerConfig.from_dict(terms)
+        ),
+    )
+    theirs.train()
+    for key in (
+        "loss",
+        "grad_norm",
+        "balora/task",
+        "balora/consistency",
+        "balora/diversity",
+        "balora/svd",
+        "balora/loss",
+    ):
+        assert len(history(ours, key)) == len(history(theirs, key)), key
+        torch.testing.assert_close(history(ours, key), history(theirs, key), rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_resuming_ends_with_the_same_adapter(written, ids):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.1}
+    whole = run(written(**settings))
+    expected = logits(whole.model.eval(), ids)
+    checkpoint = f"{whole.args.output_dir}/checkpoint-2"
+    resumed = run(written(**settings, resume_from_checkpoint=checkpoint))
+    assert torch.equal(logits(resumed.model.eval(), ids), expected)
+    assert history(resumed, "balora/loss")[-2:] == history(whole, "balora/loss")[-2:]
+
+
+def test_continuing_from_a_saved_adapter_keeps_the_original_base_as_teacher(workspace, written, tmp_path, ids):
+    first = run(written())
+    expected = logits(first.model.eval(), ids)
+    path = written(name="second.yml", lora_model_dir=first.args.output_dir, output_dir=str(tmp_path / "second"))
+    cfg = load_cfg(str(path))
+    model, _, _ = load_model_and_tokenizer(cfg=cfg)
+    torch.testing.assert_close(logits(model.eval(), ids), expected, rtol=0, atol=1e-6)
+    second = run(path)
+    assert history(second, "balora/consistency")[0] > 1e-4  # from the first token on it is not the base any more
+    stock = PeftModel.from_pretrained(base_model(workspace), tmp_path / "second").eval()
+    torch.testing.assert_close(logits(stock, ids), logits(second.model.eval(), ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["memory_efficient", "legacy"])
+def test_merge_lora(method, written, tmp_path, ids):
+    trainer = run(written(peft_use_rslora=True))
+    expected = logits(trainer.model.eval(), ids)
+    merge_lora(str(written()), lora_model_dir=trainer.args.output_dir, merge_method=method)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=1e-4)
+
+
+def test_preprocess_and_inference_loading(written, ids):
+    preprocess(str(written()))
+    trainer = run(written())
+    cfg = load_cfg(str(written(lora_model_dir=trainer.args.output_dir)), inference=True)
+    model, _, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
+    torch.testing.assert_close(logits(model.eval(), ids), logits(trainer.model.eval(), ids), rtol=0, atol=1e-6)
+
+
+# Axolotl turns its CUDA kernels on for adapter: lora by itself
+NO_KERNELS = {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
+
+
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_the_papers_baselines_are_axolotls_own_trainer(adapter, written):
+    """One key away: the plug-in stays in the YAML and does nothing."""
+    trainer = run(
+        written(adapter=adapter, ba_lora=None, peft_init_lora_weights="pissa" if adapter else None, **NO_KERNELS)
+    )
+    assert type(trainer) is AxolotlTrainer
+    assert not history(trainer, "balora/task")
+
+
+def test_the_terms_on_a_plain_lora(written):
+    trainer = run(written(adapter="lora", ba_lora={**TERMS, "apply_to": "lora"}))
+    assert isinstance(trainer, AxolotlBaLoraTrainer)
+    assert not isinstance(trainer.model.peft_config["default"], BaLoraConfig)
+    assert history(trainer, "balora/consistency")[0] == 0
+    assert history(trainer, "balora/consistency")[-1] > 0
+
+
+def test_the_terms_on_full_fine_tuning(written):
+    terms = {"lambda_consistency": 0.0, "lambda_diversity": 0.1, "lambda_svd": 0.1, "apply_to": "full"}
+    trainer = run(written(adapter=None, ba_lora=terms, lora_target_linear=None))
+    assert isinstance(trainer, AxolotlBaLoraTrainer)
+    assert history(trainer, "balora/svd")
+
+
+WRONG = {
+    "no_rank": ({"lora_r": None}, "lora_r"),
+    "no_alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "no_targets": ({"lora_target_linear": None}, "lora_target_modules"),
+    "head": ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+    "embedding": ({"lora_target_linear": None, "lora_target_modules": ["embed_tokens"]}, "embed_tokens"),
+    "start": ({"peft_init_lora_weights": "olora"}, "peft_init_lora_weights: olora"),
+    "start_niter": ({"peft_init_lora_weights": "pissa_niter_16"}, "peft_init_lora_weights: pissa_niter_16"),
+    "lora_beside_block": ({"adapter": "lora"}, "adapter: lora beside a ba_lora: block"),
+    "qlora_beside_block": ({"adapter": "qlora", "load_in_4bit": True}, "adapter: qlora beside a ba_lora: block"),
+    "full_beside_block": ({"adapter": None}, "ba_lora.apply_to: full"),
+    "apply_to_mismatch": ({"adapter": "lora", "ba_lora": {"apply_to": "full"}}, "adapter: lora"),
+    "apply_to_self": ({"ba_lora": {"apply_to": "lora"}}, "ba_lora.apply_to: lora"),
+    "misspelt_block": ({"ba_lora": None, "ba_loraa": TERMS}, "ba_loraa"),
+    "misspelt_block_dash": ({"ba_lora": None, "balora": TERMS}, "balora"),
+    "field_at_top": ({"lambda_svd": 0.1}, "lambda_svd: 0.1"),
+    "misspelt_field_at_top": ({"lambda_consistancy": 0.1}, "lambda_consistancy: 0.1"),
+    "misspelt_field": ({"ba_lora": {"lambda_svdd": 0.1}}, "did you mean lambda_svd?"),
+    "unknown_field": ({"ba_lora": {"zzz": 0.1}}, "ba_lora.zzz"),
+    "block_not_a_block": ({"ba_lora": True}, "ba_lora"),
+    "negative": ({"ba_lora": {"lambda_svd": -1}}, "lambda_svd"),
+    "nan": ({"ba_lora": {"lambda_svd": float("nan")}}, "lambda_svd"),
+    "text": ({"ba_lora": {"lambda_svd": "much"}}, "lambda_svd"),
+    "preset": ({"ba_lora": {"preset": "iclr"}}, "preset"),
+    "form": ({"ba_lora": {"consistency": "forward"}}, "consistency"),
+    "temperature": ({"ba_lora": {"temperature": 0}}, "temperature"),
+    "top_k": ({"ba_lora": {"diversity_top_k": 1}}, "diversity_top_k=1"),
+    "svd_top_k": ({"ba_lora": {"svd_top_k": 0}}, "svd_top_k"),
+    "interval": ({"ba_lora": {"teacher_interval": 0}}, "teacher_interval"),
+    "cache": ({"ba_lora": {"teacher_cache": "somewhere"}}, "teacher_cache"),
+    "compile": ({"ba_lora": {"compile": True}}, "ba_lora.compile"),
+    "layout": ({"ba_lora": {"svd_layout": "flattened", "svd_input": "centered_logits"}}, "svd_layout"),
+    "mlp_kernel": ({"lora_mlp_kernel": True}, "lora_mlp_kernel"),
+    "qkv_kernel": ({"lora_qkv_kernel": True}, "lora_qkv_kernel"),
+    "o_kernel": ({"lora_o_kernel": True}, "lora_o_kernel"),
+    "four_bit": ({"load_in_4bit": True}, "load_in_4bit"),
+    "eight_bit": ({"load_in_8bit": True}, "load_in_8bit"),
+    "rl": ({"rl": "dpo"}, "rl: dpo"),
+    "reward_model": ({"reward_model": True}, "reward_model"),
+    "flash_in_float32": ({"flash_attention": True}, "flash_attention"),
+    "flash_implementation": ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2"),
+    "context_parallel": ({"context_parallel_size": 2}, "context_parallel_size: 2"),
+    "ram_efficient": (
+        {"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}},
+        "fsdp_config.cpu_ram_efficient_loading",
+    ),
+    "dora": ({"peft_use_dora": True}, "peft_use_dora"),
+    "relora": ({"relora": True}, "relora"),
+    "eaft": ({"use_eaft": True}, "use_eaft"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_yaml_gives_one_clear_error_before_the_model_loads(case, written):
+    changes, words = WRONG[case]
+    with pytest.raises(ValueError) as caught:
+        load_cfg(str(written(**changes)))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "key"),
+    [
+        ("axolotl.integrations.liger.LigerPlugin", "liger_fused_linear_cross_entropy"),
+        ("axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", "cut_cross_entropy"),
+    ],
+)
+def test_other_plugins_losses_are_refused(plugin, key, written):
+    path = written(plugins=["balora_plugin.BaLoraPlugin", plugin], **{key: True})
+    with pytest.raises((ValueError, ImportError)) as caught:
+        load_cfg(str(path))
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["--ba_lora.lambda-svd", "--ba-lora.lambda-svd=0.1", "--ba_lora__lambda_svd"])
+def test_command_line_options_of_the_block_are_refused(option, written, monkeypatch):
+    path = written()
+    monkeypatch.setattr(sys, "argv", ["axolotl", "train", str(path), option, "0.1"])
+    with pytest.raises(ValueError, match="write it in the YAML"):
+        load_cfg(str(path))
