@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from axolotl.cli.preprocess import do_cli as preprocess
 from axolotl.cli.utils import load_model_and_tokenizer
 from axolotl.common.datasets import load_datasets
 from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.integrations.base import PluginManager
 from axolotl.train import train
 from datasets import Dataset
 from helpers import assert_base_untouched, base_parameters, logits
@@ -52,6 +54,8 @@ def workspace(tmp_path_factory):
 def written(workspace, tmp_path, monkeypatch):
     """Writes a YAML: the working one with `changes` (None removes a key); returns its path."""
     monkeypatch.setattr(sys, "argv", ["axolotl"])
+    # the manager is a singleton that keeps every plug-in it has seen
+    monkeypatch.setattr(PluginManager.get_instance(), "plugins", type(PluginManager.get_instance().plugins)())
 
     def write(name="config.yml", **changes):
         values = {
@@ -370,3 +374,62 @@ def test_command_line_options_of_the_block_are_refused(option, written, monkeypa
     monkeypatch.setattr(sys, "argv", ["axolotl", "train", str(path), option, "0.1"])
     with pytest.raises(ValueError, match="write it in the YAML"):
         load_cfg(str(path))
+
+
+def test_wrong_settings_are_one_line_on_the_command_line(written, monkeypatch):
+    from axolotl.cli.main import cli
+    from click.testing import CliRunner
+
+    for changes, words in (WRONG["no_rank"], WRONG["misspelt_field"], WRONG["negative"], WRONG["lora_beside_block"]):
+        path = written(**changes)
+        result = CliRunner().invoke(cli, ["train", str(path), "--launcher", "python"])
+        assert result.exit_code == 1
+        lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+        assert len(lines) == 1, result.output
+        assert words in lines[0]
+        assert "Traceback" not in result.output
+
+
+def test_the_subcommand_adds_the_plugins_line_and_delegates(written, tmp_path, ids, workspace):
+    from axolotl.cli.main import cli
+    from click.testing import CliRunner
+
+    runner = CliRunner()
+    path = written(plugins=None)
+    result = runner.invoke(cli, ["ba-lora", "train", str(path), "--launcher", "python"])
+    assert result.exit_code == 0, result.output[-2000:]
+    resolved = yaml.safe_load((tmp_path / "out" / "ba_lora_config.yml").read_text())
+    assert resolved["plugins"] == ["balora_plugin.BaLoraPlugin"]
+    assert (tmp_path / "out" / "ba_lora.json").exists()
+    stock = PeftModel.from_pretrained(base_model(workspace), tmp_path / "out").eval()
+    assert (logits(stock, ids) - logits(base_model(workspace), ids)).abs().max() > 1e-3
+
+
+def test_the_starter_and_the_schema(tmp_path, monkeypatch):
+    from axolotl.cli.main import cli
+    from click.testing import CliRunner
+
+    from balora_plugin.hosts.axolotl.args import BaLoraBlock
+
+    monkeypatch.setattr(sys, "argv", ["axolotl"])
+    runner, path = CliRunner(), tmp_path / "start.yml"
+    assert runner.invoke(cli, ["ba-lora", "init", str(path)]).exit_code == 0
+    values = yaml.safe_load(path.read_text())
+    assert (values["adapter"], values["plugins"]) == ("ba_lora", ["balora_plugin.BaLoraPlugin"])
+    BaLoraBlock.model_validate(values["ba_lora"])
+    again = runner.invoke(cli, ["ba-lora", "init", str(path)])
+    assert again.exit_code == 1
+    assert "--force" in again.output
+    schema = json.loads(runner.invoke(cli, ["ba-lora", "schema"]).output)
+    assert schema["properties"].keys() == BaLoraBlock.model_fields.keys()
+    assert all("description" in field for field in schema["properties"].values())
+
+
+def test_auto_resume_from_checkpoints(written, ids):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = run(written(**settings))
+    expected = logits(whole.model.eval(), ids)
+    shutil.rmtree(Path(whole.args.output_dir) / "checkpoint-4")  # as if it had been killed after step 2
+    resumed = run(written(**settings, auto_resume_from_checkpoints=True))
+    assert len(history(resumed, "loss")) == 4
+    assert torch.equal(logits(resumed.model.eval(), ids), expected)

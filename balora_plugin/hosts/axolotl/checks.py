@@ -7,9 +7,17 @@ import difflib
 import sys
 from typing import Any
 
+import click
+
 from ...config import RegularizerConfig
 
 ADAPTER = "ba_lora"
+
+
+class SettingError(click.ClickException, ValueError):
+    """A wrong setting: a ValueError for code, one line without a traceback on Axolotl's command line."""
+
+
 STARTS = ("pissa", "pissa_fast", True, None)
 
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)

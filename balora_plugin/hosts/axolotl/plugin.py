@@ -6,6 +6,7 @@ from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import TaskType
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from ...adapter.config import BaLoraConfig
@@ -14,7 +15,7 @@ from ...checks import resolve
 from ...config import RegularizerConfig
 from ...head import check_head
 from .args import BaLoraBlock
-from .checks import ADAPTER, KERNELS, active, check_command_line
+from .checks import ADAPTER, KERNELS, SettingError, active, check_command_line, check_raw
 
 
 class BaLoraPlugin(BasePlugin):
@@ -22,7 +23,16 @@ class BaLoraPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Called with the YAML as written, before validation."""
-        check_command_line()
+        try:
+            check_command_line()
+            values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
+            check_raw(values)
+            if values.get("ba_lora") is not None:
+                BaLoraBlock.model_validate(values["ba_lora"])
+        except ValidationError as error:
+            raise SettingError(_one_line(error)) from None
+        except ValueError as error:
+            raise SettingError(str(error)) from None
         if active(cfg):
             for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
                 if cfg.get(key) is None:
@@ -108,6 +118,14 @@ def adapter_config(cfg: Any) -> BaLoraConfig:
         regularizers=regularizers_of(cfg),
         **{key: _plain(value) for key, value in optional.items() if value},
     )
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first of pydantic's findings: key, value, what is allowed."""
+    first = error.errors()[0]
+    where = ".".join(["ba_lora", *map(str, first["loc"])])
+    message = first["msg"].removeprefix("Value error, ")
+    return message if message.startswith("ba_lora") else f"{where}: {first['input']!r}: {message}."
 
 
 def _plain(value: Any) -> Any:
