@@ -8,46 +8,48 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-PINS = .venv/bin/python
+QUICK = .venv/bin/python
+PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 
-.PHONY: quickstart quickstart-trl test test-pins test-newest lint clean
+.PHONY: quickstart test test-pins test-newest lint clean
 
-quickstart: quickstart-trl
-
-quickstart-trl: .venv/.ready
-	$(PINS) -m integration.quickstart
+quickstart: .venv/.ready
+	$(QUICK) -m integration.quickstart
 
 test: lint test-pins test-newest
 
-lint: .venv/.ready
+lint: .venv-axolotl/.ready
 	$(PINS) -m ruff check .
 	$(PINS) -m ruff format --check .
 	$(PINS) -m mypy
 
-test-pins: .venv/.ready
+test-pins: .venv-axolotl/.ready
 	$(PINS) -m pytest tests
 	$(PINS) -m pytest integration
 
 # pure maths does not depend on the hosts: only what touches PEFT, TRL and transformers runs again
 test-newest: .venv-newest/.ready
-	$(NEWEST) -m pytest tests/test_adapter.py tests/test_checkpoint.py tests/test_special_bases.py tests/test_package.py
+	$(NEWEST) -m pytest tests/test_adapter.py tests/test_checkpoint.py tests/test_head.py tests/test_special_bases.py tests/test_package.py
 	$(NEWEST) -m pytest integration
 
-.venv/.ready: requirements/axolotl-pins.txt requirements/dev.txt pyproject.toml
-	$(call environment,.venv,requirements/axolotl-pins.txt)
+.venv/.ready: requirements/quickstart.txt pyproject.toml
+	$(call environment,.venv,-r requirements/quickstart.txt)
+
+.venv-axolotl/.ready: requirements/axolotl.txt requirements/dev.txt pyproject.toml
+	$(call environment,.venv-axolotl,-r requirements/axolotl.txt -r requirements/dev.txt)
 
 .venv-newest/.ready: requirements/newest.txt requirements/dev.txt pyproject.toml
-	$(call environment,.venv-newest,requirements/newest.txt)
+	$(call environment,.venv-newest,-r requirements/newest.txt -r requirements/dev.txt)
 
 define environment
-	@echo "Setting up $(1) (about two minutes)"
+	@echo "Setting up $(1) (a few minutes)"
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(1)/bin/python $(PIP_INSTALL) $(TORCH)
-	$(1)/bin/python $(PIP_INSTALL) -r $(2) -r requirements/dev.txt
+	$(1)/bin/python $(PIP_INSTALL) $(2)
 	$(1)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	touch $@
 endef
 
 clean:
-	rm -rf .venv .venv-newest .cache outputs
+	rm -rf .venv .venv-axolotl .venv-newest .cache outputs

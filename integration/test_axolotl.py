@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -31,8 +32,10 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig
+from balora_plugin.hosts.axolotl.plugin import adapter_config
 from balora_plugin.hosts.axolotl.trainer import AxolotlBaLoraTrainer
 
+ROOT = Path(__file__).parent.parent
 TERMS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.02}
 
 
@@ -433,3 +436,27 @@ def test_auto_resume_from_checkpoints(written, ids):
     resumed = run(written(**settings, auto_resume_from_checkpoints=True))
     assert len(history(resumed, "loss")) == 4
     assert torch.equal(logits(resumed.model.eval(), ids), expected)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_example_yamls_are_valid_and_build_their_adapter(path, workspace, written, tmp_path):
+    values = yaml.safe_load(path.read_text())
+    assert values["plugins"] == ["balora_plugin.BaLoraPlugin"]
+    # what this machine lacks: the model, the data, a GPU
+    here = {"base_model": str(workspace / "base"), "bf16": False, "output_dir": str(tmp_path / "out")}
+    here |= {"datasets": [{"path": str(workspace / "data.jsonl"), "ds_type": "json", "type": "alpaca"}]}
+    (tmp_path / "example.yml").write_text(yaml.safe_dump({**values, **here}))
+    cfg = load_cfg(str(tmp_path / "example.yml"))
+    config = adapter_config(cfg)
+    assert isinstance(config, BaLoraConfig)
+    assert (config.r, config.lora_alpha) == (values["lora_r"], values["lora_alpha"])
+    assert config.regularizers.preset == values["ba_lora"]["preset"]
+
+
+def test_the_readmes_yaml_trains(workspace, written, tmp_path):
+    """The three added lines of the README in an otherwise working YAML."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    added = yaml.safe_load(blocks[0])
+    assert added.keys() == {"plugins", "adapter", "ba_lora"}
+    trainer = run(written(**added))
+    assert history(trainer, "balora/consistency")[-1] > 0
