@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "RegularizerConfig": ".config",
     "BaLoraConfig": ".adapter.config",
-    "get_ba_lora_model": ".adapter.model",
+    "get_ba_lora_model": ".adapter.build",
     "BaLoraModel": ".adapter.model",
     "BaLoraTrainerMixin": ".trainer",
     "BaLoraTrainer": ".hosts.transformers",
@@ -21,9 +21,9 @@ _LAZY = {
 __all__ = [*_LAZY, "__version__"]
 
 if TYPE_CHECKING:
+    from .adapter.build import get_ba_lora_model as get_ba_lora_model
     from .adapter.config import BaLoraConfig as BaLoraConfig
     from .adapter.model import BaLoraModel as BaLoraModel
-    from .adapter.model import get_ba_lora_model as get_ba_lora_model
     from .config import RegularizerConfig as RegularizerConfig
     from .hosts.transformers import BaLoraTrainer as BaLoraTrainer
     from .hosts.trl import BaLoraSFTTrainer as BaLoraSFTTrainer

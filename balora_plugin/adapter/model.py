@@ -1,12 +1,12 @@
-"""get_ba_lora_model and the PeftModel subclasses that save and load format version 1."""
+"""The PeftModel subclasses: saving and loading in format version 1, several adapters."""
 
 from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+import torch.distributed as dist
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.peft_model import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -22,91 +22,12 @@ from tqdm.auto import tqdm
 
 from .. import checkpoint
 from .config import BaLoraConfig
-from .delta import FROZEN, attach_delta, check_peft_version, is_delta, is_supported_layer, start_layer
+from .delta import FROZEN, attach_delta, is_delta, is_supported_layer, start_layer
 
 if TYPE_CHECKING:  # a mixin for type checkers too: its methods call PeftModel's
     from peft import PeftModel as _Base
 else:
     _Base = object
-
-
-def get_ba_lora_model(
-    model: nn.Module,
-    config: BaLoraConfig,
-    adapter_name: str = "default",
-    *,
-    autocast_adapter_dtype: bool = True,
-) -> PeftModel:
-    """Wraps `model` with a BA-LoRA adapter; the base weights stay as they are, bit for bit.
-
-    Args:
-        model: The pre-trained model; modified in place, like PEFT's get_peft_model does.
-        config: Copied; the caller's object is not changed.
-        adapter_name: Name of the adapter.
-        autocast_adapter_dtype: Keep the factors of a bfloat16 or float16 base in float32, as PEFT does.
-
-    Returns:
-        A PeftModel subclass. At step 0 it computes exactly what `model` computed.
-
-    Raises:
-        TypeError: config is not a BaLoraConfig.
-        ValueError: targets that cannot be adapted (embeddings, LM head, convolutions), a rank too large, NaN weights.
-
-    >>> base = nn.Sequential(nn.Linear(8, 8))
-    >>> x = torch.ones(1, 8)
-    >>> before = base(x)
-    >>> model = get_ba_lora_model(base, BaLoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
-    >>> torch.equal(model(x), before)
-    True
-    """
-    if not isinstance(config, BaLoraConfig):
-        raise TypeError(f"config must be a BaLoraConfig, not {type(config).__name__}: use peft.get_peft_model.")
-    return _build(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, start=True)
-
-
-def _build(
-    model: nn.Module,
-    config: BaLoraConfig,
-    adapter_name: str,
-    *,
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    start: bool,
-) -> PeftModel:
-    """Stock injection, then our class, then the delta form. `start=False`: the factors come from a file."""
-    check_peft_version()
-    config = copy.deepcopy(config)
-    if config.target_modules is None and not config.target_parameters:
-        _check_default_targets(model, config)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
-    peft_model = get_peft_model(
-        model,
-        stock,
-        adapter_name=adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
-    peft_model.__class__ = _CLASSES[type(peft_model)]
-    try:
-        peft_model._adopt(config, adapter_name, start=start)
-    except Exception:
-        base = peft_model.unload()  # leave the caller's model as it was
-        for name, p in base.named_parameters():
-            p.requires_grad_(name in trainable)
-        raise
-    return peft_model
-
-
-def _check_default_targets(model: nn.Module, config: BaLoraConfig) -> None:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
-
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in known:
-        raise ValueError(
-            f"target_modules=None and PEFT knows no default for model type {model_type!r}: write "
-            "target_modules='all-linear' or a list of module names."
-        )
 
 
 # what PEFT resolves or rewrites in its config during injection (all-linear, Conv1D, fused experts)
@@ -137,7 +58,7 @@ class BaLoraModelMixin(_Base):
                 attach_delta(layer, adapter_name)
         self.peft_config[adapter_name] = config
         if config.delta and start:
-            quiet = torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
+            quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0
             fast = config.init_lora_weights == "pissa_fast"
             for name, layer in tqdm(layers, desc=f"BA-LoRA start ({config.init_lora_weights})", disable=quiet):
                 try:
@@ -251,7 +172,9 @@ class BaLoraModelMixin(_Base):
         if not isinstance(config, BaLoraConfig):
             raise TypeError(f"config must be a BaLoraConfig, got {type(config).__name__}.")
         config.inference_mode = not is_trainable
-        peft_model = _build(
+        from .build import build
+
+        peft_model = build(
             model,
             config,
             adapter_name,
@@ -418,7 +341,7 @@ class BaLoraModelForFeatureExtraction(BaLoraModelMixin, PeftModelForFeatureExtra
 
 
 # static classes, so that isinstance, deepcopy and pickle hold
-_CLASSES: dict[type[PeftModel], type[PeftModel]] = {
+CLASSES: dict[type[PeftModel], type[PeftModel]] = {
     PeftModel: BaLoraModel,
     PeftModelForCausalLM: BaLoraModelForCausalLM,
     PeftModelForSequenceClassification: BaLoraModelForSequenceClassification,

@@ -8,8 +8,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
-from ..adapter.model import get_ba_lora_model
 from ..checks import check_arguments, resolve
 from ..head import check_head
 from ..trainer import BaLoraTrainerMixin

@@ -13,8 +13,8 @@ from transformers.processing_utils import ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
+from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
-from ..adapter.model import get_ba_lora_model
 from ..checks import check_arguments, check_regularizers, check_teacher, resolve
 from ..config import RegularizerConfig
 from ..head import check_head

@@ -9,8 +9,9 @@ from peft import TaskType
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
+from ...adapter.build import get_ba_lora_model
 from ...adapter.config import BaLoraConfig
-from ...adapter.model import BaLoraModel, get_ba_lora_model
+from ...adapter.model import BaLoraModel
 from ...checks import resolve
 from ...config import RegularizerConfig
 from ...head import check_head
