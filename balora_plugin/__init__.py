@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -18,7 +19,9 @@ _LAZY = {
     "BaLoraPlugin": ".hosts.axolotl",
 }
 
-__all__ = [*_LAZY, "__version__"]
+_NEEDS = {"BaLoraSFTTrainer": "trl", "BaLoraPlugin": "axolotl"}
+# what `from balora_plugin import *` can give here
+__all__ = ["__version__", *(name for name in _LAZY if name not in _NEEDS or find_spec(_NEEDS[name]) is not None)]
 
 if TYPE_CHECKING:
     from .adapter.build import get_ba_lora_model as get_ba_lora_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter.config import BaLoraConfig
+from .checkpoint import read_settings
 from .config import RegularizerConfig
 from .head import read_head
 
@@ -41,6 +43,31 @@ def check_arguments(args: Any) -> None:
     for key in ("cp_enabled", "sp_enabled", "tp_enabled"):
         if getattr(parallelism, key, False):
             raise ValueError(f"parallelism_config.{key}=True does not work with BA-LoRA yet: use DDP or FSDP.")
+
+
+def as_regularizers(value: Any) -> RegularizerConfig:
+    """`value` as a RegularizerConfig; a dict of its fields works too."""
+    if isinstance(value, dict):
+        return RegularizerConfig.from_dict(value)
+    if not isinstance(value, RegularizerConfig):
+        raise TypeError(f"regularizers={value!r} must be a RegularizerConfig or a dict of its fields.")
+    return value
+
+
+def check_checkpoint(adapter: Any, directory: str) -> None:
+    """Refuses to resume a BA-LoRA checkpoint into a plain LoRA: its optimizer state is that of rank r, its file of 2r.
+
+    Raises:
+        ValueError: names the checkpoint and the remedy.
+    """
+    settings = read_settings(directory) if os.path.isdir(directory) else None
+    if settings is None or not settings["delta_form"] or (isinstance(adapter, BaLoraConfig) and adapter.delta):
+        return
+    raise ValueError(
+        f"{directory} is a BA-LoRA checkpoint, but this trainer's adapter is {type(adapter).__name__}: resume it with "
+        "peft_config=BaLoraConfig.from_pretrained(checkpoint). (PeftModel.from_pretrained loads it as a plain LoRA, to "
+        "start a new run from.)"
+    )
 
 
 def check_regularizers(regularizers: RegularizerConfig) -> None:

@@ -195,7 +195,8 @@ def _check_number(key: str, value: object, minimum: float, exclusive: bool = Fal
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{key}={value!r} must be a number, not {type(value).__name__}.")
+        hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
+        raise TypeError(f"{key}={value!r} must be a number, not {type(value).__name__}{hint}.")
     if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
         raise ValueError(f"{key}={value!r} must be a finite number {'>' if exclusive else '>='} {minimum:g}.")
 

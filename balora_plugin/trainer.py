@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .adapter.config import BaLoraConfig
-from .checks import check_arguments, check_regularizers, check_teacher, resolve
+from .checks import as_regularizers, check_arguments, check_checkpoint, check_regularizers, check_teacher, resolve
 from .config import RegularizerConfig
 from .head import FactorCache, check_head
 from .objective import StepOutput, StepRequest, install
@@ -71,8 +73,12 @@ class BaLoraTrainerMixin(_Base):
             if teacher_model is not None:
                 raise ValueError("teacher_model is given, but no terms: pass regularizers=RegularizerConfig(...) too.")
             return
-        if not isinstance(regularizers, RegularizerConfig):
-            raise TypeError(f"regularizers must be a RegularizerConfig, got {type(regularizers).__name__}.")
+        regularizers = as_regularizers(regularizers)
+        if isinstance(teacher_model, str):
+            raise TypeError(
+                f"teacher_model={teacher_model!r} must be a loaded model: pass "
+                f"AutoModelForCausalLM.from_pretrained({teacher_model!r})."
+            )
         check_regularizers(regularizers)
         check_arguments(self.args)
         if getattr(self, "compute_loss_func", None) is not None:
@@ -99,6 +105,7 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it
         self._ba_lora_shares_due = False
+        self._ba_lora_measured_at = 0
         self._ba_lora_wants_logits = False
         self._ba_lora_warned: set[str] = set()
         logger.info(f"BA-LoRA: {config}")
@@ -107,6 +114,15 @@ class BaLoraTrainerMixin(_Base):
         if key not in self._ba_lora_warned:
             self._ba_lora_warned.add(key)
             logger.warning(f"BA-LoRA: {message}")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; refuses to resume a BA-LoRA checkpoint into another kind of adapter."""
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if isinstance(checkpoint, str):
+            check_checkpoint(_active_config(self.model), checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # --- loss
 
@@ -125,11 +141,14 @@ class BaLoraTrainerMixin(_Base):
             factor = config.teacher_interval if index % config.teacher_interval == 0 else 0
             every = config.share_interval
             # not at step 0, where the consistency gradient is zero by construction
-            due = state.global_step == 1 or (state.global_step > 0 and state.global_step % max(every, 1) == 0)
+            due = state.global_step > 0 and (
+                state.global_step in (1, self._judging_step()) or state.global_step % max(every, 1) == 0
+            )
             if every and micro == 0 and due:
                 self._ba_lora_shares_due = True
             measure = self._ba_lora_shares_due and bool(factor)
             self._ba_lora_shares_due = self._ba_lora_shares_due and not measure
+            self._ba_lora_measured_at = state.global_step if measure else self._ba_lora_measured_at
             lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
         else:  # every configured term at its full weight, so that evaluations compare
             lambdas = Lambdas(*(getattr(config, f"lambda_{name}") for name in TERMS))
@@ -245,7 +264,13 @@ class BaLoraTrainerMixin(_Base):
         self._warn_negligible(shares)
         return logs
 
+    def _judging_step(self) -> int:
+        """Shares are judged from a tenth of training on: in warm-up the student still is the teacher."""
+        return max(1, math.ceil(0.1 * self.state.max_steps))
+
     def _warn_negligible(self, shares: dict[str, float]) -> None:
+        if self._ba_lora_measured_at < self._judging_step():
+            return
         small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE}
         if small:
             listed = ", ".join(

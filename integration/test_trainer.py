@@ -175,6 +175,26 @@ def test_a_teacher_with_adapters_of_its_own(tmp_path, tokenizer):
     assert history(trainer, "balora/consistency")[0] == pytest.approx(0, abs=1e-9)
 
 
+def test_a_ba_lora_checkpoint_is_not_resumed_into_a_plain_lora(tmp_path, tokenizer):
+    """Its file has rank 2r, its optimizer state rank r: AdamW would run past the end of the moments."""
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    build(tmp_path, tokenizer, peft_config=adapter(), **settings).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    for rank in (4, 8):
+        plain = build(tmp_path, tokenizer, peft_config=LoraConfig(r=rank, target_modules="all-linear"), **settings)
+        for given in (checkpoint, True):
+            with pytest.raises(ValueError, match="is a BA-LoRA checkpoint"):
+                plain.train(resume_from_checkpoint=given)
+
+
+def test_settings_as_a_dict_and_a_teacher_by_name(tmp_path, tokenizer):
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    trainer = build(tmp_path, tokenizer, peft_config=config, regularizers={"lambda_svd": 0.25})
+    assert trainer.ba_lora.lambda_svd == 0.25
+    with pytest.raises(TypeError, match=r"AutoModelForCausalLM\.from_pretrained\('some/model'\)"):
+        build(tmp_path, tokenizer, regularizers=TERMS, teacher_model="some/model")
+
+
 def test_models_without_an_lm_head_are_refused(tmp_path, tokenizer):
     from transformers import AutoModel, AutoModelForSequenceClassification
 

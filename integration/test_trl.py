@@ -630,6 +630,20 @@ def test_negligible_shares_are_logged_and_said_once(tmp_path, tokenizer, warned)
     assert len([message for message in warned if "hardly act" in message and "lambda_consistency" in message]) == 1
 
 
+def test_shares_are_not_judged_in_warm_up(tmp_path, tokenizer, warned):
+    """There the student still is the teacher: the strongest term would be called idle."""
+    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.1)
+    settings = {"max_steps": 30, "warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup", "learning_rate": 1e-3}
+    trainer = build(
+        tmp_path, tokenizer, peft_config=adapter(regularizers=terms), per_device_train_batch_size=1, **settings
+    )
+    trainer.train()
+    shares = history(trainer, "balora/share_consistency")
+    assert len(shares) == 2  # step 1, and step 3: a tenth of the run
+    assert shares[0] < 1e-3 < shares[1]
+    assert not [message for message in warned if "hardly act" in message]
+
+
 def test_shares_are_the_ratio_of_gradient_norms(tmp_path, tokenizer):
     """Against autograd on dense logits, with respect to the final hidden states."""
     terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.2, lambda_svd=0.3, svd_top_k=2)

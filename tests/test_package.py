@@ -95,6 +95,7 @@ def test_every_public_name_resolves():
     with pytest.raises(AttributeError, match="nonsense"):
         balora_plugin.nonsense  # noqa: B018
     assert set(balora_plugin.__all__) <= set(dir(balora_plugin))
+    assert run("from balora_plugin import *; print(get_ba_lora_model.__name__)").strip() == "get_ba_lora_model"
 
 
 def modules():

@@ -58,7 +58,8 @@ class BaLoraModelMixin(_Base):
                 attach_delta(layer, adapter_name)
         self.peft_config[adapter_name] = config
         if config.delta and start:
-            quiet = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0
+            other_rank = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0
+            quiet = True if other_rank else None  # None: no bar into a file
             fast = config.init_lora_weights == "pissa_fast"
             for name, layer in tqdm(layers, desc=f"BA-LoRA start ({config.init_lora_weights})", disable=quiet):
                 try:

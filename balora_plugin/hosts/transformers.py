@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
-from ..checks import check_arguments, resolve
+from ..checks import as_regularizers, check_arguments, resolve
 from ..head import check_head
 from ..trainer import BaLoraTrainerMixin
 
@@ -40,7 +40,7 @@ class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
             if isinstance(peft_config, BaLoraConfig):
                 if args is not None:
                     check_arguments(args)
-                terms = kwargs.get("regularizers") or peft_config.regularizers
+                terms = as_regularizers(kwargs.get("regularizers") or peft_config.regularizers)
                 resolve(model, terms, adapter_follows=True)  # before the SVDs
                 check_head(model)
                 self._ba_lora_head_checked = True

@@ -15,7 +15,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
-from ..checks import check_arguments, check_regularizers, check_teacher, resolve
+from ..checks import as_regularizers, check_arguments, check_regularizers, check_teacher, resolve
 from ..config import RegularizerConfig
 from ..head import check_head
 from ..objective import StepOutput
@@ -42,7 +42,8 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
     ) -> None:
         regularizers = kwargs.get("regularizers") or getattr(peft_config, "regularizers", None)
         if regularizers is not None:
-            _check_settings(args, peft_config, regularizers, kwargs)
+            regularizers = as_regularizers(regularizers)
+            _check_settings(model, args, peft_config, regularizers, kwargs)
         if isinstance(peft_config, BaLoraConfig):
             model, args = _load(model, args, kwargs)
             if isinstance(model, PeftModel):
@@ -50,7 +51,7 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
                     "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
                     "peft_config out."
                 )
-            resolve(model, regularizers or peft_config.regularizers, adapter_follows=True)  # before the SVDs
+            resolve(model, as_regularizers(regularizers), adapter_follows=True)  # before the SVDs
             check_head(model)
             self._ba_lora_head_checked = True
             model = get_ba_lora_model(model, peft_config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
@@ -80,12 +81,12 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
             metrics["aux_loss"].append(gather(out.aux_loss.detach()).mean().item())
 
 
-def _check_settings(args: Any, peft_config: Any, regularizers: RegularizerConfig, kwargs: dict[str, Any]) -> None:
+def _check_settings(
+    model: Any, args: Any, peft_config: Any, regularizers: RegularizerConfig, kwargs: dict[str, Any]
+) -> None:
     """Refuses, before any model loads, what cannot work."""
-    if not isinstance(regularizers, RegularizerConfig):
-        raise TypeError(f"regularizers must be a RegularizerConfig, got {type(regularizers).__name__}.")
     check_regularizers(regularizers)
-    if peft_config is not None and regularizers.resolved("nlg").lambda_consistency:
+    if not isinstance(model, PeftModel) and regularizers.resolved("nlg").lambda_consistency:
         check_teacher(peft_config, kwargs.get("teacher_model"))
     if args is not None:
         check_arguments(args)

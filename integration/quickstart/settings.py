@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 METHOD_KEYS = ("lora", "pissa", "ba-lora-paper", "ba-lora-iclr2026", "ba-lora-visible")
-MOST_USEFUL_THREADS = 4  # the model is too small to gain from more
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,6 @@ class Options:
     finetuning: FinetuningSettings
 
 
-def usable_cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def positive(text: str) -> int:
     """Argument type: an integer of at least 1."""
     number = int(text)
@@ -83,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     add("--pretrain-steps", type=positive, default=PretrainingSettings.steps, help="optimizer steps of pre-training")
     add("--methods", nargs="+", choices=METHOD_KEYS, default=METHOD_KEYS, metavar="METHOD", help=", ".join(METHOD_KEYS))
     add("--seed", type=int, default=FinetuningSettings.seed, help="of the fine-tuning; pre-training keeps its own")
-    threads = min(MOST_USEFUL_THREADS, usable_cores())
-    add("--threads", type=positive, default=threads, help="CPU threads for PyTorch")
+    # one: the model gains half again from two, and loses many times that where another process wants the second core
+    add("--threads", type=positive, default=1, help="CPU threads for PyTorch")
     return result
 
 
