@@ -136,9 +136,9 @@ def run(options: Options) -> int:
     torch.set_num_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     print(
-        "BA-LoRA is LoRA that starts at a weight's leading singular directions (PiSSA) and adds three terms to the loss:\n"
-        "stay consistent with the pre-trained model, keep outputs diverse, concentrate their singular values. Here a tiny\n"
-        "model is pre-trained, then fine-tuned by LoRA, PiSSA and BA-LoRA on the same questions.\n"
+        "BA-LoRA is LoRA that starts at a weight's leading singular directions (PiSSA) and adds three terms to the\n"
+        "loss: stay consistent with the pre-trained model, keep outputs diverse, concentrate their singular values.\n"
+        "Here a tiny model is pre-trained, then fine-tuned by LoRA, PiSSA and BA-LoRA on the same questions.\n"
     )
     with clock.phase("corpus"):
         corpus = load_corpus()
@@ -148,8 +148,8 @@ def run(options: Options) -> int:
     print(f"\nHeld-out pairs, {rows[0].measured.tokens:,} counted tokens; all but the rank in nats per token:\n")
     print(format_table(rows))
     print(
-        "\ndrift: KL from the pre-trained model's predictions to the fine-tuned ones, lower = closer to the pre-trained\n"
-        "model; entropy and effective rank: higher = more diverse; seconds: of this run, on a machine that does other things"
+        "\ndrift: KL from the pre-trained model's predictions to the fine-tuned ones, lower = closer to it; entropy and\n"
+        "effective rank: higher = more diverse; seconds: of this run, on a machine that may be doing other things too"
     )
     if text := reading(rows):
         print(f"\n{text}")
