@@ -148,8 +148,8 @@ def run(options: Options) -> int:
     print(f"\nHeld-out pairs, {rows[0].measured.tokens:,} counted tokens; all but the rank in nats per token:\n")
     print(format_table(rows))
     print(
-        "\ndrift: KL from the pre-trained model's predictions to the fine-tuned ones, lower = closer to it; entropy and\n"
-        "effective rank: higher = more diverse; seconds: of this run, on a machine that may be doing other things too"
+        "\ndrift: KL from the pre-trained model's predictions to the fine-tuned ones, lower = closer to it; entropy,\n"
+        "effective rank: higher = more diverse; seconds: of this run, on a machine that may do other things too"
     )
     if text := reading(rows):
         print(f"\n{text}")
