@@ -351,8 +351,3 @@ CLASSES: dict[type[PeftModel], type[PeftModel]] = {
     PeftModelForQuestionAnswering: BaLoraModelForQuestionAnswering,
     PeftModelForFeatureExtraction: BaLoraModelForFeatureExtraction,
 }
-
-
-def is_ba_lora_model(model: object) -> bool:
-    """True for a model that get_ba_lora_model (or our from_pretrained) returned."""
-    return isinstance(model, BaLoraModelMixin)

@@ -206,14 +206,12 @@ def _chunk(logits: Tensor, teacher: Tensor | None, labels: Tensor, options: _Opt
         full_known = options.lambda_diversity and not 0 < options.top_k < plain.shape[-1]
         entropy = -diversity if full_known else entropy_rows(plain).sum()
         if not options.lambda_diversity:
-            diversity = -(entropy if not 0 < options.top_k < plain.shape[-1] else _top_entropy(plain, options.top_k))
+            diversity = -(
+                entropy if not 0 < options.top_k < plain.shape[-1] else entropy_rows(plain, top_k=options.top_k).sum()
+            )
         correct = (plain.argmax(dim=-1) == labels).sum().to(plain.dtype)
         values = torch.stack([task.detach(), consistency.detach(), diversity.detach(), entropy.detach(), correct])
     return loss, values
-
-
-def _top_entropy(logits: Tensor, top_k: int) -> Tensor:
-    return entropy_rows(logits, top_k=top_k).sum()
 
 
 def _check_shapes(
