@@ -12,10 +12,13 @@ QUICK = .venv/bin/python
 PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 
-.PHONY: quickstart test test-pins test-newest lint clean
+.PHONY: quickstart quickstart-trl test test-pins test-newest lint clean
 
-quickstart: .venv/.ready
-	$(QUICK) -m integration.quickstart
+quickstart: .venv-axolotl/.ready
+	$(PINS) -m integration.quickstart
+
+quickstart-trl: .venv/.ready
+	$(QUICK) -m integration.quickstart --host trl
 
 test: lint test-pins test-newest
 

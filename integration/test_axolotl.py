@@ -36,6 +36,10 @@ from trl import SFTConfig
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig
 from balora_plugin.hosts.axolotl.plugin import adapter_config
 from balora_plugin.hosts.axolotl.trainer import AxolotlBaLoraTrainer
+from integration.quickstart import measure, settings, tiny_model, with_axolotl
+from integration.quickstart.corpus import Corpus, Instruction
+from integration.quickstart.methods import METHODS
+from integration.quickstart.run import check_reload
 
 ROOT = Path(__file__).parent.parent
 TERMS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.02}
@@ -352,11 +356,31 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_yaml_gives_one_clear_error_before_the_model_loads(case, written):
+def test_a_wrong_yaml_gives_one_clear_line_before_the_model_loads(case, written):
+    from axolotl.cli.main import cli
+    from click.testing import CliRunner
+
     changes, words = WRONG[case]
-    with pytest.raises(ValueError) as caught:
-        load_cfg(str(written(**changes)))
-    assert words in str(caught.value)
+    path = written(**changes)
+    result = CliRunner().invoke(cli, ["train", str(path), "--launcher", "python"])
+    assert result.exit_code == 1
+    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    assert words in lines[0]
+    assert len(lines[0]) < 300
+    assert "Traceback" not in result.output
+    with pytest.raises(ValueError, match=re.escape(words)):  # and for code that loads the config itself
+        load_cfg(str(path))
+
+
+def test_a_wrong_yaml_is_one_line_under_a_launcher_too(written):
+    """accelerate and torchrun run `python -m axolotl.cli.train`, outside click."""
+    changes, words = WRONG["no_rank"]
+    command = [sys.executable, "-m", "axolotl.cli.train", str(written(**changes))]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 1
+    assert "Traceback" not in found.stderr
+    assert [words in line for line in found.stderr.splitlines() if line.startswith("Error: ")] == [True]
 
 
 @pytest.mark.parametrize(
@@ -379,20 +403,6 @@ def test_command_line_options_of_the_block_are_refused(option, written, monkeypa
     monkeypatch.setattr(sys, "argv", ["axolotl", "train", str(path), option, "0.1"])
     with pytest.raises(ValueError, match="write it in the YAML"):
         load_cfg(str(path))
-
-
-def test_wrong_settings_are_one_line_on_the_command_line(written, monkeypatch):
-    from axolotl.cli.main import cli
-    from click.testing import CliRunner
-
-    for changes, words in (WRONG["no_rank"], WRONG["misspelt_field"], WRONG["negative"], WRONG["lora_beside_block"]):
-        path = written(**changes)
-        result = CliRunner().invoke(cli, ["train", str(path), "--launcher", "python"])
-        assert result.exit_code == 1
-        lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-        assert len(lines) == 1, result.output
-        assert words in lines[0]
-        assert "Traceback" not in result.output
 
 
 def test_the_subcommand_adds_the_plugins_line_and_delegates(written, tmp_path, ids, workspace):
@@ -495,3 +505,52 @@ def test_a_killed_run_resumes_to_the_uninterrupted_runs_adapter(written, workspa
     torch.testing.assert_close(logits(resumed.model.eval(), ids), expected, rtol=0, atol=1e-5)
     stock = PeftModel.from_pretrained(base_model(workspace), tmp_path / "killed").eval()
     torch.testing.assert_close(logits(stock, ids), expected, rtol=0, atol=2e-5)
+
+
+def quickstart_pairs():
+    return [Instruction(f"m.f{i}", f"What does f{i} do?\n", f"It adds {i} to {i}.") for i in range(12)]
+
+
+def test_the_quickstart_runs_axolotls_command_line(tmp_path, monkeypatch):
+    """The example YAML's BA-LoRA run in a process of its own, read back by plain PEFT."""
+    monkeypatch.chdir(ROOT)
+    base = quickstart_base(tmp_path)
+    pairs = tuple(quickstart_pairs())
+    options = settings.FinetuningSettings(steps=3, batch=2, learning_rate=1e-2)
+    with_axolotl.prepare(base, Corpus((), pairs, pairs), tmp_path)
+    method = METHODS["ba-lora-visible"]
+    trained = with_axolotl.finetune(method, base, options, tmp_path, progress=False)
+    batches = measure.held_out_batches(pairs, base.load_tokenizer())
+    found = measure.measure(trained.model, batches, measure.reference_logits(base.load_model(), batches))
+    assert found.drift > 1e-4
+    assert trained.largest_share() > 0
+    checked = check_reload(base, trained, batches[0], found)
+    assert checked["reloaded"] < 1e-5
+    assert checked["switched_off"] == 0
+
+
+def quickstart_base(tmp_path):
+    tiny = settings.PretrainingSettings(
+        steps=3, vocabulary=300, hidden=16, intermediate=32, layers=2, heads=2, positions=256, chunk=16, batch=4
+    )
+    texts = [pair.prompt + pair.completion for pair in quickstart_pairs()]
+    return tiny_model.base_model(tmp_path / "cache", texts, "digest", tiny, progress=False)
+
+
+def test_the_quickstarts_yaml_is_its_settings(written, tmp_path, monkeypatch):
+    """`make quickstart` runs example_configs/quickstart.yaml as it stands; its variants are the baselines."""
+    monkeypatch.chdir(ROOT)
+    standard = settings.FinetuningSettings()
+    path = with_axolotl.config_file(METHODS["ba-lora-paper"], standard, Path("outputs/quickstart"))
+    assert path == with_axolotl.TEMPLATE
+    for key, start in (("lora", True), ("pissa", "pissa")):
+        values = with_axolotl.config(METHODS[key], standard, tmp_path)
+        assert (values["adapter"], values["peft_init_lora_weights"]) == ("lora", start)
+        assert "ba_lora" not in values
+    assert with_axolotl.config(METHODS["ba-lora-visible"], standard, tmp_path)["ba_lora"]["lambda_svd"] == 0.02
+
+
+def test_a_failing_quickstart_run_shows_its_last_lines(tmp_path):
+    (tmp_path / "bad.yaml").write_text("base_model: x\nadapter: ba_lora\nplugins: [balora_plugin.BaLoraPlugin]\n")
+    with pytest.raises(SystemExit, match="lora_r: is missing"):
+        with_axolotl.watch(tmp_path / "bad.yaml", tmp_path / "log", 3, 1, "bad", progress=False)

@@ -272,7 +272,9 @@ def test_options() -> None:
     options = settings.parse_options(["--methods", "pissa", "lora", "--steps", "5", "--pretrain-steps", "7"])
     assert options.methods == ("lora", "pissa")
     assert (options.finetuning.steps, options.pretraining.steps) == (5, 7)
-    assert settings.parse_options([]).methods == settings.METHOD_KEYS
+    assert settings.parse_options(["--host", "trl"]).methods == settings.METHOD_KEYS
+    axolotl = settings.parse_options([])
+    assert axolotl.host == "axolotl" and {"lora", "pissa", "ba-lora-paper"} <= set(axolotl.methods)
     for wrong in (["--steps", "0"], ["--methods", "full"]):
         with pytest.raises(SystemExit):
             settings.parse_options(wrong)
@@ -298,14 +300,14 @@ def test_counted_tokens_are_those_of_trl(base: tiny_model.BaseModel, tmp_path: P
     from datasets import Dataset
     from trl import SFTTrainer
 
-    from integration.quickstart import methods
+    from integration.quickstart import methods, with_trl
 
     assert tuple(methods.METHODS) == settings.METHOD_KEYS
     tokenizer = base.load_tokenizer()
     options = settings.FinetuningSettings(steps=2, batch=2)
     trainer = SFTTrainer(
         model=base.load_model(),
-        args=methods.trainer_arguments(options, tmp_path),
+        args=with_trl.trainer_arguments(options, tmp_path),
         train_dataset=Dataset.from_list([pair.as_row() for pair in PAIRS]),
         processing_class=tokenizer,
     )
@@ -318,12 +320,12 @@ def test_counted_tokens_are_those_of_trl(base: tiny_model.BaseModel, tmp_path: P
 @pytest.mark.parametrize("key", settings.METHOD_KEYS)
 def test_saved_adapter_gives_back_the_model(key: str, base: tiny_model.BaseModel, tmp_path: Path) -> None:
     """Plain PEFT loads every adapter; all but stock PiSSA's leave the base weights alone."""
-    from integration.quickstart import methods, run
+    from integration.quickstart import methods, run, with_trl
 
     tokenizer = base.load_tokenizer()
     options = settings.FinetuningSettings(steps=2, batch=2, learning_rate=1e-2)
     method = methods.METHODS[key]
-    trained = methods.finetune(method, base, tokenizer, PAIRS, options, tmp_path / key, progress=False)
+    trained = with_trl.finetune(method, base, tokenizer, PAIRS, options, tmp_path / key, progress=False)
     batch = measure.held_out_batches(PAIRS, tokenizer)[0]
     found = run.check_reload(base, trained, batch)
     assert found["reloaded"] < run.RELOAD_TOLERANCE

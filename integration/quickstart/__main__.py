@@ -9,7 +9,7 @@ import warnings
 
 from .settings import Options, parse_options
 
-HOSTS = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "trl")
+HOSTS = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao", "transformers", "trl")
 
 
 def prepare_environment(options: Options) -> None:
@@ -26,6 +26,9 @@ def prepare_environment(options: Options) -> None:
 def silence_progress_bars() -> None:
     """Turns off the hosts' progress bars; the quickstart shows one of its own per phase."""
     import datasets
+    import torch.utils._pytree
+
+    logging.getLogger(torch.utils._pytree.__name__).setLevel(logging.ERROR)  # torchao's import makes it warn
     from transformers.utils import logging as transformers_logging
 
     datasets.disable_progress_bars()
@@ -36,7 +39,7 @@ def main() -> int:
     """Runs the quickstart; the exit status is 1 if a saved adapter does not give back its model."""
     options = parse_options()
     prepare_environment(options)
-    print("loading PyTorch, Transformers, PEFT and TRL ...", flush=True)
+    print("loading PyTorch, Transformers and PEFT ...", flush=True)
     silence_progress_bars()
     from .run import run
 

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+HOSTS = ("axolotl", "trl")
 METHOD_KEYS = ("lora", "pissa", "ba-lora-paper", "ba-lora-iclr2026", "ba-lora-visible")
+DEFAULT_METHODS = {
+    "axolotl": ("lora", "pissa", "ba-lora-paper", "ba-lora-visible"),  # each is a process of its own
+    "trl": METHOD_KEYS,
+}
+DEFAULT_OUTPUT = {"axolotl": Path("outputs/quickstart"), "trl": Path("outputs/quickstart-trl")}
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,9 @@ class FinetuningSettings:
 
 @dataclass(frozen=True)
 class Options:
-    """One quickstart run: where its files go, which methods it compares, and the settings of both trainings."""
+    """One quickstart run: which host trains, where files go, which methods it compares, both trainings' settings."""
 
+    host: str
     output_dir: Path
     cache_dir: Path
     methods: tuple[str, ...]
@@ -68,11 +75,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = result.add_argument
-    add("--output-dir", type=Path, default=Path("outputs/quickstart"), help="adapters and results.json go here")
+    add("--host", choices=HOSTS, default="axolotl", help="what fine-tunes: `axolotl train`, or TRL in this process")
+    add(
+        "--output-dir", type=Path, help="adapters and results.json go here (outputs/quickstart, outputs/quickstart-trl)"
+    )
     add("--cache-dir", type=Path, default=Path(".cache/quickstart"), help="the pre-trained model is kept here")
     add("--steps", type=positive, default=FinetuningSettings.steps, help="optimizer steps of every fine-tuning")
     add("--pretrain-steps", type=positive, default=PretrainingSettings.steps, help="optimizer steps of pre-training")
-    add("--methods", nargs="+", choices=METHOD_KEYS, default=METHOD_KEYS, metavar="METHOD", help=", ".join(METHOD_KEYS))
+    add("--methods", nargs="+", choices=METHOD_KEYS, metavar="METHOD", help=", ".join(METHOD_KEYS))
     add("--seed", type=int, default=FinetuningSettings.seed, help="of the fine-tuning; pre-training keeps its own")
     # one: the model gains half again from two, and loses many times that where another process wants the second core
     add("--threads", type=positive, default=1, help="CPU threads for PyTorch")
@@ -82,10 +92,12 @@ def parser() -> argparse.ArgumentParser:
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """Options from `arguments`, by default those of the process; methods come in the table's order, each once."""
     given = parser().parse_args(arguments)
+    methods = given.methods or DEFAULT_METHODS[given.host]
     return Options(
-        output_dir=given.output_dir,
+        host=given.host,
+        output_dir=given.output_dir or DEFAULT_OUTPUT[given.host],
         cache_dir=given.cache_dir,
-        methods=tuple(key for key in METHOD_KEYS if key in given.methods),
+        methods=tuple(key for key in METHOD_KEYS if key in methods),
         threads=given.threads,
         pretraining=PretrainingSettings(steps=given.pretrain_steps),
         finetuning=FinetuningSettings(steps=given.steps, seed=given.seed),

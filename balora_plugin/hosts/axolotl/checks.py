@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 from typing import Any
 
@@ -15,7 +16,23 @@ ADAPTER = "ba_lora"
 
 
 class SettingError(click.ClickException, ValueError):
-    """A wrong setting: a ValueError for code, one line without a traceback on Axolotl's command line."""
+    """A wrong setting: a ValueError for code, one line without a traceback on Axolotl's command line.
+
+    Axolotl's own launchers (accelerate, torchrun) run it outside click, where an uncaught one reaches the interpreter:
+    there too it is one line, from the first process of a machine.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        if sys.excepthook is sys.__excepthook__:
+            sys.excepthook = _one_line_for_settings
+
+
+def _one_line_for_settings(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not issubclass(kind, SettingError):
+        sys.__excepthook__(kind, error, trace)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"Error: {error}", file=sys.stderr)
 
 
 STARTS = ("pissa", "pissa_fast", True, None)
