@@ -178,7 +178,6 @@ def _terms(
             top_k=config.diversity_top_k or 0,
             teacher_weight=None if teacher_head is None else teacher_head.weight,
             teacher_bias=None if teacher_head is None else teacher_head.bias,
-            all_counted=True,
         )
 
     def svd(h: Tensor) -> Tensor | None:
