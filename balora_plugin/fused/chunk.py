@@ -5,8 +5,8 @@ With p = softmax(z) and H its entropy, per row:
     -H           d/dz = p (log p + H); over the top K the same on the K renormalised probabilities
     consistency  kl: T (q - p_t), reverse_kl: T q (log q/p_t - KL), jsd: T/2 q (log q/m - KL(q || m)) with q, p_t at
                  temperature T; mse: the projection of the difference of the unit rows
-At T = 1 the first three share p: three (rows, V) buffers in all. Fresh ones for every chunk would cost more time than
-the passes over them.
+At T = 1 the first three share p = exp(z - max) / total, which is never formed: its factors go into those of the rows.
+Passes and memory are what counts beside the products: everything is in place, in few buffers that are used again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def token_chunk(
     top = 0 < top_k < z.shape[-1]
     joint = z_t is not None and form == "kl" and temperature == 1.0
     target = labels.unsqueeze(1)
-    hits = first_argmax(z) == labels
     consistency, extra = z.new_zeros(()), None
     if z_t is not None and not joint:
         consistency, extra = _FORMS[form](z, z_t, temperature, pool, differentiate)
@@ -67,51 +66,61 @@ def token_chunk(
         top_log_p = torch.log_softmax(values, dim=-1)
         top_p = top_log_p.exp()
         top_entropy = -(top_p * top_log_p).sum(dim=-1, keepdim=True)
-    log_p = _log_softmax(z, pool(2))
-    task = -log_p.gather(1, target).sum()
+    peak, where = first_max(z)
+    e, total, log_total = _exponentials(z.sub_(peak), pool(2))  # p = e / total, log p = z - log_total
+    task = (log_total - z.gather(1, target)).sum()
     if joint and z_t is not None:
-        log_t = _log_softmax(z_t, z)  # z is not needed any more
-        torch.exp(log_t, out=z_t)
+        z_t.sub_(z_t.amax(dim=-1, keepdim=True))
+        e_t, total_t, log_total_t = _exponentials(z_t, pool(3))
         # the difference first: a difference of two sums would lose what is left of a small divergence
-        consistency = log_t.sub_(log_p).mul_(z_t).sum()
-    p = torch.exp(log_p, out=z)
-    p_log_p = log_p.mul_(p)
-    entropy = -p_log_p.sum(dim=-1, keepdim=True)
+        difference = z_t.sub_(z).sub_(log_total_t - log_total)
+        consistency = (difference.mul_(e_t).sum(dim=-1, keepdim=True) / total_t).sum()
+    product = z.mul_(e)
+    entropy = log_total - product.sum(dim=-1, keepdim=True) / total
     diversity = -(top_entropy.sum() if top else entropy.sum())
-    sums = torch.stack([task, consistency, diversity, entropy.sum(), hits.sum().to(z.dtype)])
+    hits = (where == labels).sum().to(z.dtype)
+    sums = torch.stack([task, consistency, diversity, entropy.sum(), hits])
     if not differentiate:
         return sums
     share = a + b if joint else a
-    if c and not top:
-        p.mul_(entropy.mul_(c).add_(share)).add_(p_log_p, alpha=c)
-    elif share != 1.0:
-        p.mul_(share)
+    if c and not top:  # p (share + c (log p + H))
+        product.mul_(c / total).addcmul_(e, (share + c * (entropy - log_total)) / total)
+    else:
+        torch.mul(e, share / total, out=product)
     if top and c:
-        p.scatter_add_(1, index, c * top_p * (top_log_p + top_entropy))
-    if joint and z_t is not None:
-        p.add_(z_t, alpha=-b)
+        product.scatter_add_(1, index, c * top_p * (top_log_p + top_entropy))
+    if joint:
+        product.addcmul_(e_t, -b / total_t)
     elif extra is not None:
-        p.add_(extra, alpha=b)
+        product.add_(extra, alpha=b)
     if a:
-        p.scatter_add_(1, target, torch.full_like(target, -a, dtype=z.dtype))
+        product.scatter_add_(1, target, torch.full_like(target, -a, dtype=z.dtype))
     return sums
 
 
-def first_argmax(z: Tensor, block: int = 128) -> Tensor:
-    """z.argmax(-1), (C, V) -> (C,), the first of equals too: by blocks, ten times faster on a CPU."""
-    rows, vocabulary = z.shape
-    blocks = vocabulary // block
-    if blocks < 2 or z.device.type != "cpu":
-        return z.argmax(dim=-1)
-    head = z[:, : blocks * block].unflatten(1, (blocks, block))
-    maxima = head.amax(dim=-1)
-    best = maxima.argmax(dim=-1, keepdim=True)
-    within = head.gather(1, best.unsqueeze(-1).expand(rows, 1, block)).squeeze(1)
-    found = best.squeeze(1) * block + within.argmax(dim=-1)
-    if blocks * block == vocabulary:
-        return found
-    tail, where = z[:, blocks * block :].max(dim=-1)
-    return torch.where(tail > maxima.amax(dim=-1), where + blocks * block, found)
+def _exponentials(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z) in `out`, its sums over a row and their logarithms, (C, 1); the rows of z peak at 0."""
+    e = torch.exp(z, out=out)
+    total = e.sum(dim=-1, keepdim=True)
+    return e, total, total.log()
+
+
+def first_max(z: Tensor, block: int = 1000) -> tuple[Tensor, Tensor]:
+    """(C, V) -> maxima (C, 1) and where they first stand (C,): by blocks, which on a CPU costs a tenth of argmax."""
+    vocabulary = z.shape[-1]
+    whole = vocabulary // block * block
+    if whole < 2 * block or z.device.type != "cpu":
+        value, where = z.max(dim=-1, keepdim=True)
+        return value, where.squeeze(1)
+    blocks = z[:, :whole].unflatten(1, (whole // block, block))
+    maxima = blocks.amax(dim=-1)
+    value, best = maxima.max(dim=-1, keepdim=True)
+    inside = blocks.gather(1, best.unsqueeze(-1).expand(-1, 1, block)).squeeze(1)
+    where = best.squeeze(1) * block + inside.argmax(dim=-1)
+    if whole == vocabulary:
+        return value, where
+    tail, position = z[:, whole:].max(dim=-1, keepdim=True)
+    return torch.maximum(value, tail), torch.where(tail > value, position + whole, where.unsqueeze(1)).squeeze(1)
 
 
 def _log_softmax(x: Tensor, out: Tensor) -> Tensor:
