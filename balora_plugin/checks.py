@@ -15,7 +15,7 @@ from .config import RegularizerConfig
 from .head import read_head
 
 # starts that rewrite the base weights: switching such an adapter off gives a residual model, not the pre-trained one
-_MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_arguments(args: Any) -> None:
@@ -123,7 +123,7 @@ def check_teacher(adapter: Any, teacher_model: nn.Module | None) -> None:
     if isinstance(adapter, BaLoraConfig):
         return
     start = str(getattr(adapter, "init_lora_weights", "")).lower()
-    if start.startswith(_MUTATING_STARTS):
+    if start.startswith(MUTATING_STARTS):
         raise ValueError(
             f"init_lora_weights={start!r} rewrites the base weights, so switching the adapter off gives its residual "
             "model, not the pre-trained one: use BaLoraConfig (the same start in delta form), or pass teacher_model=..."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
-from trl import SFTConfig
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
-from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig
+from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, get_ba_lora_model
 from tests.models import character_tokenizer, tiny_llama
 
 ROWS = [{"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}" + " ok then" * (i % 4)} for i in range(8)]
@@ -27,40 +27,75 @@ class Keep(TrainerCallback):
             }
 
 
-def main(output: str, batch: int, accumulation: int, directory: str) -> None:
-    """Trains two steps on eight samples a step and stores gradients, logs and the adapter (rank 0)."""
-    torch.set_num_threads(1)
-    keep = Keep()
-    trainer = BaLoraSFTTrainer(
+def arguments(batch: int, accumulation: int, directory: str) -> dict[str, Any]:
+    return {
+        "output_dir": directory,
+        "max_steps": 2,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "logging_steps": 1,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def peft_config() -> BaLoraConfig:
+    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0)
+    return BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=terms)
+
+
+def trl_trainer(args: dict[str, Any], keep: Keep) -> Trainer:
+    from trl import SFTConfig
+
+    return BaLoraSFTTrainer(
         model=tiny_llama(),
-        args=SFTConfig(
-            output_dir=directory,
-            max_steps=2,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            logging_steps=1,
-            max_grad_norm=0.0,
-            optim="sgd",
-            learning_rate=0.1,
-            lr_scheduler_type="constant",
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
+        args=SFTConfig(**args),
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(ROWS),
         processing_class=character_tokenizer(),
         callbacks=[keep],
-        peft_config=BaLoraConfig(
-            r=4,
-            lora_alpha=4,
-            target_modules="all-linear",
-            regularizers=RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0),
-        ),
+        peft_config=peft_config(),
     )
+
+
+def axolotl_trainer(args: dict[str, Any], keep: Keep) -> Trainer:
+    """The trainer that the plug-in gives Axolotl, with the argument that Axolotl's builder sets against us."""
+    from axolotl.core.training_args import AxolotlTrainingArguments
+
+    from balora_plugin.hosts.axolotl.trainer import AxolotlBaLoraTrainer
+
+    tokenizer = character_tokenizer()
+    rows = []
+    for row in ROWS:
+        prompt, ids = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + row["completion"]))
+        ids = [*ids, tokenizer.eos_token_id]
+        rows.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
+    return AxolotlBaLoraTrainer(
+        model=get_ba_lora_model(tiny_llama(), peft_config()),
+        args=AxolotlTrainingArguments(**args, average_tokens_across_devices=False, remove_unused_columns=True),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        eval_data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[keep],
+    )
+
+
+def main(output: str, batch: int, accumulation: int, directory: str, host: str) -> None:
+    """Trains two steps on eight samples a step and stores gradients, logs and the adapter (rank 0)."""
+    torch.set_num_threads(1)
+    keep = Keep()
+    build = {"trl": trl_trainer, "axolotl": axolotl_trainer}[host]
+    trainer = build(arguments(batch, accumulation, directory), keep)
     trainer.train()
     result = trainer.evaluate()
     trainer.save_model(directory)
@@ -70,4 +105,4 @@ def main(output: str, batch: int, accumulation: int, directory: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])

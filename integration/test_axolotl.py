@@ -33,8 +33,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig
-from balora_plugin.hosts.axolotl.plugin import adapter_config
+from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, get_ba_lora_model
+from balora_plugin.hosts.axolotl import checks
+from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin, adapter_config
 from balora_plugin.hosts.axolotl.trainer import AxolotlBaLoraTrainer
 from integration.quickstart import measure, settings, tiny_model, with_axolotl
 from integration.quickstart.corpus import Corpus, Instruction
@@ -147,6 +148,9 @@ def test_trains_from_a_zero_consistency_and_saves_a_stock_adapter(case, workspac
     consistency = history(trainer, "balora/consistency")
     assert abs(consistency[0]) < 1e-9
     assert consistency[-1] > 1e-6
+    torch.testing.assert_close(
+        torch.tensor(history(trainer, "balora/task")).exp(), torch.tensor(history(trainer, "ppl"))
+    )
     for key in ("loss", "balora/task", "balora/diversity", "balora/svd", "balora/loss"):
         assert len(history(trainer, key)) == 3, key
         assert all(math.isfinite(value) for value in history(trainer, key))
@@ -184,13 +188,18 @@ def tokenised(written):
 
 @pytest.mark.parametrize(
     ("micro", "steps", "terms"),
-    [(12, 1, TERMS), (3, 4, {**TERMS, "lambda_svd": 0.0}), (4, 3, {"preset": "iclr2026", "lambda_svd": 0.0})],
+    [(12, 1, TERMS), (3, 2, TERMS), (2, 3, {"preset": "iclr2026", "svd_top_k": 5})],
 )
 def test_the_terms_are_trls(micro, steps, terms, workspace, written, tmp_path):
-    """Same data, seed and settings: normalised over the accumulated batch, not by Axolotl's micro-batch mean."""
+    """Same data in the same order: normalised over the accumulated batch, not by Axolotl's micro-batch mean."""
     ours = run(
         written(
-            ba_lora=terms, micro_batch_size=micro, gradient_accumulation_steps=steps, max_grad_norm=0.0, num_epochs=9
+            ba_lora=terms,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=steps,
+            max_grad_norm=0.0,
+            num_epochs=9,
+            curriculum_sampling=True,  # in the order of the file
         )
     )
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in tokenised(written)]
@@ -205,6 +214,7 @@ def test_the_terms_are_trls(micro, steps, terms, workspace, written, tmp_path):
             learning_rate=0.01,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
             logging_steps=1,
             report_to=[],
             use_cpu=True,
@@ -266,9 +276,13 @@ def test_merge_lora(method, written, tmp_path, ids):
     torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=1e-4)
 
 
-def test_preprocess_and_inference_loading(written, ids):
-    preprocess(str(written()))
-    trainer = run(written())
+def test_preprocess_and_inference_loading(written, tmp_path, ids):
+    prepared = tmp_path / "prepared"
+    preprocess(str(written(dataset_prepared_path=str(prepared))))
+    found = {path: path.stat().st_mtime_ns for path in prepared.rglob("*.arrow")}
+    assert found
+    trainer = run(written(dataset_prepared_path=str(prepared)))
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*.arrow")} == found  # nothing tokenised again
     cfg = load_cfg(str(written(lora_model_dir=trainer.args.output_dir)), inference=True)
     model, _, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     torch.testing.assert_close(logits(model.eval(), ids), logits(trainer.model.eval(), ids), rtol=0, atol=1e-6)
@@ -345,14 +359,98 @@ WRONG = {
     "flash_in_float32": ({"flash_attention": True}, "flash_attention"),
     "flash_implementation": ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2"),
     "context_parallel": ({"context_parallel_size": 2}, "context_parallel_size: 2"),
-    "ram_efficient": (
+    "fsdp2": (
         {"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}},
-        "fsdp_config.cpu_ram_efficient_loading",
+        "past the adapter's own writer",
+    ),
+    "rank_zero": ({"lora_r": 0}, "lora_r: 0"),
+    "alpha_text": ({"lora_alpha": "16x"}, "lora_alpha: '16x'"),
+    "parallel_text": ({"context_parallel_size": "2"}, "context_parallel_size: 2"),
+    "misspelt_adapter": ({"adapter": "ba-lora"}, "did you mean ba_lora?"),
+    "apply_to_qlora": ({"adapter": "qlora", "ba_lora": {"apply_to": "qlora"}}, "write adapter: ba_lora."),
+    "nlu": ({"ba_lora": {"task": "nlu"}}, "ba_lora.task: nlu"),
+    "full_without_teacher": ({"adapter": None, "ba_lora": {"apply_to": "full"}}, "ba_lora.lambda_consistency"),
+    "mutating_start": (
+        {"adapter": "lora", "ba_lora": {"apply_to": "lora"}, "peft_init_lora_weights": "pissa"},
+        "peft_init_lora_weights: pissa",
+    ),
+    "weight_true": ({"ba_lora": {"lambda_svd": True}}, "ba_lora.lambda_svd: true"),
+    "cce_by_default": (
+        {
+            "plugins": [
+                "balora_plugin.BaLoraPlugin",
+                "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
+            ]
+        },
+        "turns cut_cross_entropy on",
     ),
     "dora": ({"peft_use_dora": True}, "peft_use_dora"),
     "relora": ({"relora": True}, "relora"),
     "eaft": ({"use_eaft": True}, "use_eaft"),
 }
+
+
+@pytest.mark.parametrize("key", checks._REFUSED)
+def test_every_refused_key_is_named(key):
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        checks.check_refused({key: True})
+    checks.check_refused({key: False})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_target_linear": True, "peft_layers_to_transform": [0]},
+        {"lora_target_linear": True, "lora_target_modules": ["embed_positions"]},
+        {"lora_target_linear": True, "lora_exclude_modules": ["down_proj"]},
+        {"lora_target_modules": ["q_proj"], "peft_layers_to_transform": [1], "peft_layers_pattern": ["layers"]},
+        {"lora_target_parameters": ["mlp.up_proj.weight"]},
+        {"lora_target_modules": ["q_proj"], "lora_fan_in_fan_out": True, "lora_dropout": 0.2, "peft_use_rslora": True},
+        {"lora_target_modules": ".*q_proj", "lora_rank_pattern": {"q_proj": 2}, "lora_alpha_pattern": {"q_proj": 3}},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_the_adapters_config_is_axolotls_own(changes, written):
+    """Field by field what Axolotl would make of the same keys for adapter: lora."""
+    from axolotl.loaders.adapter import _build_peft_lora_config
+
+    cfg = load_cfg(str(written(**{"lora_target_linear": None, **changes})))
+    model = tiny_llama()
+    ours, theirs = adapter_config(cfg, model).to_dict(), _build_peft_lora_config(model, cfg).to_dict()
+    for key, value in theirs.items():
+        if key == "init_lora_weights":
+            continue
+        same = set(ours[key] or ()) == set(value or ()) if isinstance(value, (list, set)) else ours[key] == value
+        assert same or not (ours[key] or value), key
+
+
+def test_the_final_config_is_checked_too(written):
+    """What another plug-in's defaults or Axolotl's validation switch on is in no YAML."""
+    cfg = load_cfg(str(written()))
+    cfg.lora_mlp_kernel = True
+    with pytest.raises(ValueError, match="lora_mlp_kernel"):
+        BaLoraPlugin().pre_model_load(cfg)
+
+
+def test_flash_attention_with_axolotls_default_precision_is_allowed():
+    values = {"adapter": "ba_lora", "lora_r": 4, "lora_alpha": 4, "lora_target_linear": True, "flash_attention": True}
+    checks.check_raw(values)
+    with pytest.raises(ValueError, match="half precision"):
+        checks.check_raw({**values, "bf16": False})
+
+
+def test_another_plugins_trainer_is_refused(written):
+    cfg = load_cfg(str(written()))
+    with pytest.raises(ValueError, match="another plug-in's trainer"):
+        BaLoraPlugin().post_trainer_create(cfg, object())
+
+
+def test_a_continued_adapter_keeps_its_shape(written):
+    first = run(written())
+    for key in ("lora_r", "lora_alpha"):
+        path = written(lora_model_dir=first.args.output_dir, **{key: 8})
+        with pytest.raises(ValueError, match=f"{key}: 8 contradicts"):
+            load_model_and_tokenizer(cfg=load_cfg(str(path)))
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -432,6 +530,7 @@ def test_the_starter_and_the_schema(tmp_path, monkeypatch):
     values = yaml.safe_load(path.read_text())
     assert (values["adapter"], values["plugins"]) == ("ba_lora", ["balora_plugin.BaLoraPlugin"])
     BaLoraBlock.model_validate(values["ba_lora"])
+    assert values["sample_packing"] and values["attn_implementation"]  # or packed samples see each other
     again = runner.invoke(cli, ["ba-lora", "init", str(path)])
     assert again.exit_code == 1
     assert "--force" in again.output
@@ -459,7 +558,7 @@ def test_example_yamls_are_valid_and_build_their_adapter(path, workspace, writte
     here |= {"datasets": [{"path": str(workspace / "data.jsonl"), "ds_type": "json", "type": "alpaca"}]}
     (tmp_path / "example.yml").write_text(yaml.safe_dump({**values, **here}))
     cfg = load_cfg(str(tmp_path / "example.yml"))
-    config = adapter_config(cfg)
+    config = adapter_config(cfg, tiny_llama())
     assert isinstance(config, BaLoraConfig)
     assert (config.r, config.lora_alpha) == (values["lora_r"], values["lora_alpha"])
     assert config.regularizers.preset == values["ba_lora"]["preset"]
@@ -478,11 +577,17 @@ def test_inference_answers(written, workspace):
     from axolotl.cli.main import cli
     from click.testing import CliRunner
 
-    trainer = run(written())
-    path = written(lora_model_dir=trainer.args.output_dir)
-    result = CliRunner().invoke(cli, ["inference", str(path), "--launcher", "python"], input="What is 1 + 1?")
-    assert result.exit_code == 0, result.output[-2000:]
-    assert "What is 1 + 1?" in result.output
+    trained = run(written(max_steps=6)).args.output_dir
+    untrained = str(workspace / "untrained")
+    config = BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear")
+    get_ba_lora_model(base_model(workspace), config).save_pretrained(untrained)
+    answers = []
+    for adapter in (trained, untrained):
+        path = written(lora_model_dir=adapter)
+        result = CliRunner().invoke(cli, ["inference", str(path), "--launcher", "python"], input="What is 1 + 1?")
+        assert result.exit_code == 0, result.output[-2000:]
+        answers.append(result.output.rpartition("What is 1 + 1?")[2].split("=====")[0])
+    assert answers[0] != answers[1]  # the adapter speaks, not the base
 
 
 def test_a_killed_run_resumes_to_the_uninterrupted_runs_adapter(written, workspace, tmp_path, ids):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -20,9 +21,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def step(directory, ranks, batch, accumulation):
+def step(directory, host, ranks, batch, accumulation):
     directory.mkdir()
     worker = ["integration/ddp_worker.py", str(directory / "result.pt"), str(batch), str(accumulation), str(directory)]
+    worker.append(host)
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
@@ -34,9 +36,12 @@ def step(directory, ranks, batch, accumulation):
     return torch.load(directory / "result.pt", weights_only=False), load_file(directory / "adapter_model.safetensors")
 
 
-def test_ranks_do_not_change_the_gradients(tmp_path):
-    alone, alone_adapter = step(tmp_path / "alone", 1, 8, 1)
-    both, both_adapter = step(tmp_path / "both", 2, 2, 2)
+@pytest.mark.parametrize("host", ["trl", "axolotl"])
+def test_ranks_do_not_change_the_gradients(host, tmp_path):
+    if host == "axolotl":
+        pytest.importorskip("axolotl")
+    alone, alone_adapter = step(tmp_path / "alone", host, 1, 8, 1)
+    both, both_adapter = step(tmp_path / "both", host, 2, 2, 2)
     scale = max(g.abs().max() for g in alone["gradients"].values())
     assert alone["gradients"].keys() == both["gradients"].keys()
     for name, gradient in alone["gradients"].items():

@@ -71,7 +71,9 @@ class BaLoraBlock(BaseModel):
     def _refuse_unknown(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             raise ValueError(f"ba_lora: {data!r} must be a block of settings, or absent.")
-        for key in data:
+        for key, value in data.items():
+            if isinstance(value, bool) and key != "compile":  # pydantic would make a weight of 1.0 of it
+                raise ValueError(f"ba_lora.{key}: {str(value).lower()} is no value for it: write a number or a name.")
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(cls.model_fields)}."

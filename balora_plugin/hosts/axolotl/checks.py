@@ -6,26 +6,37 @@ import dataclasses
 import difflib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from ...checks import MUTATING_STARTS
 from ...config import RegularizerConfig
 
 ADAPTER = "ba_lora"
 
 
 class SettingError(click.ClickException, ValueError):
-    """A wrong setting: a ValueError for code, one line without a traceback on Axolotl's command line.
+    """A wrong setting: a ValueError for code, one line without a traceback on Axolotl's command line."""
 
-    Axolotl's own launchers (accelerate, torchrun) run it outside click, where an uncaught one reaches the interpreter:
-    there too it is one line, from the first process of a machine.
-    """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        if sys.excepthook is sys.__excepthook__:
-            sys.excepthook = _one_line_for_settings
+@contextmanager
+def as_setting_errors() -> Iterator[None]:
+    """A ValueError raised inside, the core's own included, leaves as a SettingError."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+
+
+def one_line_errors() -> None:
+    """Lets an uncaught SettingError be one line where no click is: accelerate and torchrun run Axolotl's modules."""
+    if sys.excepthook is sys.__excepthook__ and click.get_current_context(silent=True) is None:
+        sys.excepthook = _one_line_for_settings
 
 
 def _one_line_for_settings(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -45,7 +56,10 @@ _OURS = [
 ]
 
 _KERNELS = "reads lora_A and lora_B itself and would leave out the frozen factors: set it to false."
-_LOGITS = "replaces the loss or the forward that computes the terms: remove it (our own loss never holds the logits)."
+_LOGITS = "replaces the loss or the forward that computes the terms: remove it."
+_OTHER_LOSS = "trains with another loss: BA-LoRA is for supervised fine-tuning; remove it."
+_BASE = "trains or changes base parameters that the teacher shares: remove it."
+_SHARDED = "is saved by Axolotl past the adapter's own writer, which would lose half of it: use DDP or DeepSpeed."
 # key -> why; a truthy value is refused
 _REFUSED: dict[str, str] = {
     "lora_mlp_kernel": _KERNELS,
@@ -62,15 +76,25 @@ _REFUSED: dict[str, str] = {
     "load_in_4bit": "is not supported with adapter: ba_lora yet: remove it, or use adapter: qlora without the terms.",
     "load_in_8bit": "is not supported with adapter: ba_lora yet: remove it, or use adapter: lora without the terms.",
     "gptq": "is not supported with adapter: ba_lora: use the full-precision base model.",
-    "rl": "trains with another loss: BA-LoRA is for supervised fine-tuning; remove it.",
-    "reward_model": "trains with another loss: BA-LoRA is for supervised fine-tuning; remove it.",
-    "process_reward_model": "trains with another loss: BA-LoRA is for supervised fine-tuning; remove it.",
+    "rl": _OTHER_LOSS,
+    "reward_model": _OTHER_LOSS,
+    "process_reward_model": _OTHER_LOSS,
+    "trainer_cls": "replaces the trainer that computes the terms: remove it.",
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "fsdp_version": _SHARDED,
     "relora": "restarts the adapter into the base, which BA-LoRA never changes: remove it.",
     "peft_use_dora": "is another adapter: remove it.",
-    "peft_layer_replication": "changes the base model that the teacher shares: remove it.",
-    "peft_trainable_token_indices": "trains base parameters that the teacher shares: remove it.",
-    "unfrozen_parameters": "trains base parameters that the teacher shares: remove it.",
-    "sequence_parallel_degree": "is not supported with BA-LoRA yet: use DDP or FSDP.",
+    "peft_ensure_weight_tying": "ties what the adapter's file keeps apart: remove it.",
+    "use_onebitllms": "replaces the linear layers under the adapter: remove it.",
+    "flash_attn_fuse_mlp": "replaces the linear layers under the adapter: remove it.",
+    "qat": "quantises the base, and with it the teacher, in mid-training: remove it.",
+    "model_quantization_config": "is not supported with adapter: ba_lora: use the full-precision base model.",
+    "lisa_n_layers": _BASE,
+    "peft_layer_replication": _BASE,
+    "peft_trainable_token_indices": _BASE,
+    "unfrozen_parameters": _BASE,
+    "sequence_parallel_degree": "is not supported with BA-LoRA yet: use DDP or DeepSpeed.",
 }
 
 
@@ -108,22 +132,53 @@ def check_raw(data: dict[str, Any]) -> None:
     if adapter != ADAPTER and block is not None:
         expected = {"lora": "lora", "full": None}.get(str(target), ADAPTER)
         if target is None or (adapter or None) != expected:
+            also = {"lora": ", or ba_lora.apply_to: lora to put them on it", None: ", or ba_lora.apply_to: full"}
             raise ValueError(
-                f"adapter: {adapter} beside a ba_lora: block would train without its terms: write adapter: ba_lora, or "
-                f"ba_lora.apply_to: {'full' if adapter is None else adapter} to put the terms on it."
+                f"adapter: {adapter} beside a ba_lora: block would train without its terms: write adapter: ba_lora"
+                f"{also.get(adapter, '')}."
             )
     if adapter == ADAPTER and target is not None:
         raise ValueError(f"ba_lora.apply_to: {target} beside adapter: ba_lora contradicts it: remove one of the two.")
     if not active({"adapter": adapter, "ba_lora": block if isinstance(block, dict) else None}):
         return
-    for key, why in _REFUSED.items():
-        if data.get(key):
-            raise ValueError(f"{key}: {data[key]} {why}")
+    check_refused(data)
     _check_adapter(data)
+    _check_terms(data, block if isinstance(block, dict) else {})
     _check_engine(data)
 
 
+def check_refused(data: Any) -> None:
+    """Settings that would train something else, in the YAML or (defaults of other plug-ins) in the final config."""
+    for key, why in _REFUSED.items():
+        if data.get(key):
+            raise ValueError(f"{key}: {data.get(key)} {why}")
+    for name in data.get("plugins") or []:
+        if str(name).rpartition(".")[2] == "CutCrossEntropyPlugin" and data.get("cut_cross_entropy", True):
+            raise ValueError(f"plugins: {name} turns cut_cross_entropy on, which {_LOGITS}")
+
+
+def _check_terms(data: dict[str, Any], block: dict[str, Any]) -> None:
+    """What the core refuses once the model is there, said before and in the YAML's words."""
+    target = block.get("apply_to")
+    if block.get("task") == "nlu":
+        raise ValueError("ba_lora.task: nlu is not trained by this version: write nlg, or remove the line.")
+    if target == "full" and block.get("lambda_consistency") != 0:
+        raise ValueError(
+            f"ba_lora.lambda_consistency: {block.get('lambda_consistency', 'the preset')} has no teacher in full "
+            "fine-tuning, where no adapter can be switched off: write 0."
+        )
+    start = data.get("peft_init_lora_weights")
+    if target == "lora" and isinstance(start, str) and start.lower().startswith(MUTATING_STARTS):
+        raise ValueError(
+            f"peft_init_lora_weights: {start} with ba_lora.apply_to: lora rewrites the base, so that the teacher would "
+            "be its residual: write adapter: ba_lora (the same start, base untouched)."
+        )
+
+
 def _check_names(data: dict[str, Any]) -> None:
+    adapter = str(data.get("adapter") or "")
+    if adapter != ADAPTER and adapter.lower().replace("-", "_") in (ADAPTER, "balora"):
+        raise ValueError(f"adapter: {adapter} is not an adapter Axolotl or BA-LoRA knows: did you mean ba_lora?")
     for key in data:
         if key == "ba_lora" or not isinstance(key, str):
             continue
@@ -142,6 +197,9 @@ def _check_adapter(data: dict[str, Any]) -> None:
     for key in ("lora_r", "lora_alpha"):
         if data.get(key) is None and not data.get("lora_model_dir"):
             raise ValueError(f"{key}: is missing, adapter: ba_lora needs it: write for example {key}: 16.")
+        value = data.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{key}: {value!r} must be a whole number of at least 1, for example 16.")
     targets = ("lora_target_linear", "lora_target_modules", "lora_target_parameters")
     if not any(data.get(key) for key in targets) and not data.get("lora_model_dir"):
         raise ValueError("lora_target_modules: is missing: write lora_target_linear: true, or a list of module names.")
@@ -158,23 +216,13 @@ def _check_adapter(data: dict[str, Any]) -> None:
 
 
 def _check_engine(data: dict[str, Any]) -> None:
-    for key in ("context_parallel_size", "tensor_parallel_size"):
-        if (data.get(key) or 1) > 1:
-            raise ValueError(f"{key}: {data[key]} is not supported with BA-LoRA yet: use DDP or FSDP.")
-    fsdp = data.get("fsdp_config") or {}
-    if isinstance(fsdp, dict) and (fsdp.get("cpu_ram_efficient_loading") or fsdp.get("fsdp_cpu_ram_efficient_loading")):
-        raise ValueError(
-            "fsdp_config.cpu_ram_efficient_loading: true leaves most ranks without the weights the start needs: "
-            "set it to false."
-        )
+    for key in ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size"):
+        if str(data.get(key) or 1) != "1":
+            raise ValueError(f"{key}: {data[key]} is not supported with BA-LoRA yet: use DDP or DeepSpeed.")
     attention = data.get("attn_implementation") or ("flash_attention_2" if data.get("flash_attention") else None)
-    half = data.get("bf16") or data.get("fp16") or data.get("bfloat16") or data.get("float16")
+    half = data.get("bf16", "auto") or data.get("fp16") or data.get("bfloat16") or data.get("float16")  # as Axolotl's
     if attention and str(attention).startswith("flash_attention") and half in (False, None, "false"):
         raise ValueError(
             f"{'flash_attention: true' if data.get('flash_attention') else f'attn_implementation: {attention}'} needs "
             "half precision: write bf16: true, or attn_implementation: sdpa."
-        )
-    if (data.get("label_smoothing_factor") or 0) > 0:
-        raise ValueError(
-            f"label_smoothing_factor: {data['label_smoothing_factor']} does not work with BA-LoRA: remove it."
         )

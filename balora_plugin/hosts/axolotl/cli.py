@@ -38,6 +38,7 @@ datasets:
 val_set_size: 0.01
 sequence_len: 1024
 sample_packing: true
+attn_implementation: sdpa            # or flash_attention_2; packing needs one of them
 
 output_dir: ./outputs/ba-lora
 micro_batch_size: 4

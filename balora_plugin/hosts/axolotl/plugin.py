@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.loaders.adapter import find_all_linear_names
 from peft import TaskType
 from pydantic import ValidationError
 from transformers import PreTrainedModel
@@ -16,7 +18,17 @@ from ...checks import resolve
 from ...config import RegularizerConfig
 from ...head import check_head
 from .args import BaLoraBlock
-from .checks import ADAPTER, KERNELS, SettingError, active, check_command_line, check_raw
+from .checks import (
+    ADAPTER,
+    KERNELS,
+    SettingError,
+    active,
+    as_setting_errors,
+    check_command_line,
+    check_raw,
+    check_refused,
+    one_line_errors,
+)
 
 
 class BaLoraPlugin(BasePlugin):
@@ -24,16 +36,16 @@ class BaLoraPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         """Called with the YAML as written, before validation."""
-        try:
+        one_line_errors()
+        with as_setting_errors():
             check_command_line()
             values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
             check_raw(values)
             if values.get("ba_lora") is not None:
-                BaLoraBlock.model_validate(values["ba_lora"])
-        except ValidationError as error:
-            raise SettingError(_one_line(error)) from None
-        except ValueError as error:
-            raise SettingError(str(error)) from None
+                try:
+                    BaLoraBlock.model_validate(values["ba_lora"])
+                except ValidationError as error:
+                    raise SettingError(_one_line(error)) from None
         if active(cfg):
             for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
                 if cfg.get(key) is None:
@@ -45,13 +57,23 @@ class BaLoraPlugin(BasePlugin):
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
 
+    def pre_model_load(self, cfg: Any) -> None:
+        """The final config: what Axolotl's validation and other plug-ins' defaults made of the YAML."""
+        if active(cfg):
+            with as_setting_errors():
+                check_refused(cfg)
+
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[Any, Any] | None:
         """Injects the adapter, or loads the one in `lora_model_dir`; None leaves other adapters to Axolotl."""
         if cfg.adapter != ADAPTER:
             return None
-        config = adapter_config(cfg)
+        with as_setting_errors():
+            return self._load(model, cfg, inference, config_only)
+
+    def _load(self, model: PreTrainedModel, cfg: Any, inference: bool, config_only: bool) -> tuple[Any, Any]:
+        config = adapter_config(cfg, model)
         if config_only:
             return None, config
         autocast = (
@@ -64,13 +86,15 @@ class BaLoraPlugin(BasePlugin):
                 model, str(cfg.lora_model_dir), is_trainable=not inference, **autocast
             )
             config = wrapped.peft_config["default"]
+            check_continued(cfg, config)
             config.regularizers = regularizers_of(cfg)  # the YAML's terms, the file's adapter
         else:
             if not inference and not cfg.merge_lora:
                 resolve(model, config.regularizers, adapter_follows=True)  # before the SVDs
                 check_head(model)
             wrapped = get_ba_lora_model(model, config, **autocast)
-        wrapped.print_trainable_parameters()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            wrapped.print_trainable_parameters()
         return wrapped, config
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
@@ -81,8 +105,11 @@ class BaLoraPlugin(BasePlugin):
         return trainer_class(None if cfg.adapter == ADAPTER else regularizers_of(cfg))
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        if active(cfg):
-            trainer.axolotl_cfg = cfg
+        if active(cfg) and getattr(trainer, "ba_lora", None) is None:
+            raise SettingError(
+                f"plugins: another plug-in's trainer ({type(trainer).__name__}) took the place of BA-LoRA's, so its "
+                "terms would be left out: remove that plug-in, or put balora_plugin.BaLoraPlugin first."
+            )
 
 
 def regularizers_of(cfg: Any) -> RegularizerConfig:
@@ -91,13 +118,34 @@ def regularizers_of(cfg: Any) -> RegularizerConfig:
     return BaLoraBlock(**dict(block)).regularizers()
 
 
-def adapter_config(cfg: Any) -> BaLoraConfig:
-    """Axolotl's `lora_*` and `peft_*` keys as a BaLoraConfig."""
+def check_continued(cfg: Any, config: BaLoraConfig) -> None:
+    """The adapter in `lora_model_dir` has a shape of its own: a YAML that asks for another one is contradictory.
+
+    Raises:
+        ValueError: names the key, both values and the remedy.
+    """
+    for key, value in (("lora_r", config.r), ("lora_alpha", config.lora_alpha)):
+        if cfg[key] is not None and cfg[key] != value:
+            raise ValueError(
+                f"{key}: {cfg[key]} contradicts the adapter in lora_model_dir: {cfg.lora_model_dir}, which has "
+                f"{value}: write {key}: {value}, or remove the line."
+            )
+
+
+def target_modules(cfg: Any, model: PreTrainedModel) -> str | list[str]:
+    """`lora_target_modules`, and with `lora_target_linear` every linear layer but the LM head's, by Axolotl's rule."""
     modules: Any = cfg.lora_target_modules or []
-    if cfg.lora_target_linear:
-        # PEFT's own word for it leaves out the LM head; names beside it are linear layers already
-        modules = "all-linear"
+    if not cfg.lora_target_linear:
+        return modules if isinstance(modules, str) else list(modules)
+    named = [modules] if isinstance(modules, str) else list(modules)
+    return sorted({*named, *find_all_linear_names(model)})
+
+
+def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
+    """Axolotl's `lora_*` and `peft_*` keys as a BaLoraConfig."""
     optional = {
+        "r": cfg.lora_r,
+        "lora_alpha": cfg.lora_alpha,
         "target_parameters": cfg.lora_target_parameters,
         "modules_to_save": cfg.lora_modules_to_save,
         "exclude_modules": cfg.lora_exclude_modules,
@@ -111,9 +159,7 @@ def adapter_config(cfg: Any) -> BaLoraConfig:
     }
     start = cfg.peft_init_lora_weights
     return BaLoraConfig(
-        r=cfg.lora_r or BaLoraConfig.r,
-        lora_alpha=cfg.lora_alpha or BaLoraConfig.lora_alpha,
-        target_modules=modules if isinstance(modules, str) else list(modules),
+        target_modules=target_modules(cfg, model),
         init_lora_weights="pissa" if start is None else start,
         task_type=TaskType.CAUSAL_LM,
         regularizers=regularizers_of(cfg),

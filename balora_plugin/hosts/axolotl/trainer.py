@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
+from transformers import Trainer
 
 from ...config import RegularizerConfig
 from ...objective import StepOutput
 from ...trainer import BaLoraTrainerMixin
 
 
-class AxolotlBaLoraTrainer(BaLoraTrainerMixin, AxolotlTrainer):
+class TaskPerplexity(Trainer):
+    """Behind AxolotlTrainer, which logs the exponential of the total loss as `ppl`: here it is the task's again."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "ppl" in logs and "balora/task" in logs:
+            logs["ppl"] = math.exp(min(logs["balora/task"], 700.0))
+        super().log(logs, *args, **kwargs)
+
+
+class AxolotlBaLoraTrainer(BaLoraTrainerMixin, AxolotlTrainer, TaskPerplexity):
     """Token terms are normalised over the accumulated global batch, as in TRL, not by Axolotl's micro-batch mean."""
 
     terms: RegularizerConfig | None = None  # for adapters that do not carry them: see `trainer_class`
