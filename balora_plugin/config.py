@@ -94,6 +94,8 @@ class RegularizerConfig:
         svd_input: The matrix: `"logits"`, `"centered_logits"` (rows minus their mean: invariant to a constant added to
             a row, as the probabilities are) or `"features"` (final hidden states).
         svd_layout: `"rows"`: one row a counted token (or sample); `"flattened"`: one row a sample, B x (T * V).
+        svd_max_rows: The spectrum of a micro-batch is taken over at most so many counted tokens, drawn anew at every
+            step by the step's number; 0 = all. Its cost grows with the square of the rows (docs/design.md).
         schedule: `"constant"`, or `"iclr2026"`: lambda_consistency falls by a cosine to a tenth; the other two are 0
             for the first 20 % of the optimizer steps, then rise linearly over 5 %.
         teacher_interval: Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation).
@@ -127,6 +129,7 @@ class RegularizerConfig:
     svd_norm: str | None = None
     svd_input: str | None = None
     svd_layout: str | None = None
+    svd_max_rows: int = 1024
     schedule: str | None = None
     teacher_interval: int = 1
     teacher_cache: str | None = None
@@ -140,6 +143,7 @@ class RegularizerConfig:
         _check_number("temperature", self.temperature, minimum=0.0, exclusive=True)
         _check_integer("diversity_top_k", self.diversity_top_k, minimum=0)
         _check_integer("svd_top_k", self.svd_top_k, minimum=1)
+        _check_integer("svd_max_rows", self.svd_max_rows, minimum=0, optional=False)
         _check_integer("teacher_interval", self.teacher_interval, minimum=1, optional=False)
         _check_integer("share_interval", self.share_interval, minimum=0, optional=False)
         if self.diversity_top_k == 1:

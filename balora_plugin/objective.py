@@ -11,16 +11,19 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .config import RegularizerConfig
-from .fused import head_spectral_term, matrix_spectral_term, spectral_term, token_terms
+from .fused import head_spectral_term, spectral_ratio
 from .fused.project import project
+from .fused.spectrum import drawn_rows, usable_k
+from .fused.tokens import IGNORED, weighted_token_terms
 from .head import FactorCache, Head, read_head
 from .schedules import Lambdas
 from .teacher import TeacherSwitch
@@ -43,15 +46,24 @@ class StepRequest:
     measure_shares: bool = False
     teacher_factor: int = 1
     switch: TeacherSwitch | None = None
-    warn: Callable[[str, str], None] = lambda key, message: None
+    compiled: CompiledPasses | None = None
+    seed: int = 0
+
+
+class CompiledPasses(NamedTuple):
+    """[`backbone_pass`] and [`student_pass`], compiled."""
+
+    teacher: Callable[..., Any]
+    student: Callable[..., Any]
 
 
 @dataclass
 class StepOutput(ModelOutput):
     """Sums over counted tokens, and the batch's spectral term. `loss` and `svd` are differentiable, 0-d.
 
-    `loss` = task + weighted token terms; `svd` is unweighted, None if it is off or cannot act. `shares` (3,): the norm
-    of each weighted term's gradient over the task's, with respect to the final hidden states.
+    `loss` = task + weighted token terms; `svd` is unweighted, None if it is off; `svd_used_k` is 0 where it cannot act
+    (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
+    hidden states.
     """
 
     loss: Tensor | None = None
@@ -62,6 +74,7 @@ class StepOutput(ModelOutput):
     correct: Tensor | None = None
     count: Tensor | None = None
     svd: Tensor | None = None
+    svd_used_k: Tensor | None = None
     aux_loss: Tensor | None = None
     logits: Tensor | None = None
     shares: Tensor | None = None
@@ -96,6 +109,16 @@ def install(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def drop_input_hooks(model: PreTrainedModel) -> None:
+    """Takes off the hooks that make embeddings require gradients: non-reentrant checkpointing needs none, no graph can
+    hold them. Not by disable_input_require_grads(), which forgets all but those of the last of several enablings.
+    """
+    embedding = model.get_input_embeddings()
+    for key, hook in list(embedding._forward_hooks.items()):
+        if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+            del embedding._forward_hooks[key]
+
+
 def _unbound_signature(model: PreTrainedModel) -> inspect.Signature:
     signature = inspect.signature(model.forward)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -120,26 +143,38 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_BACKBONE and value is not None}
     inputs["use_cache"] = False
 
+    if request.compiled is not None:
+        drop_input_hooks(model)
+    head = read_head(model)
     teacher_hidden = teacher_head = None
     if lambdas.consistency:
         teacher_hidden, teacher_head = _teacher_pass(model, request, inputs)
     extra = {"output_router_logits": True} if router else {}
-    outputs = model.base_model(**inputs, **extra)
-    hidden = outputs.last_hidden_state
-    head = read_head(model)
-    states = hidden.to(head.weight.device)
-    if shifted is None and labels is not None:  # position t predicts label t + 1
-        states, shifted = states[:, :-1], labels[:, 1:]
-        teacher_hidden = None if teacher_hidden is None else teacher_hidden[:, :-1]
-    assert shifted is not None
-    targets = shifted.to(states.device)
-    counted = targets != -100
-    rows, targets = states[counted], targets[counted]
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden.to(states.device)[counted]
-    result = _terms(request, head, rows, targets, teacher_hidden, teacher_head, states, counted)
+    targets = shifted
+    if targets is None:  # position t predicts label t + 1
+        assert labels is not None
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    plan = _plan(request, head, teacher_head)
+    whole = request.compiled is not None and not (router or request.return_logits or request.measure_shares)
+    student = request.compiled.student if request.compiled is not None and whole else student_pass
+    hidden, router_logits, sums, ratio = student(model, {**inputs, **extra}, targets, teacher_hidden, plan)
+    loss, task, consistency, diversity, entropy, correct, count = sums
+    result: dict[str, Any] = {
+        "loss": loss,
+        "task": task,
+        "consistency": consistency if lambdas.consistency else None,
+        "diversity": diversity,
+        "entropy": entropy,
+        "correct": correct,
+        "count": count,
+    }
+    if lambdas.svd:
+        ratio = _head_ratio(plan, hidden, targets) if ratio is None else ratio
+        result |= {"svd": ratio[0], "svd_used_k": ratio[1]}
+    if request.measure_shares:
+        result["shares"] = _shares(plan, hidden, targets, teacher_hidden, max(request.teacher_factor, 1))
     if router:
-        result["aux_loss"] = _router_loss(model, outputs.router_logits, inputs.get("attention_mask"))
+        result["aux_loss"] = _router_loss(model, router_logits, inputs.get("attention_mask"))
     if request.return_logits:
         result["logits"] = project(hidden.to(head.weight.device), head.weight, head.bias, head.scale, head.softcap).to(
             hidden.dtype
@@ -147,129 +182,187 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     return StepOutput(**result)
 
 
-@torch.compiler.disable
-def _terms(
-    request: StepRequest,
-    head: Head,
-    rows: Tensor,
-    targets: Tensor,
-    teacher_rows: Tensor | None,
-    teacher_head: Head | None,
-    states: Tensor,
-    counted: Tensor,
-) -> dict[str, Any]:
-    """rows, teacher_rows (M, d), targets (M,), states (B, T, d), counted (B, T) -> fields of StepOutput."""
+class Plan(NamedTuple):
+    """What the student's pass needs beside its inputs; tensors are inputs of a compiled graph, the rest constants.
+
+    `numbers` (3,) float64 on the CPU: weights of task, consistency and diversity; `seed` () int64: which rows the
+    spectrum takes of too many. As tensors, because a compiler would specialise on every value of a schedule.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    numbers: Tensor
+    lambdas: Lambdas | None
+    form: str
+    temperature: float
+    top_k: int
+    svd: str
+    svd_k: int
+    svd_norm: str
+    svd_flattened: bool
+    svd_centered: bool
+    svd_max_rows: int
+    factor: Tensor | None
+    seed: Tensor
+
+
+def _plan(request: StepRequest, head: Head, teacher_head: Head | None) -> Plan:
     config, lambdas = request.config, request.lambdas
-
-    def tokens(h: Tensor, task: float, consistency: float, diversity: float) -> Any:
-        return token_terms(
-            h,
-            teacher_rows if consistency else None,
-            head.weight,
-            targets,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            lambda_task=task,
-            lambda_consistency=consistency,
-            lambda_diversity=diversity,
-            form=config.consistency or "kl",
-            temperature=config.temperature or 1.0,
-            top_k=config.diversity_top_k or 0,
-            teacher_weight=None if teacher_head is None else teacher_head.weight,
-            teacher_bias=None if teacher_head is None else teacher_head.bias,
-        )
-
-    def svd(h: Tensor) -> Tensor | None:
-        return _svd_term(request, head, h, states, counted) if lambdas.svd else None
-
-    terms = tokens(rows, 1.0, lambdas.consistency, lambdas.diversity)
-    result: dict[str, Any] = {
-        "loss": terms.loss,
-        "task": terms.task,
-        "consistency": terms.consistency if lambdas.consistency else None,
-        "diversity": terms.diversity,
-        "entropy": terms.entropy,
-        "correct": terms.correct,
-        "count": terms.count,
-        "svd": svd(rows),
-    }
-    if request.measure_shares and rows.shape[0]:
-        each = lambdas._replace(consistency=lambdas.consistency / max(request.teacher_factor, 1))
-        result["shares"] = _shares(rows, each, tokens, svd)
-    return result
+    flattened, centered = config.svd_layout == "flattened", config.svd_input == "centered_logits"
+    svd, factor = "", None
+    if lambdas.svd:
+        svd = "features" if config.svd_input == "features" else "head" if head.softcap or head.trains else "factor"
+    if svd == "factor":
+        made = request.factors.get(head)
+        factor = made.centered if centered else made.plain
+    return Plan(
+        weight=head.weight,
+        bias=head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+        teacher_weight=None if teacher_head is None else teacher_head.weight,
+        teacher_bias=None if teacher_head is None else teacher_head.bias,
+        numbers=torch.tensor([1.0, lambdas.consistency, lambdas.diversity], dtype=torch.float64),
+        lambdas=lambdas if request.measure_shares else None,
+        form=config.consistency or "kl",
+        temperature=config.temperature or 1.0,
+        top_k=config.diversity_top_k or 0,
+        svd=svd,
+        svd_k=config.svd_top_k or 1,
+        svd_norm=config.svd_norm or "nuclear",
+        svd_flattened=flattened,
+        svd_centered=centered,
+        svd_max_rows=config.svd_max_rows,
+        factor=factor,
+        seed=torch.tensor(request.seed, dtype=torch.int64),
+    )
 
 
-def _shares(
-    rows: Tensor, lambdas: Lambdas, tokens: Callable[..., Any], svd: Callable[[Tensor], Tensor | None]
-) -> Tensor:
+def student_pass(
+    model: PreTrainedModel, inputs: dict[str, Any], targets: Tensor, teacher_hidden: Tensor | None, plan: Plan
+) -> tuple[Tensor, Any, tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
+    """The student's backbone and its terms: what is compiled as one graph.
+
+    Returns: hidden (B, T, d); the router's logits or None; sums loss, task, consistency, diversity, entropy, correct,
+    count; the spectral ratio and the k it used, where it has an operator.
+    """
+    outputs = model.base_model(**inputs)
+    hidden = outputs.last_hidden_state
+    sums, ratio = terms_of(hidden, targets, teacher_hidden, plan)
+    return hidden, getattr(outputs, "router_logits", None), sums, ratio
+
+
+def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Final hidden states (B, T, d)."""
+    return model.base_model(**inputs).last_hidden_state
+
+
+def terms_of(
+    hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, plan: Plan
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
+    """hidden, teacher_hidden (B, T, d), targets (B, T) aligned, -100 = not counted -> sums, spectral ratio."""
+    states, targets = hidden.to(plan.weight.device), targets.to(plan.weight.device)
+    if teacher_hidden is not None:
+        teacher_hidden = teacher_hidden.to(states.device).flatten(0, 1)
+    terms = weighted_token_terms(
+        states.flatten(0, 1),
+        teacher_hidden,
+        plan.weight,
+        targets.flatten(),
+        plan.numbers,
+        form=plan.form,
+        temperature=plan.temperature,
+        top_k=plan.top_k,
+        bias=plan.bias,
+        scale=plan.scale,
+        softcap=plan.softcap,
+        teacher_weight=plan.teacher_weight,
+        teacher_bias=plan.teacher_bias,
+    )
+    sums = (terms.loss, terms.task, terms.consistency, terms.diversity, terms.entropy, terms.correct, terms.count)
+    return sums, _ratio(plan, states, targets) if plan.svd in ("factor", "features") else None
+
+
+def _ratio(plan: Plan, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    counted = targets != IGNORED
+    features = plan.svd == "features"
+    return spectral_ratio(
+        states if plan.svd_flattened else states.flatten(0, 1),
+        counted if plan.svd_flattened else counted.flatten(),
+        plan.factor,
+        k=plan.svd_k,
+        norm=plan.svd_norm,
+        bias=plan.bias is not None and not features,
+        scale=1.0 if features else plan.scale,
+        clamp=True,
+        max_rows=0 if plan.svd_flattened else plan.svd_max_rows,
+        seed=plan.seed,
+    )
+
+
+def _head_ratio(plan: Plan, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where no factor of the head exists: a softcap, or a head that trains."""
+    targets = targets.to(plan.weight.device).flatten()
+    index = (targets != IGNORED).nonzero().squeeze(-1)
+    if 0 < plan.svd_max_rows < index.numel():
+        index = index[drawn_rows(index.numel(), plan.svd_max_rows, plan.seed).to(index.device)]
+    rows = hidden.to(plan.weight.device).flatten(0, 1)[index]
+    columns = min(rows.shape[1] + (plan.bias is not None), plan.weight.shape[0])
+    used = usable_k(min(rows.shape[0], columns), plan.svd_k, plan.svd_norm)
+    if not used:
+        return rows.sum() * 0.0, torch.zeros((), dtype=torch.int64, device=rows.device)
+    value = head_spectral_term(
+        rows,
+        plan.weight,
+        k=used,
+        norm=plan.svd_norm,
+        centered=plan.svd_centered,
+        bias=plan.bias,
+        scale=plan.scale,
+        softcap=plan.softcap,
+    )
+    return value, torch.tensor(used, device=rows.device)
+
+
+def _shares(plan: Plan, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, factor: int) -> Tensor:
     """Norm of each weighted term's gradient over the task's, with respect to the final hidden states: (3,)."""
-    leaf = rows.detach().requires_grad_()
+    assert plan.lambdas is not None
+    leaf = hidden.detach().requires_grad_()
+    device = plan.weight.device
 
     def norm(loss: Tensor | None) -> Tensor:
         if loss is None or not loss.requires_grad:
-            return torch.zeros((), device=rows.device)
-        return torch.autograd.grad(loss, leaf)[0].float().norm()
+            return torch.zeros((), device=device)
+        return torch.autograd.grad(loss, leaf)[0].float().norm().to(device)
+
+    def tokens(task: float, consistency: float, diversity: float) -> Tensor:
+        numbers = torch.tensor([task, consistency, diversity], dtype=torch.float64)
+        only = plan._replace(numbers=numbers, svd="")
+        return terms_of(leaf, targets, teacher_hidden if consistency else None, only)[0][0]
 
     with torch.enable_grad():
-        task = norm(tokens(leaf, 1.0, 0.0, 0.0).loss)
-        consistency = norm(tokens(leaf, 0.0, lambdas.consistency, 0.0).loss if lambdas.consistency else None)
-        diversity = norm(tokens(leaf, 0.0, 0.0, lambdas.diversity).loss if lambdas.diversity else None)
-        ratio = svd(leaf) if lambdas.svd and leaf.ndim == 2 else None
-        # the token terms are sums, the spectral term stands beside their mean
-        spectral = norm(None if ratio is None else ratio * lambdas.svd * rows.shape[0])
+        task = norm(tokens(1.0, 0.0, 0.0))
+        consistency = norm(tokens(0.0, plan.lambdas.consistency / factor, 0.0) if plan.lambdas.consistency else None)
+        diversity = norm(tokens(0.0, 0.0, plan.lambdas.diversity) if plan.lambdas.diversity else None)
+        spectral = norm(None)
+        if plan.svd:  # the token terms are sums, the spectral term stands beside their mean
+            ratio = (_head_ratio if plan.svd == "head" else _ratio)(plan, leaf.to(device), targets.to(device))[0]
+            spectral = norm(ratio * plan.lambdas.svd * (targets != IGNORED).sum().to(device))
     return torch.stack([consistency, diversity, spectral]) / task.clamp_min(torch.finfo(task.dtype).tiny)
-
-
-def _svd_term(request: StepRequest, head: Head, rows: Tensor, states: Tensor, counted: Tensor) -> Tensor | None:
-    """The spectral term of this micro-batch, or None where it cannot act (said once)."""
-    config = request.config
-    norm, k = config.svd_norm or "nuclear", config.svd_top_k or 1
-    features = config.svd_input == "features"
-    flattened = config.svd_layout == "flattened"
-    columns = (
-        head.weight.shape[1] if features else min(head.weight.shape[1] + (head.bias is not None), head.weight.shape[0])
-    )
-    n = counted.shape[0] if flattened else rows.shape[0]
-    if n == 0 or (not flattened and rows.shape[0] == 0):
-        return None
-    limit = min(n, columns if not flattened else columns * counted.shape[1])
-    if norm != "none" and limit < 2:
-        request.warn(
-            "svd_inert",
-            f"the SVD term cannot act on a single {'sample' if flattened else 'counted token'}: it is left out of such "
-            f"micro-batches. Raise the batch size, or set lambda_svd=0 (now {config.lambda_svd}).",
-        )
-        return None
-    if norm == "nuclear" and k >= limit:
-        request.warn(
-            "svd_clamped",
-            f"svd_top_k={k} is not below min(rows, columns)={limit} of a micro-batch's matrix, where the nuclear ratio "
-            f"is constant and trains nothing: using {limit - 1} there. Set svd_top_k lower or the batch size higher.",
-        )
-        k = limit - 1
-    if flattened:
-        padded = torch.zeros_like(states).masked_scatter(counted[..., None], rows)  # (B, T, d), zero where not counted
-        if features:
-            return matrix_spectral_term(padded.flatten(1), k=k, norm=norm)
-        return spectral_term(padded, request.factors.get(head), k=k, norm=norm, scale=head.scale)
-    if features:
-        return matrix_spectral_term(rows, k=k, norm=norm)
-    centered = config.svd_input == "centered_logits"
-    if head.softcap is not None or head.trains:
-        return head_spectral_term(
-            rows, head.weight, k=k, norm=norm, centered=centered, bias=head.bias, scale=head.scale, softcap=head.softcap
-        )
-    return spectral_term(rows, request.factors.get(head), k=k, norm=norm, centered=centered, scale=head.scale)
 
 
 def _teacher_pass(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> tuple[Tensor, Head | None]:
     """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's."""
+    forward = backbone_pass if request.compiled is None else request.compiled.teacher
     if request.teacher is not None:
         with torch.no_grad():
-            return request.teacher.base_model(**inputs).last_hidden_state, read_head(request.teacher)
+            return forward(request.teacher, inputs), read_head(request.teacher)
     with (request.switch or TeacherSwitch(model)).off():
-        hidden = model.base_model(**inputs).last_hidden_state
+        hidden = forward(model, inputs)
     return hidden, read_head(model, teacher=True)
 
 

@@ -17,7 +17,7 @@ from .adapter.config import BaLoraConfig
 from .checks import as_regularizers, check_arguments, check_checkpoint, check_regularizers, check_teacher, resolve
 from .config import RegularizerConfig
 from .head import FactorCache, check_head
-from .objective import StepOutput, StepRequest, install
+from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
 from .schedules import Lambdas, lambdas_at
 from .teacher import TeacherSwitch, quantised_layers_stay_in_training_mode
 
@@ -102,6 +102,7 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_teacher = teacher_model
         self._ba_lora_factors = FactorCache()
         self._ba_lora_switch = TeacherSwitch(causal_lm)
+        self._ba_lora_compiled = self._compile() if getattr(adapter, "compile", False) else None
         self._ba_lora_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it
         self._ba_lora_shares_due = False
@@ -114,6 +115,23 @@ class BaLoraTrainerMixin(_Base):
         if key not in self._ba_lora_warned:
             self._ba_lora_warned.add(key)
             logger.warning(f"BA-LoRA: {message}")
+
+    def _compile(self) -> CompiledPasses:
+        """Teacher and student as one graph each; eager, said once, where they cannot be."""
+        if getattr(self.args, "torch_compile", False):
+            raise ValueError(
+                "compile=True in the adapter's config and torch_compile=True would compile the model twice: keep "
+                "compile=True (teacher, student and terms) and set torch_compile to False."
+            )
+        checkpointing = getattr(self.args, "gradient_checkpointing", False)
+        if checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "compile=True does not work with reentrant checkpointing: set gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}."
+            )
+        from .compile import Compiled  # imports dynamo, which takes seconds
+
+        return CompiledPasses(Compiled(backbone_pass, self._ba_lora_warn), Compiled(student_pass, self._ba_lora_warn))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the host's; refuses to resume a BA-LoRA checkpoint into another kind of adapter."""
@@ -161,7 +179,8 @@ class BaLoraTrainerMixin(_Base):
             measure_shares=measure,
             teacher_factor=factor,
             switch=self._ba_lora_switch,
-            warn=self._ba_lora_warn,
+            compiled=self._ba_lora_compiled if training else None,
+            seed=self.state.global_step,
         )
 
     def compute_loss(
@@ -228,9 +247,11 @@ class BaLoraTrainerMixin(_Base):
             values |= {"consistency": out.consistency, "consistency_count": out.count}
         if out.diversity is not None and lambdas.diversity:
             values |= {"diversity": out.diversity, "diversity_count": out.count}
-        if out.svd is not None:
-            one = torch.ones_like(out.svd)
-            values |= {"svd": out.svd.detach(), "svd_count": one, "weighted_svd": lambdas.svd * out.svd.detach()}
+        if out.svd is not None and out.svd_used_k is not None:
+            used, k = out.svd_used_k, self.ba_lora.svd_top_k if self.ba_lora is not None else None
+            clamped = (used > 0) & (used < (k or 1))
+            values |= {"svd": out.svd, "svd_count": used > 0, "weighted_svd": lambdas.svd * out.svd}
+            values |= {"svd_inert": used == 0, "svd_clamped": clamped, "svd_clamped_k": used * clamped}
         values["batches"] = torch.ones_like(out.loss)
         if out.shares is not None:
             for name, share, weight in zip(TERMS, out.shares, lambdas, strict=True):
@@ -248,7 +269,7 @@ class BaLoraTrainerMixin(_Base):
         if not sums:
             return {}
         # every rank walks the same keys, whether or not its own batches had a term
-        keys = ["task", "count", "tokens", "batches", "weighted_svd"]
+        keys = ["task", "count", "tokens", "batches", "weighted_svd", "svd_inert", "svd_clamped", "svd_clamped_k"]
         keys += [f"{what}{name}{suffix}" for what in ("", "share_") for name in TERMS for suffix in ("", "_count")]
         zero = torch.zeros_like(sums["task"])
         packed = self.accelerator.reduce(torch.stack([sums.get(key, zero) for key in keys]), "sum")
@@ -262,7 +283,28 @@ class BaLoraTrainerMixin(_Base):
         shares = {n: total[f"share_{n}"] / total[f"share_{n}_count"] for n in TERMS if total[f"share_{n}_count"]}
         logs |= {f"balora/share_{name}": value for name, value in shares.items()}
         self._warn_negligible(shares)
+        self._warn_svd(total)
         return logs
+
+    def _warn_svd(self, total: dict[str, float]) -> None:
+        """Said at the log, not at the step: what a batch held is known on the device alone until then."""
+        config = self.ba_lora
+        assert config is not None
+        if total["svd_inert"]:
+            self._ba_lora_warn(
+                "svd_inert",
+                "the SVD term cannot act on a single counted token or sample: it was left out of such micro-batches "
+                f"({total['svd_inert']:.0f} so far). Raise the batch size, or set lambda_svd=0 (now "
+                f"{config.lambda_svd}).",
+            )
+        if total["svd_clamped"]:
+            used = total["svd_clamped_k"] / total["svd_clamped"]
+            self._ba_lora_warn(
+                "svd_clamped",
+                f"svd_top_k={config.svd_top_k} is not below min(rows, columns) of a micro-batch's matrix, where the "
+                f"nuclear ratio is constant and trains nothing: used one less than that there ({used:.0f} on average). "
+                "Set svd_top_k lower or the batch size higher.",
+            )
 
     def _judging_step(self) -> int:
         """Shares are judged from a tenth of training on: in warm-up the student still is the teacher."""

@@ -363,6 +363,99 @@ def test_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, tokenizer):
     assert first["loss"] == pytest.approx(first["balora/loss"] + 0.1 * first["aux_loss"], rel=1e-4)
 
 
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """The backend with autograd's tracing below it alone: compiling C++ takes most of a minute."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from balora_plugin.compile import backend
+
+    graphs = []
+
+    def lower(module, inputs, options):
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend, "lower", lower)
+    yield graphs
+    torch._dynamo.reset()
+
+
+def compiled_adapter(**changes):
+    return adapter(regularizers=RegularizerConfig(**{**WEIGHTS, **changes}), compile=True)
+
+
+WEIGHTS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.02}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+    ],
+    ids=["plain", "checkpointing", "accumulation", "bf16"],
+)
+def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without_inductor):
+    eager = build(tmp_path, tokenizer, peft_config=adapter(regularizers=RegularizerConfig(**WEIGHTS)), **changes)
+    eager.train()
+    torch._dynamo.utils.counters.clear()
+    compiled = build(tmp_path, tokenizer, peft_config=compiled_adapter(), **changes)
+    compiled.train()
+    assert "compile" not in compiled._ba_lora_warned  # it did not fall back
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert without_inductor
+    tolerance = 1e-2 if changes.get("bf16") else 1e-5
+    for key in ("loss", "grad_norm", "balora/task", "balora/consistency", "balora/diversity", "balora/svd"):
+        found, expected = ([r[key] for r in t.state.log_history if key in r] for t in (compiled, eager))
+        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), key
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenizer, without_inductor):
+    """A static graph, then a dynamic one, of the teacher and of the student each."""
+    rows = [{"prompt": "a" * (i + 3), "completion": "b" * (i + 2)} for i in range(20)]
+    trainer = build(
+        tmp_path,
+        tokenizer,
+        peft_config=compiled_adapter(schedule="iclr2026", share_interval=0),
+        rows=rows,
+        per_device_train_batch_size=2 if packing else 1,
+        padding_free=packing,
+        max_length=None,
+        max_steps=20,
+    )
+    lengths = set()
+    original = trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        lengths.add(tuple(inputs["input_ids"].shape))
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert "compile" not in trainer._ba_lora_warned
+    assert len(lengths) >= (10 if packing else 20)
+    # the schedule holds two terms back at first: the student's graph with them and the one without
+    assert len(without_inductor) <= 8
+
+
+def test_compile_and_torch_compile_contradict(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="torch_compile"):
+        build(tmp_path, tokenizer, peft_config=compiled_adapter(), torch_compile=True)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        build(
+            tmp_path,
+            tokenizer,
+            peft_config=compiled_adapter(),
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+        )
+
+
 def test_torch_compile(tmp_path, tokenizer):
     eager = build(tmp_path, tokenizer)
     eager.train()

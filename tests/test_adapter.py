@@ -225,7 +225,6 @@ def test_nan_in_the_base_is_named(llama):
         {"init_lora_weights": "pissa_niter_4"},
         {"trainable_token_indices": [1]},
         {"layer_replication": [[0, 2]]},
-        {"compile": True},
         {"r": 0},
         {"r": 2.5},
         {"regularizers": {"lambda_svdd": 1.0}},

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from balora_plugin import regularizers as reg
-from balora_plugin.fused import HeadFactor, head_spectral_term, matrix_spectral_term, spectral_term
+from balora_plugin.fused import (
+    HeadFactor,
+    head_spectral_term,
+    matrix_spectral_term,
+    spectral_ratio,
+    spectral_term,
+    spectrum,
+)
 
 NORMS = ("nuclear", "frobenius", "none")
 RANDOM = settings(max_examples=30, deadline=None, derandomize=True)
@@ -132,7 +139,9 @@ def test_factor_of_a_bf16_head_is_float64():
     torch.testing.assert_close(root @ root.T, weight.double().T @ weight.double())
 
 
-def test_cost_does_not_depend_on_the_vocabulary():
+def test_cost_does_not_depend_on_the_vocabulary(monkeypatch):
+    # an operator's inside is hidden from the counter
+    monkeypatch.setattr(spectrum, "spectral_ratio_op", spectrum.compute_spectral_ratio)
     hidden, flops = random(30, 6), []
     for vocabulary in (50, 5000):
         factor = HeadFactor.from_weight(random(vocabulary, 6))
@@ -410,3 +419,61 @@ def test_a_float32_gram_matrix_is_not_enough():
     (exact_gradient,) = torch.autograd.grad(exact, exact_hidden)
     (gradient,) = torch.autograd.grad(gram_in_float32(hidden, weight, 5, "nuclear"), hidden)
     assert relative_error(gradient, exact_gradient) > 1e-2
+
+
+def test_what_is_not_counted_does_not_exist():
+    """Masked rows give the value and the gradient of the selected rows, in both layouts."""
+    hidden, weight = random(12, 6), random(30, 6, seed=1)
+    factor = HeadFactor.from_weight(weight).plain
+    counted = torch.tensor([True, False, True, True, False, True, True, True, False, True, True, True])
+    hidden[~counted] = torch.nan
+    hidden.requires_grad_()
+    masked = spectral_ratio(hidden, counted, factor, k=2)
+    (gradient,) = torch.autograd.grad(masked.value, hidden)
+    rows = hidden.detach()[counted].requires_grad_()
+    expected = -reg.singular_value_ratio(torch.linalg.svdvals(rows @ weight.T), 2, "nuclear")
+    (reference,) = torch.autograd.grad(expected, rows)
+    torch.testing.assert_close(masked.value, expected)
+    torch.testing.assert_close(gradient[counted], reference)
+    assert (gradient[~counted] == 0).all()
+    flat = random(4, 3, 6).requires_grad_()
+    mask = counted.view(4, 3)
+    value = spectral_ratio(flat, mask, factor, k=2).value
+    dense = (flat.masked_fill(~mask[..., None], 0.0) @ weight.T).flatten(1)
+    expected = -reg.singular_value_ratio(torch.linalg.svdvals(dense), 2, "nuclear")
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, flat)[0], torch.autograd.grad(expected, flat)[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "norm", "used"),
+    [(0, 2, "nuclear", 0), (1, 2, "nuclear", 0), (1, 2, "none", 2), (3, 9, "nuclear", 2), (9, 9, "nuclear", 3)],
+)
+def test_a_constant_ratio_is_clamped_or_left_out(rows, k, norm, used):
+    ratio = spectral_ratio(random(rows, 4), None, None, k=k, norm=norm, clamp=True)
+    assert ratio.used_k.item() == used
+    if used == 0:
+        assert ratio.value.item() == 0.0
+
+
+def test_too_many_rows_are_drawn_by_the_seed():
+    hidden = random(40, 5).requires_grad_()
+    values = []
+    for seed in (1, 1, 2):
+        value = spectral_ratio(hidden, None, None, k=2, max_rows=10, seed=torch.tensor(seed)).value
+        (gradient,) = torch.autograd.grad(value, hidden)
+        drawn = gradient.abs().sum(-1) > 0
+        assert drawn.sum() == 10
+        torch.testing.assert_close(value, spectral_ratio(hidden[drawn], None, None, k=2).value)
+        values.append(value.item())
+    assert values[0] == values[1] != values[2]
+    assert spectral_ratio(hidden, None, None, k=2, max_rows=40).value == spectral_ratio(hidden, None, None, k=2).value
+
+
+@pytest.mark.parametrize("want", [True, False])
+@pytest.mark.parametrize("counted", [None, torch.tensor([True] * 5 + [False] * 3)])
+def test_the_operator_is_registered_right(counted, want):
+    hidden = random(8, 4).requires_grad_(want)
+    factor = HeadFactor.from_weight(random(20, 4), random(20, seed=1)).plain
+    inputs = (hidden, counted, factor, True, 0.5, 2, "nuclear", True, 6, torch.tensor(3), want)
+    torch.library.opcheck(spectrum.spectral_ratio_op, inputs)

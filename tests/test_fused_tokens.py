@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from balora_plugin import regularizers as reg
-from balora_plugin.fused import ops, token_terms, tokens
+from balora_plugin.fused import chunk, ops, token_terms, tokens
 from balora_plugin.fused.project import default_chunk, project
 
 FORMS = ("kl", "reverse_kl", "jsd", "mse")
@@ -395,3 +395,26 @@ def test_a_teacher_bias_alone_is_refused():
     hidden, weight = torch.ones(2, 3), torch.ones(4, 3)
     with pytest.raises(ValueError, match="teacher_bias"):
         token_terms(hidden, hidden, weight, torch.tensor([1, 2]), lambda_consistency=1.0, teacher_bias=torch.ones(4))
+
+
+@pytest.mark.parametrize("trains", ["hidden", "hidden weight bias"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_operator_is_registered_right(trains, form):
+    example = case(bias=True, trains=trains, **ALL)
+    wants = [name in trains.split() for name in ("hidden", "weight", "bias")]
+    weights = torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
+    teacher = (example.teacher_hidden, None, None)
+    options = (form, 2.0, 3, 0.5, 3.0, 4, torch.float64, wants)
+    inputs = (example.hidden, example.weight, example.options["bias"], example.labels, *teacher, weights, *options)
+    torch.library.opcheck(ops.token_terms_op, inputs)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("vocabulary", [7, 999, 2000, 3001, 12345])
+def test_the_first_maximum_by_blocks(vocabulary, ties):
+    z = random(6, vocabulary)
+    if ties:
+        z = z.round()
+    value, where = chunk.first_max(z)
+    assert torch.equal(value.squeeze(1), z.amax(-1))
+    assert all(row[i] == row.max() and (row[:i] < row[i]).all() for row, i in zip(z, where, strict=True))

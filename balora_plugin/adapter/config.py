@@ -59,7 +59,7 @@ class BaLoraConfig(LoraConfig):
 
     Args:
         regularizers: The three terms, see [`RegularizerConfig`]; a dict of its fields works too.
-        compile: Compile teacher and student. Not available in this version (SFTConfig(torch_compile=True) is).
+        compile: Compile teacher, student and terms with the backend `ba_lora` (not beside the trainer's torch_compile).
         init_lora_weights: `"pissa"` (default: exact SVD), `"pissa_fast"` (randomised SVD, fixed seed), both in delta
             form, so that the base weights stay as they are; `True`: the ordinary LoRA start with the regularisers;
             `False`: random factors, for tests.
@@ -94,11 +94,8 @@ class BaLoraConfig(LoraConfig):
         for key, neutral in _NEUTRAL.items():
             if getattr(self, key, neutral) not in (neutral, None, False):
                 raise ValueError(f"{key}={getattr(self, key)!r} does not work with BA-LoRA: leave it at {neutral!r}.")
-        if self.compile:
-            raise ValueError(
-                "compile=True is not available in this version: set it to False and use the trainer's own "
-                "torch_compile=True."
-            )
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile={self.compile!r} must be True or False.")
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r={self.r!r} must be a whole number >= 1.")
         if self.delta:

@@ -1,6 +1,6 @@
 """The same terms from hidden states, never holding rows x vocabulary logits. Imports torch alone."""
 
-from .spectrum import HeadFactor, head_spectral_term, matrix_spectral_term, spectral_term
+from .spectrum import HeadFactor, head_spectral_term, matrix_spectral_term, spectral_ratio, spectral_term
 from .tokens import TokenTerms, token_terms
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "TokenTerms",
     "head_spectral_term",
     "matrix_spectral_term",
+    "spectral_ratio",
     "spectral_term",
     "token_terms",
 ]

@@ -9,10 +9,11 @@ Gram matrices and eigenvalues are float64: a float32 Gram is 30 % off in the gra
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..regularizers import singular_value_ratio
 
@@ -75,25 +76,157 @@ def spectral_term(
     >>> spectral_term(hidden, HeadFactor.from_weight(weight), k=2).item()  # -(3 + 2) / 6
     -0.833...
     """
-    flattened = hidden.ndim == 3
-    if flattened and (factor.has_bias or centered):
+    if hidden.ndim == 3 and (factor.has_bias or centered):
         raise ValueError("the flattened layout supports neither a head bias nor centered=True; use (M, d) rows.")
-    with torch.autocast(hidden.device.type, enabled=False):
-        y = hidden.double()
-        if factor.has_bias:
-            y = torch.cat([y, y.new_ones(y.shape[0], 1)], dim=1)
-        y = y @ (factor.centered if centered else factor.plain) * scale
-        if flattened:
-            y = y.flatten(1)
-        value = _MatrixRatio.apply(y, k, norm, torch.is_grad_enabled())
-    return value.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    matrix = factor.centered if centered else factor.plain
+    return spectral_ratio(hidden, None, matrix, bias=factor.has_bias, scale=scale, k=k, norm=norm).value
 
 
 def matrix_spectral_term(matrix: Tensor, *, k: int, norm: str = "nuclear") -> Tensor:
     """The same of a matrix (M, d) as it stands (`svd_input="features"`)."""
-    with torch.autocast(matrix.device.type, enabled=False):
-        value = _MatrixRatio.apply(matrix.double(), k, norm, torch.is_grad_enabled())
-    return value.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+    return spectral_ratio(matrix, None, None, k=k, norm=norm).value
+
+
+class SpectralRatio(NamedTuple):
+    """`value`: minus the ratio, differentiable, 0 where it cannot act; `used_k` (int64): 0 there, else the k used."""
+
+    value: Tensor
+    used_k: Tensor
+
+
+def spectral_ratio(
+    hidden: Tensor,
+    counted: Tensor | None,
+    factor: Tensor | None,
+    *,
+    k: int,
+    norm: str = "nuclear",
+    bias: bool = False,
+    scale: float = 1.0,
+    clamp: bool = False,
+    max_rows: int = 0,
+    seed: Tensor | None = None,
+) -> SpectralRatio:
+    """The ratio of counted rows @ factor, as one operator whose shapes do not depend on what is counted.
+
+    Args:
+        hidden: (M, d) rows, or (B, T, d): one row a sample, positions that are not counted are zero.
+        counted: (M,) or (B, T), bool; None = all.
+        factor: (d', rank) of the head, see HeadFactor; None takes the rows themselves.
+        bias: Append the column of ones that belongs to a head bias.
+        clamp: Where the matrix has no more than k rows or columns, take one less (nuclear), and give 0 for a single row
+            or column instead of a constant.
+        max_rows: Take at most so many rows, drawn by `seed` (0-d int64 on the CPU); 0 = all.
+    """
+    want = torch.is_grad_enabled() and hidden.requires_grad
+    value, used_k, _ = spectral_ratio_op(
+        hidden, counted, factor, bias, float(scale), k, norm, clamp, max_rows, seed, want
+    )
+    return SpectralRatio(value, used_k)
+
+
+def compute_spectral_ratio(
+    hidden: Tensor,
+    counted: Tensor | None,
+    factor: Tensor | None,
+    bias: bool,
+    scale: float,
+    k: int,
+    norm: str,
+    clamp: bool,
+    max_rows: int,
+    seed: Tensor | None,
+    want: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minus the ratio (), the k that was used (), and the gradient by hidden (empty without `want`)."""
+    flattened = hidden.ndim == 3
+    if flattened:
+        y = hidden.double() if counted is None else hidden.double().masked_fill(~counted.unsqueeze(-1), 0.0)
+        index = None
+    else:
+        index = None if counted is None else counted.nonzero().squeeze(-1)
+        rows = hidden.shape[0] if index is None else index.numel()
+        if 0 < max_rows < rows:
+            drawn = drawn_rows(rows, max_rows, seed).to(hidden.device)
+            index = drawn if index is None else index[drawn]
+        y = (hidden if index is None else hidden[index]).double()
+    if bias:
+        y = torch.cat([y, y.new_ones(*y.shape[:-1], 1)], dim=-1)
+    if factor is not None:
+        y = y @ factor
+    if scale != 1.0:
+        y = y * scale
+    shape = y.shape
+    y = y.flatten(1)
+    used = usable_k(min(y.shape), k, norm) if clamp else k
+    narrow = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    used_k = torch.tensor(used, device=hidden.device)
+    empty = hidden.new_empty(0)
+    if not used or y.numel() == 0 or not bool(y.any()):
+        return y.new_zeros((), dtype=narrow), used_k * 0, torch.zeros_like(hidden) if want else empty
+    value, gradient = _ratio_and_gradient(y, used, norm, want)
+    if gradient is None:
+        return value.to(narrow), used_k, empty
+    gradient = gradient.view(shape) * scale
+    if factor is not None:
+        gradient = gradient @ factor.T
+    gradient = gradient[..., : hidden.shape[-1]].to(hidden.dtype)
+    if flattened:
+        full = gradient.clone() if counted is None else gradient.masked_fill(~counted.unsqueeze(-1), 0.0)
+    else:
+        full = gradient.contiguous() if index is None else torch.zeros_like(hidden).index_copy_(0, index, gradient)
+    return value.to(narrow), used_k, full
+
+
+def drawn_rows(rows: int, count: int, seed: Tensor | None) -> Tensor:
+    """`count` of `rows` indices in ascending order, int64 on the CPU, the same for the same seed on every device."""
+    generator = torch.Generator().manual_seed(0 if seed is None else int(seed))
+    return torch.randperm(rows, generator=generator)[:count].sort().values
+
+
+def usable_k(limit: int, k: int, norm: str) -> int:
+    """k, or less where a matrix of `limit` singular values makes the term constant; 0 where it cannot act at all."""
+    if norm != "none" and limit < 2:
+        return 0
+    return limit - 1 if norm == "nuclear" and k >= limit else k
+
+
+spectral_ratio_op = torch.library.custom_op("balora::spectral_ratio", compute_spectral_ratio, mutates_args=())
+
+
+@spectral_ratio_op.register_fake
+def _(
+    hidden: Tensor,
+    counted: Tensor | None,
+    factor: Tensor | None,
+    bias: bool,
+    scale: float,
+    k: int,
+    norm: str,
+    clamp: bool,
+    max_rows: int,
+    seed: Tensor | None,
+    want: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    narrow = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    gradient = torch.empty_like(hidden) if want else hidden.new_empty(0)
+    return hidden.new_empty((), dtype=narrow), hidden.new_empty((), dtype=torch.int64), gradient
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.want, ctx.dtype = inputs[-1], inputs[0].dtype
+    ctx.save_for_backward(output[2].detach())
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+@once_differentiable
+def _scale_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    scaled = (gradient.to(torch.promote_types(ctx.dtype, grad.dtype)) * grad).to(ctx.dtype) if ctx.want else None
+    return (scaled, *([None] * 10))
+
+
+spectral_ratio_op.register_autograd(_scale_gradient, setup_context=_keep_gradient)
 
 
 def head_spectral_term(
@@ -124,35 +257,26 @@ def ratio_gradient(s: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
 
     Zero singular values get derivative zero: the ratio has a kink there and no direction is better than another.
     """
-    with torch.enable_grad():
-        leaf = s.detach().requires_grad_()
-        value = -singular_value_ratio(leaf, k, norm)
-        (gradient,) = torch.autograd.grad(value, leaf)
-    return value.detach(), torch.where(s > 0, gradient, torch.zeros_like(gradient))
+    ratio = singular_value_ratio(s, k, norm)
+    gradient = torch.zeros_like(s)
+    gradient[:k] = 1.0
+    if norm == "nuclear":
+        gradient = (gradient - ratio) / s.sum()
+    elif norm == "frobenius":
+        length = torch.linalg.vector_norm(s)
+        gradient = (gradient - ratio * s / length) / length
+    return -ratio, torch.where(s > 0, -gradient, torch.zeros_like(gradient))
 
 
-class _MatrixRatio(torch.autograd.Function):
-    """Minus the singular-value ratio of a float64 matrix, by the Gram matrix of its smaller side."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, k: int, norm: str, differentiate: bool) -> Tensor:
-        if y.numel() == 0 or not bool(y.any()):
-            ctx.save_for_backward(torch.zeros_like(y))
-            return y.new_zeros(())
-        tall = y.shape[0] > y.shape[1]
-        s, vectors = _gram_eigen(y.T @ y if tall else y @ y.T)
-        if not differentiate:  # inside forward gradients are always off: the caller looked
-            return -singular_value_ratio(s, k, norm)
-        value, gradient = ratio_gradient(s, k, norm)
-        weights = torch.where(gradient != 0, gradient / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
-        ctx.save_for_backward((y @ vectors) * weights @ vectors.T if tall else (vectors * weights) @ (vectors.T @ y))
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None, None
+def _ratio_and_gradient(y: Tensor, k: int, norm: str, want: bool) -> tuple[Tensor, Tensor | None]:
+    """Minus the ratio of a float64 matrix and its gradient, by the Gram matrix of its smaller side."""
+    tall = y.shape[0] > y.shape[1]
+    s, vectors = _gram_eigen(y.T @ y if tall else y @ y.T)
+    if not want:
+        return -singular_value_ratio(s, k, norm), None
+    value, gradient = ratio_gradient(s, k, norm)
+    weights = torch.where(gradient != 0, gradient / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
+    return value, (y @ vectors) * weights @ vectors.T if tall else (vectors * weights) @ (vectors.T @ y)
 
 
 class _HeadRatio(torch.autograd.Function):

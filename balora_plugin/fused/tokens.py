@@ -84,12 +84,48 @@ def token_terms(
         raise ValueError("teacher_bias is given without teacher_weight: pass both, or neither.")
     if form not in FORMS:
         raise ValueError(f"form={form!r} is not known: write {', '.join(map(repr, FORMS))}.")
-    if not lambda_consistency:
-        teacher_hidden = None  # switched off, and its cost with it
+    return weighted_token_terms(
+        hidden,
+        teacher_hidden if lambda_consistency else None,  # switched off, and its cost with it
+        weight,
+        labels,
+        torch.tensor([lambda_task, lambda_consistency, lambda_diversity], dtype=torch.float64),
+        form=form,
+        temperature=temperature,
+        top_k=top_k,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        chunk_size=chunk_size,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+    )
+
+
+def weighted_token_terms(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    form: str,
+    temperature: float,
+    top_k: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    chunk_size: int | None = None,
+    teacher_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> TokenTerms:
+    """[`token_terms`] without its checks, the weights of task, consistency and diversity as one tensor.
+
+    weights: (3,) float64 on the CPU. teacher_hidden=None leaves the consistency term out.
+    """
     if teacher_hidden is None:
         teacher_weight = teacher_bias = None
     grad = torch.is_grad_enabled()
-    wants = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     sums, _, _, _ = token_terms_op(
         hidden,
         weight,
@@ -98,7 +134,7 @@ def token_terms(
         None if teacher_hidden is None else teacher_hidden.detach(),
         None if teacher_weight is None else teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
-        torch.tensor([lambda_task, lambda_consistency, lambda_diversity], dtype=torch.float64),
+        weights,
         form,
         float(temperature),
         top_k,
@@ -106,7 +142,7 @@ def token_terms(
         softcap,
         chunk_size or default_chunk(weight.shape[0], hidden.device.type),
         product_dtype(hidden, weight),
-        wants,
+        [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)],
     )
     task, consistency, diversity, entropy, correct = sums.detach()[1:].unbind()
     return TokenTerms(sums[0], task, consistency, diversity, entropy, correct, (labels != IGNORED).sum())

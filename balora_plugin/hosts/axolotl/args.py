@@ -52,6 +52,9 @@ class BaLoraBlock(BaseModel):
     svd_layout: Literal["rows", "flattened"] | None = Field(
         default=None, description="One row a counted token, or one row a sample."
     )
+    svd_max_rows: int = Field(
+        default=1024, ge=0, description="Spectrum over at most so many counted tokens of a micro-batch; 0: all."
+    )
     schedule: Literal["constant", "iclr2026"] | None = Field(default=None, description="How the weights move.")
     teacher_interval: int = Field(
         default=1, ge=1, description="Teacher on every n-th micro-batch with n times the weight; 1: always, exact."
@@ -60,7 +63,7 @@ class BaLoraBlock(BaseModel):
     share_interval: int = Field(
         default=100, ge=0, description="Measure each term's share of the gradient every n steps; 0: never."
     )
-    compile: bool = Field(default=False, description="Not available in this version; torch_compile: true is.")
+    compile: bool = Field(default=False, description="Compile teacher, student and terms with the backend ba_lora.")
     apply_to: Literal["lora", "full"] | None = Field(
         default=None,
         description="Put the terms on `adapter: lora`, or (with lambda_consistency: 0) on full fine-tuning, instead.",
@@ -83,8 +86,10 @@ class BaLoraBlock(BaseModel):
     @model_validator(mode="after")
     def _resolve(self) -> BaLoraBlock:
         self.regularizers()
-        if self.compile:
-            raise ValueError("ba_lora.compile: true is not available in this version: use torch_compile: true.")
+        if self.compile and self.apply_to is not None:
+            raise ValueError(
+                f"ba_lora.compile: true does not work with apply_to: {self.apply_to}: remove one of the two."
+            )
         return self
 
     def regularizers(self) -> RegularizerConfig:

@@ -216,6 +216,12 @@ def _check_adapter(data: dict[str, Any]) -> None:
 
 
 def _check_engine(data: dict[str, Any]) -> None:
+    block = data.get("ba_lora")
+    if isinstance(block, dict) and block.get("compile") and data.get("torch_compile"):
+        raise ValueError(
+            f"torch_compile: {data['torch_compile']} beside ba_lora.compile: true would compile the model twice: "
+            "remove one of the two."
+        )
     for key in ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size"):
         if str(data.get(key) or 1) != "1":
             raise ValueError(f"{key}: {data[key]} is not supported with BA-LoRA yet: use DDP or DeepSpeed.")

@@ -163,6 +163,7 @@ def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
         init_lora_weights="pissa" if start is None else start,
         task_type=TaskType.CAUSAL_LM,
         regularizers=regularizers_of(cfg),
+        compile=bool((cfg.get("ba_lora") or {}).get("compile")),
         **{key: _plain(value) for key, value in optional.items() if value},
     )
 

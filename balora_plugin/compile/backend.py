@@ -1,0 +1,65 @@
+"""`torch.compile(backend="ba_lora")`: our passes on dynamo's graph, then inductor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
+from torch.fx import GraphModule
+
+from .siblings import stack_siblings
+
+logger = logging.getLogger(__name__)
+PASSES: tuple[Callable[[GraphModule], int], ...] = (stack_siblings,)
+
+
+def transform(module: GraphModule) -> int:
+    """Runs every pass on a graph and on the graphs inside it (checkpointed layers); how many patterns were replaced."""
+    graphs = [child for child in module.modules() if isinstance(child, GraphModule)]
+    return sum(apply(graph) for graph in graphs for apply in PASSES)
+
+
+def ba_lora(module: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+    """A dynamo backend, found by PyTorch under this name through the entry point `torch_dynamo_backends`.
+
+    Args:
+        module: Dynamo's graph of torch calls, before autograd: what the passes change gets its gradients from autograd.
+        example_inputs: As dynamo gives them.
+        options: Inductor's own, as in torch.compile(..., options=...).
+    """
+    replaced = transform(module)
+    logger.debug("ba_lora: %d groups of adapter layers stacked", replaced)
+    return lower(module, list(example_inputs), options.get("options"))
+
+
+def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any] | None) -> Any:
+    """Inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, example_inputs, config_patches=options or None)
+
+
+class Compiled:
+    """A function compiled as one graph by this backend, or as it is where that fails, said once.
+
+    Lengths that vary become dynamic at the second one.
+    """
+
+    def __init__(self, function: Callable[..., Any], warn: Callable[[str, str], None]) -> None:
+        self.function, self.warn = function, warn
+        self.compiled: Callable[..., Any] | None = torch.compile(function, backend=ba_lora, fullgraph=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.compiled is None:
+            return self.function(*args, **kwargs)
+        try:
+            return self.compiled(*args, **kwargs)
+        except (TorchDynamoException, InductorError) as error:
+            self.compiled = None
+            reason = str(error).strip().splitlines()[0][:300]
+            self.warn("compile", f"compile: true does not work here, so training goes on without it: {reason}")
+            return self.function(*args, **kwargs)

@@ -1,0 +1,198 @@
+"""The backend `ba_lora`: what its pass does to a graph, and that values and gradients stay what they are."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+import torch
+from helpers import ba_lora as adapted
+from helpers import stock, trainable
+from models import tiny_gpt2, tiny_llama
+from torch.nn import functional as F
+
+from balora_plugin.compile import Compiled, backend
+from balora_plugin.compile import ba_lora as compile_backend
+from balora_plugin.objective import drop_input_hooks
+
+LINEAR = (F.linear, torch._C._nn.linear)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Collects (linear layers before, after, groups stacked) of every compiled graph; no inductor below."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    seen = []
+
+    def count(module):
+        nodes = [node for child in module.modules() if hasattr(child, "graph") for node in child.graph.nodes]
+        return sum(node.target in LINEAR for node in nodes)
+
+    original = backend.transform
+
+    def transform(module):
+        before = count(module)
+        replaced = original(module)
+        seen.append((before, count(module), replaced))
+        return replaced
+
+    monkeypatch.setattr(backend, "transform", transform)
+    monkeypatch.setattr(backend, "lower", lambda module, inputs, options: aot_eager(module, inputs))
+    return seen
+
+
+def run(model, ids, function=None):
+    """Hidden states and gradients of one backward pass."""
+    torch.manual_seed(5)
+    backbone = (
+        model.get_base_model().model if hasattr(model.get_base_model(), "model") else model.get_base_model().transformer
+    )
+    hidden = (function or (lambda ids: backbone(input_ids=ids, use_cache=False).last_hidden_state))(ids)
+    for p in trainable(model):
+        p.grad = None
+    (hidden.double() * torch.linspace(-1, 1, hidden.shape[-1])).sum().backward()
+    return hidden.detach(), [p.grad.clone() for p in trainable(model)]
+
+
+def compiled(model):
+    backbone = model.get_base_model().base_model
+
+    def function(ids):
+        return backbone(input_ids=ids, use_cache=False).last_hidden_state
+
+    return torch.compile(function, backend=compile_backend, fullgraph=True)
+
+
+def trained(model):
+    """Factors that are not at their start, where half of the gradients are zero."""
+    with torch.no_grad():
+        for i, p in enumerate(trainable(model)):
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return model
+
+
+def assert_equal(one, other, tolerance):
+    torch.testing.assert_close(one[0], other[0], rtol=tolerance, atol=tolerance)
+    assert one[1]
+    for a, b in zip(one[1], other[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(b.abs().max().item(), 1.0))
+
+
+def test_siblings_share_one_down_projection(graphs, ids):
+    model = trained(adapted(tiny_llama().double()))
+    expected = run(model, ids)
+    assert_equal(run(model, ids, compiled(model)), expected, 1e-12)
+    ((before, after, replaced),) = graphs
+    # 7 base layers and 7 adapters of 4 products a layer; of the 14 down-projections one is left for each of 4 inputs
+    assert before == 2 * (7 + 28)
+    assert after == 2 * (7 + 14 + 4)
+    assert replaced == 2 * 4
+
+
+def test_stock_lora_has_siblings_too(graphs, ids):
+    model = trained(stock(tiny_llama().double(), targets=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    expected = run(model, ids)
+    assert_equal(run(model, ids, compiled(model)), expected, 1e-12)
+    ((before, after, replaced),) = graphs
+    assert (before - after, replaced) == (2 * 2, 2)
+
+
+def test_gpt2(graphs, ids):
+    model = trained(adapted(tiny_gpt2().double(), targets=["c_attn", "c_proj"]))
+    expected = run(model, ids)
+    assert_equal(run(model, ids, compiled(model)), expected, 1e-12)
+    assert graphs[0][2] > 0
+
+
+def test_dropout_keeps_the_layers_apart(graphs, ids):
+    """Every layer drops other entries of x: only the two factors of one layer read the same."""
+    model = trained(adapted(tiny_llama(), lora_dropout=0.3)).train()
+    run(model, ids, compiled(model))
+    ((before, after, replaced),) = graphs
+    assert before - after == 2 * 7
+    assert replaced == 2 * 7
+    graphs.clear()
+    torch._dynamo.reset()
+    run(model.eval(), ids, compiled(model))  # no dropout: the siblings are back
+    assert graphs[0][2] == 2 * 4
+
+
+def test_float32_adapters_on_a_bf16_base_share_their_casts(graphs, ids):
+    model = trained(adapted(tiny_llama().bfloat16()))
+    assert next(iter(trainable(model))).dtype == torch.float32
+    expected = run(model, ids)
+    found = run(model, ids, compiled(model))
+    torch.testing.assert_close(found[0], expected[0], rtol=2e-2, atol=2e-2)
+    assert graphs[0][2] >= 2
+
+
+def test_checkpointed_layers_are_reached(graphs, ids):
+    model = trained(adapted(tiny_llama().double())).train()
+    base = model.get_base_model()
+    expected = run(model, ids)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    assert base.get_input_embeddings()._forward_hooks  # PEFT's, which dynamo refuses in a graph
+    drop_input_hooks(base)
+    assert_equal(run(model, ids, compiled(model)), expected, 1e-10)
+    assert sum(replaced for _, _, replaced in graphs) >= 2 * 4
+
+
+def test_other_layers_are_left_alone(graphs):
+    """A bias, another dtype, another name, or a weight made in the graph: nothing to stack."""
+    a, b = torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(4, 2, bias=False)
+    biased = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(4, 2), "lora_A2": torch.nn.Linear(4, 2)})
+    made = torch.nn.ParameterDict({"lora_A": torch.randn(2, 4), "frozen_A": torch.randn(2, 4)})
+    x = torch.randn(3, 4)
+
+    def function(x):
+        named = F.linear(x, made["lora_A"] * 2) + F.linear(x, made["frozen_A"] * 2)
+        return a(x) + b(x) + biased["lora_A"](x) + biased["lora_A2"](x) + named
+
+    expected = function(x)
+    torch.testing.assert_close(torch.compile(function, backend=compile_backend)(x), expected)
+    assert [(before - after, replaced) for before, after, replaced in graphs] == [(0, 0)]
+
+
+def test_pytorch_finds_the_backend_by_name():
+    entries = importlib.metadata.entry_points(group="torch_dynamo_backends")
+    assert [entry.value for entry in entries if entry.name == "ba_lora"] == ["balora_plugin.compile:ba_lora"]
+    assert "ba_lora" in torch._dynamo.list_backends()
+
+
+def test_inductor_lies_underneath(ids):
+    model = trained(adapted(tiny_llama(num_hidden_layers=1)))
+    expected = run(model, ids)
+    torch._dynamo.utils.counters.clear()
+    assert_equal(run(model, ids, compiled(model)), expected, 1e-4)
+    assert torch._dynamo.utils.counters["inductor"]
+
+
+def test_a_failed_compilation_falls_back_once():
+    said = []
+
+    def function(x):
+        torch._dynamo.graph_break()
+        return x * 2
+
+    passed = Compiled(function, lambda key, message: said.append((key, message)))
+    for _ in range(2):
+        assert passed(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert [key for key, _ in said] == ["compile"]
+    assert "goes on without it" in said[0][1]
+
+
+def test_errors_of_the_function_itself_are_not_swallowed(graphs):
+    def function(x):
+        return x @ torch.ones(5, 5)
+
+    passed = Compiled(function, lambda key, message: None)
+    with pytest.raises(RuntimeError):
+        passed(torch.ones(2, 3))
