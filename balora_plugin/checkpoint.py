@@ -196,8 +196,10 @@ def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] 
     values = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
-        if value != neutral.get(key) and key not in ("runtime_config", "auto_mapping", "peft_version", "inference_mode")
+        if (value != neutral.get(key) or key in ("r", "lora_alpha"))
+        and key not in ("runtime_config", "auto_mapping", "peft_version", "inference_mode")
     }
+    task = config.regularizers.task if config.regularizers.task != "auto" else "nlg"
     settings = {
         "format_version": FORMAT_VERSION,
         "balora_plugin_version": __version__,
@@ -205,6 +207,7 @@ def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] 
         "delta_form": config.delta,
         "base_model": config.base_model_name_or_path,
         "regularizers": config.regularizers.to_dict(),
+        "regularizers_in_force": config.regularizers.resolved(task).to_dict(),  # for readers: presets may change
         "config": values,
         "sha256": hashes or {},
     }

@@ -336,6 +336,13 @@ WRONG = {
     "misspelt_field_at_top": ({"lambda_consistancy": 0.1}, "lambda_consistancy: 0.1"),
     "misspelt_field": ({"ba_lora": {"lambda_svdd": 0.1}}, "did you mean lambda_svd?"),
     "unknown_field": ({"ba_lora": {"zzz": 0.1}}, "ba_lora.zzz"),
+    "papers_number": ({"ba_lora": {"lambda1": 0.1}}, "did you mean lambda_consistency?"),
+    "papers_letters": ({"ba_lora": {"lambda_dr": 0.1}}, "did you mean lambda_diversity?"),
+    "unclear_lambda": ({"ba_lora": {"lambda_x": 0.1}}, "lambda_consistency, lambda_diversity or lambda_svd"),
+    "lambda_at_top": ({"lambda_2": 0.1}, "ba_lora.lambda_diversity"),
+    "preset_at_top": ({"preset": "iclr2026"}, "ba_lora.preset"),
+    "rank_in_block": ({"ba_lora": {"r": 16}}, "write lora_r there"),
+    "compiled_twice": ({"ba_lora": {"compile": True}, "torch_compile": True}, "torch_compile: True"),
     "block_not_a_block": ({"ba_lora": True}, "ba_lora"),
     "negative": ({"ba_lora": {"lambda_svd": -1}}, "lambda_svd"),
     "nan": ({"ba_lora": {"lambda_svd": float("nan")}}, "lambda_svd"),
@@ -347,7 +354,10 @@ WRONG = {
     "svd_top_k": ({"ba_lora": {"svd_top_k": 0}}, "svd_top_k"),
     "interval": ({"ba_lora": {"teacher_interval": 0}}, "teacher_interval"),
     "cache": ({"ba_lora": {"teacher_cache": "somewhere"}}, "teacher_cache"),
-    "compile": ({"ba_lora": {"compile": True}}, "ba_lora.compile"),
+    "compile": (
+        {"adapter": "lora", "ba_lora": {"compile": True, "apply_to": "lora"}},
+        "ba_lora.compile: true does not work with apply_to: lora",
+    ),
     "layout": ({"ba_lora": {"svd_layout": "flattened", "svd_input": "centered_logits"}}, "svd_layout"),
     "mlp_kernel": ({"lora_mlp_kernel": True}, "lora_mlp_kernel"),
     "qkv_kernel": ({"lora_qkv_kernel": True}, "lora_qkv_kernel"),
@@ -367,7 +377,7 @@ WRONG = {
     "alpha_text": ({"lora_alpha": "16x"}, "lora_alpha: '16x'"),
     "parallel_text": ({"context_parallel_size": "2"}, "context_parallel_size: 2"),
     "misspelt_adapter": ({"adapter": "ba-lora"}, "did you mean ba_lora?"),
-    "apply_to_qlora": ({"adapter": "qlora", "ba_lora": {"apply_to": "qlora"}}, "write adapter: ba_lora."),
+    "apply_to_qlora": ({"adapter": "qlora", "ba_lora": {"apply_to": "qlora"}}, "write adapter: ba_lora (of"),
     "nlu": ({"ba_lora": {"task": "nlu"}}, "ba_lora.task: nlu"),
     "full_without_teacher": ({"adapter": None, "ba_lora": {"apply_to": "full"}}, "ba_lora.lambda_consistency"),
     "mutating_start": (
@@ -443,6 +453,28 @@ def test_another_plugins_trainer_is_refused(written):
     cfg = load_cfg(str(written()))
     with pytest.raises(ValueError, match="another plug-in's trainer"):
         BaLoraPlugin().post_trainer_create(cfg, object())
+
+
+def test_checkpoints_of_another_kind_of_adapter_are_not_resumed(written):
+    """Axolotl would overwrite files of the old run before it fails."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "auto_resume_from_checkpoints": True}
+    lora = {"adapter": "lora", "ba_lora": None, **NO_KERNELS}
+    for first, second, named in ((lora, {}, "adapter: lora"), ({}, lora, "adapter: ba_lora")):
+        output = run(written(**settings, **first)).args.output_dir
+        path = written(**settings, **second)
+        with pytest.raises(ValueError, match=f"checkpoint-2 is a checkpoint of {named}"):
+            load_model_and_tokenizer(cfg=load_cfg(str(path)))
+        shutil.rmtree(output)
+
+
+def test_a_random_start_follows_the_seed(written):
+    first, second, other = (run(written(peft_init_lora_weights=True, seed=seed)) for seed in (3, 3, 4))
+    assert history(first, "grad_norm") == history(second, "grad_norm") != history(other, "grad_norm")
+
+
+def test_inference_without_an_adapter_is_refused(written):
+    with pytest.raises(ValueError, match="lora_model_dir: is missing"):
+        load_cfg(str(written()), inference=True)
 
 
 def test_a_continued_adapter_keeps_its_shape(written):
@@ -534,7 +566,10 @@ def test_the_starter_and_the_schema(tmp_path, monkeypatch):
     again = runner.invoke(cli, ["ba-lora", "init", str(path)])
     assert again.exit_code == 1
     assert "--force" in again.output
-    schema = json.loads(runner.invoke(cli, ["ba-lora", "schema"]).output)
+    assert runner.invoke(cli, ["ba-lora", "schema", str(tmp_path / "schema.json")]).exit_code == 0
+    whole = json.loads((tmp_path / "schema.json").read_text())
+    assert whole == json.loads(runner.invoke(cli, ["ba-lora", "schema"]).output)
+    schema = whole["properties"]["ba_lora"]
     assert schema["properties"].keys() == BaLoraBlock.model_fields.keys()
     assert all("description" in field for field in schema["properties"].values())
 

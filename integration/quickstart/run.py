@@ -139,6 +139,7 @@ def print_adapters(options: Options, base: BaseModel, details: dict[str, dict[st
             "for BA-LoRA the difference in held-out task loss to what Axolotl measured on the model it had trained,\n"
             "and for all, with the adapter switched off, the largest logit difference to the base:\n"
         )
+    print(f"  {'':18s}{'reloaded':>10s}{'off':>10s}")
     for key, detail in details.items():
         found = detail["difference"]
         note = "" if detail["fits_untouched_base"] else "  (its loading rewrites the base weights)"
@@ -146,7 +147,8 @@ def print_adapters(options: Options, base: BaseModel, details: dict[str, dict[st
         reloaded = f"{found['reloaded']:10.1e}" if compared else f"{'-':>10s}"
         print(f"  {key:18s}{reloaded}{found['switched_off']:10.1e}{note}")
     print("\nTo load one:\n")
-    print(loading_snippet(base.folder, options.output_dir / example_key(list(details))))
+    shown = options.output_dir / "base" if options.host == "axolotl" else base.folder
+    print(loading_snippet(shown, options.output_dir / example_key(list(details))))
     checked = {key: detail["difference"] for key, detail in details.items() if detail["fits_untouched_base"]}
     wrong = [key for key, found in checked.items() if not max(found.values()) < RELOAD_TOLERANCE]
     if wrong:

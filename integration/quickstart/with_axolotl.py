@@ -92,9 +92,14 @@ def finetune(
         SystemExit: the run failed; its last lines are printed.
     """
     path, adapter = config_file(method, settings, folder), folder / method.key
+    if progress:
+        print(
+            f"{method.label}: axolotl train {path.as_posix()} --launcher python  (slow to start)",
+            flush=True,
+        )
     shutil.rmtree(adapter, ignore_errors=True)  # a checkpoint of an earlier run
     start = time.perf_counter()
-    watch(path, folder / f"{method.key}.log", settings.steps, threads, f"axolotl train {path.as_posix()}", progress)
+    watch(path, folder / f"{method.key}.log", settings.steps, threads, f"fine-tuning, {method.label}", progress)
     seconds = time.perf_counter() - start
     state = json.loads((adapter / f"checkpoint-{settings.steps}" / "trainer_state.json").read_text())
     history = state["log_history"]
@@ -108,10 +113,11 @@ def watch(path: Path, log: Path, steps: int, threads: int, description: str, pro
     command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUTF8": "1"}
     environment.pop("TRANSFORMERS_VERBOSITY", None)
+    patience = 0.1 if sys.stderr.isatty() else 10.0  # seconds between two lines of a bar in a log file
     step = re.compile(rf"\b(\d+)/{steps} \[")
     with (
         log.open("w", encoding="utf-8") as kept,
-        tqdm(total=steps, desc=description, unit="step", disable=not progress) as bar,
+        tqdm(total=steps, desc=description, unit="step", disable=not progress, mininterval=patience) as bar,
         subprocess.Popen(
             command,
             env=environment,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from ...config import RegularizerConfig
-from .checks import check_raw
+from .checks import check_raw, nearest_field
+
+
+def _top_level(key: str) -> str:
+    return key if key.startswith(("lora_", "peft_")) else f"lora_{key}"
 
 
 class BaLoraBlock(BaseModel):
@@ -78,8 +81,13 @@ class BaLoraBlock(BaseModel):
             if isinstance(value, bool) and key != "compile":  # pydantic would make a weight of 1.0 of it
                 raise ValueError(f"ba_lora.{key}: {str(value).lower()} is no value for it: write a number or a name.")
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(cls.model_fields)}."
+                near = nearest_field(str(key))
+                if str(key) in ("r", "alpha", "dropout") or str(key).startswith(("lora_", "peft_")):
+                    hint = f"the adapter's own keys stand at top level: write {_top_level(str(key))} there."
+                elif near:
+                    hint = f"did you mean {near}?"
+                else:
+                    hint = f"known: {', '.join(cls.model_fields)}."
                 raise ValueError(f"ba_lora.{key}: {data[key]!r} is not a setting: {hint}")
         return data
 

@@ -49,6 +49,7 @@ def _one_line_for_settings(kind: type[BaseException], error: BaseException, trac
 STARTS = ("pissa", "pissa_fast", True, None)
 
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
+_BLOCK_ONLY = ("preset", "schedule", "temperature", "apply_to", "compile", "task")  # refused where ba_lora is in use
 _OURS = [
     field.name
     for field in dataclasses.fields(RegularizerConfig)
@@ -101,6 +102,25 @@ _REFUSED: dict[str, str] = {
 KERNELS = tuple(key for key, why in _REFUSED.items() if why is _KERNELS)
 
 
+_TERMS = {  # the paper's numbers and letters
+    "lambda_consistency": ("lambda1", "lambda_1", "lambda_cr", "l1", "cr"),
+    "lambda_diversity": ("lambda2", "lambda_2", "lambda_dr", "lambda_entropy", "l2", "dr"),
+    "lambda_svd": ("lambda3", "lambda_3", "lambda_svdr", "l3", "svdr"),
+}
+
+
+def nearest_field(key: str) -> str | None:
+    """The block's field that a misspelt one most likely means."""
+    for name, others in _TERMS.items():
+        if key.lower() in others:
+            return name
+    names = [field.name for field in dataclasses.fields(RegularizerConfig)] + ["compile", "apply_to"]
+    near = difflib.get_close_matches(key, names, n=1)
+    if near and key.startswith("lambda") and difflib.SequenceMatcher(None, key, near[0]).ratio() < 0.8:
+        return "lambda_consistency, lambda_diversity or lambda_svd"
+    return near[0] if near else None
+
+
 def active(cfg: Any) -> bool:
     """True if this config trains with the terms: `adapter: ba_lora`, or a block with `apply_to`."""
     block = cfg.get("ba_lora")
@@ -135,7 +155,7 @@ def check_raw(data: dict[str, Any]) -> None:
             also = {"lora": ", or ba_lora.apply_to: lora to put them on it", None: ", or ba_lora.apply_to: full"}
             raise ValueError(
                 f"adapter: {adapter} beside a ba_lora: block would train without its terms: write adapter: ba_lora"
-                f"{also.get(adapter, '')}."
+                f"{also.get(adapter, '')} (of several adapter: lines in a YAML the last counts)."
             )
     if adapter == ADAPTER and target is not None:
         raise ValueError(f"ba_lora.apply_to: {target} beside adapter: ba_lora contradicts it: remove one of the two.")
@@ -177,6 +197,9 @@ def _check_terms(data: dict[str, Any], block: dict[str, Any]) -> None:
 
 def _check_names(data: dict[str, Any]) -> None:
     adapter = str(data.get("adapter") or "")
+    for key in _BLOCK_ONLY:
+        if key in data and (adapter == ADAPTER or "ba_lora" in data):
+            raise ValueError(f"{key}: {data[key]!r} stands at top level, where it is ignored: write ba_lora.{key}.")
     if adapter != ADAPTER and adapter.lower().replace("-", "_") in (ADAPTER, "balora"):
         raise ValueError(f"adapter: {adapter} is not an adapter Axolotl or BA-LoRA knows: did you mean ba_lora?")
     for key in data:
@@ -185,15 +208,21 @@ def _check_names(data: dict[str, Any]) -> None:
         if difflib.get_close_matches(key.lower().replace("-", "_"), [ADAPTER, "balora"], n=1, cutoff=0.8):
             raise ValueError(f"{key}: is not a key Axolotl or BA-LoRA knows: did you mean ba_lora?")
         near = difflib.get_close_matches(key, _OURS, n=1, cutoff=0.85)
-        if near:
+        if near or key.startswith("lambda"):
             raise ValueError(
-                f"{key}: {data[key]!r} stands at top level, where it is ignored: write it as ba_lora.{near[0]}."
+                f"{key}: {data[key]!r} stands at top level, where it is ignored: write it as ba_lora."
+                f"{near[0] if near else nearest_field(key)}."
             )
 
 
 def _check_adapter(data: dict[str, Any]) -> None:
     if data.get("adapter") != ADAPTER:
         return
+    if data.get("inference") and not data.get("lora_model_dir") and not data.get("merge_lora"):
+        raise ValueError(
+            "lora_model_dir: is missing, so inference would show the base model: pass "
+            f"--lora-model-dir={data.get('output_dir') or '<output_dir>'}, or write it in the YAML."
+        )
     for key in ("lora_r", "lora_alpha"):
         if data.get(key) is None and not data.get("lora_model_dir"):
             raise ValueError(f"{key}: is missing, adapter: ba_lora needs it: write for example {key}: 16.")

@@ -66,6 +66,7 @@ def main() -> None:
 def train(config: Path, options: tuple[str, ...]) -> None:
     """Add the plugins line to CONFIG, write the result beside the output, and hand it to `axolotl train`."""
     resolved = resolve(config)
+    click.echo(f"wrote {resolved}: use it for merge-lora, inference, evaluate and preprocess too")
     click.echo(f"axolotl train {resolved} {' '.join(options)}".rstrip())
     from axolotl.cli.main import cli
 
@@ -85,11 +86,18 @@ def init(path: Path, force: bool) -> None:
 
 
 @main.command()
-def schema() -> None:
-    """Print the JSON schema of the ba_lora: block, for editors."""
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), required=False)
+def schema(path: Path | None) -> None:
+    """Write the JSON schema of a YAML with a ba_lora: block to PATH, for editors; without PATH print it."""
     from .args import BaLoraBlock
 
-    click.echo(json.dumps(BaLoraBlock.model_json_schema(), indent=2))
+    block = BaLoraBlock.model_json_schema(ref_template="#/properties/ba_lora/$defs/{model}")
+    text = json.dumps({"type": "object", "properties": {"ba_lora": block}}, indent=2)
+    if path is None:
+        click.echo(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
+        click.echo(f"wrote {path}")
 
 
 def resolve(config: Path) -> Path:

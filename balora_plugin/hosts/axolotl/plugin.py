@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
+import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.adapter import find_all_linear_names
 from peft import TaskType
 from pydantic import ValidationError
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from ...adapter.build import get_ba_lora_model
-from ...adapter.config import BaLoraConfig
+from ...adapter.config import DELTA_STARTS, BaLoraConfig
 from ...adapter.model import BaLoraModel
+from ...checkpoint import read_settings
 from ...checks import resolve
 from ...config import RegularizerConfig
 from ...head import check_head
@@ -29,6 +33,8 @@ from .checks import (
     check_refused,
     one_line_errors,
 )
+
+logger = logging.getLogger("axolotl.balora_plugin")  # below Axolotl's own, whose handlers print it
 
 
 class BaLoraPlugin(BasePlugin):
@@ -59,9 +65,11 @@ class BaLoraPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         """The final config: what Axolotl's validation and other plug-ins' defaults made of the YAML."""
-        if active(cfg):
-            with as_setting_errors():
+        with as_setting_errors():
+            if active(cfg):
                 check_refused(cfg)
+            if cfg.adapter:
+                check_resumed(cfg)
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
@@ -92,7 +100,9 @@ class BaLoraPlugin(BasePlugin):
             if not inference and not cfg.merge_lora:
                 resolve(model, config.regularizers, adapter_follows=True)  # before the SVDs
                 check_head(model)
-            wrapped = get_ba_lora_model(model, config, **autocast)
+            with torch.random.fork_rng():  # Axolotl seeds later: a random start would differ from run to run
+                torch.manual_seed(cfg.seed if cfg.seed is not None else 42)
+                wrapped = get_ba_lora_model(model, config, **autocast)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             wrapped.print_trainable_parameters()
         return wrapped, config
@@ -110,12 +120,36 @@ class BaLoraPlugin(BasePlugin):
                 f"plugins: another plug-in's trainer ({type(trainer).__name__}) took the place of BA-LoRA's, so its "
                 "terms would be left out: remove that plug-in, or put balora_plugin.BaLoraPlugin first."
             )
+        if active(cfg):
+            logger.info("BA-LoRA trains with %s", trainer.ba_lora)
 
 
 def regularizers_of(cfg: Any) -> RegularizerConfig:
     """The block's settings (all defaults if there is none)."""
     block = cfg.get("ba_lora") or {}
     return BaLoraBlock(**dict(block)).regularizers()
+
+
+def check_resumed(cfg: Any) -> None:
+    """A checkpoint to be resumed must be of the same kind of adapter; Axolotl overwrites files before it notices.
+
+    Raises:
+        ValueError: names the key, the checkpoint and the remedy.
+    """
+    key, checkpoint = "resume_from_checkpoint", cfg.resume_from_checkpoint
+    if not checkpoint and cfg.auto_resume_from_checkpoints and os.path.isdir(cfg.output_dir or ""):
+        key, checkpoint = "auto_resume_from_checkpoints", get_last_checkpoint(cfg.output_dir)
+    if not isinstance(checkpoint, str) or not os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
+        return
+    settings = read_settings(checkpoint)
+    theirs = ADAPTER if settings is not None and settings["delta_form"] else "lora"
+    start = cfg.peft_init_lora_weights
+    ours = ADAPTER if cfg.adapter == ADAPTER and (start is None or start in DELTA_STARTS) else "lora"
+    if theirs != ours:
+        raise ValueError(
+            f"{key}: {checkpoint} is a checkpoint of adapter: {theirs}, but the YAML trains another kind "
+            f"(adapter: {cfg.adapter}): write another output_dir, or do not resume."
+        )
 
 
 def check_continued(cfg: Any, config: BaLoraConfig) -> None:
