@@ -24,6 +24,7 @@ from .fused.project import project
 from .head import FactorCache, Head, read_head
 from .schedules import Lambdas
 from .teacher import TeacherSwitch
+from .teacher_cache import TeacherCache, counted_positions
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
@@ -33,6 +34,8 @@ class StepRequest:
     """What the trainer asks of one forward pass.
 
     `lambdas` are the weights in force; lambdas.consistency includes `teacher_factor`, the teacher interval (or 0).
+    `teacher_head`: the teacher's head where the student's own has moved and no copy is in the model. `fill`: only make
+    sure that the cache holds the batch's teacher states.
     """
 
     config: RegularizerConfig
@@ -43,6 +46,9 @@ class StepRequest:
     measure_shares: bool = False
     teacher_factor: int = 1
     switch: TeacherSwitch | None = None
+    cache: TeacherCache | None = None
+    teacher_head: Head | None = None
+    fill: bool = False
     warn: Callable[[str, str], None] = lambda key, message: None
 
 
@@ -117,12 +123,14 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     if labels is None and shifted is None:
         raise ValueError("the batch holds no labels: BA-LoRA needs them to know the counted tokens.")
     router = bool(inputs.pop("output_router_logits", None)) or _wants_router_logits(model)
-    inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_BACKBONE and value is not None}
-    inputs["use_cache"] = False
+    needed = counted_positions(inputs) if request.cache is not None else None
+    inputs = backbone_inputs(inputs)
 
     teacher_hidden = teacher_head = None
     if lambdas.consistency:
-        teacher_hidden, teacher_head = _teacher_pass(model, request, inputs)
+        teacher_hidden, teacher_head = _teacher_pass(model, request, inputs, needed)
+    if request.fill:
+        return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
     extra = {"output_router_logits": True} if router else {}
     outputs = model.base_model(**inputs, **extra)
     hidden = outputs.last_hidden_state
@@ -137,6 +145,8 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     rows, targets = states[counted], targets[counted]
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.to(states.device)[counted]
+        if request.cache is not None:
+            teacher_hidden = teacher_hidden.to(states.dtype)
     result = _terms(request, head, rows, targets, teacher_hidden, teacher_head, states, counted)
     if router:
         result["aux_loss"] = _router_loss(model, outputs.router_logits, inputs.get("attention_mask"))
@@ -264,14 +274,34 @@ def _svd_term(request: StepRequest, head: Head, rows: Tensor, states: Tensor, co
     return spectral_term(rows, request.factors.get(head), k=k, norm=norm, centered=centered, scale=head.scale)
 
 
-def _teacher_pass(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> tuple[Tensor, Head | None]:
-    """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's."""
-    if request.teacher is not None:
-        with torch.no_grad():
-            return request.teacher.base_model(**inputs).last_hidden_state, read_head(request.teacher)
-    with (request.switch or TeacherSwitch(model)).off():
-        hidden = model.base_model(**inputs).last_hidden_state
-    return hidden, read_head(model, teacher=True)
+def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The part of a causal language model's keywords that its backbone takes."""
+    kept = {key: value for key, value in inputs.items() if key not in _NOT_FOR_BACKBONE and value is not None}
+    return {**kept, "use_cache": False}
+
+
+def _teacher_pass(
+    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None
+) -> tuple[Tensor, Head | None]:
+    """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's.
+
+    With a cache they are rounded to bfloat16 and zero where `needed` (B, L) is False.
+    """
+
+    def run(inputs: dict[str, Any]) -> Tensor:
+        if request.teacher is not None:
+            with torch.no_grad():
+                return request.teacher.base_model(**inputs).last_hidden_state
+        with (request.switch or TeacherSwitch(model)).off():
+            return model.base_model(**inputs).last_hidden_state
+
+    if request.cache is not None and needed is not None:
+        hidden = request.cache.states(inputs, needed, run)
+    else:
+        hidden = run(inputs)
+    if request.teacher_head is not None:
+        return hidden, request.teacher_head
+    return hidden, read_head(model, teacher=True) if request.teacher is None else read_head(request.teacher)
 
 
 def _wants_router_logits(model: PreTrainedModel) -> bool:

@@ -332,7 +332,7 @@ WRONG = {
     "top_k": ({"ba_lora": {"diversity_top_k": 1}}, "diversity_top_k=1"),
     "svd_top_k": ({"ba_lora": {"svd_top_k": 0}}, "svd_top_k"),
     "interval": ({"ba_lora": {"teacher_interval": 0}}, "teacher_interval"),
-    "cache": ({"ba_lora": {"teacher_cache": "somewhere"}}, "teacher_cache"),
+    "cache": ({"ba_lora": {"teacher_cache": ""}}, "teacher_cache"),
     "compile": ({"ba_lora": {"compile": True}}, "ba_lora.compile"),
     "layout": ({"ba_lora": {"svd_layout": "flattened", "svd_input": "centered_logits"}}, "svd_layout"),
     "mlp_kernel": ({"lora_mlp_kernel": True}, "lora_mlp_kernel"),
