@@ -127,8 +127,8 @@ def _say_late(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
     if trainer.model.training:  # evaluation data comes as it comes
         trainer._ba_lora_warn(
             "cache_late",
-            f"teacher_cache={cache.directory} lacked a document at {cache.where} that was not in the pass over the data "
-            "before training: the teacher runs live for such batches and the cache grows. Data that changes from epoch "
+            f"teacher_cache={cache.directory} lacked a document at {cache.where} that was not in the pass before "
+            "training: the teacher runs live for such batches and the cache grows. Data that changes from epoch "
             "to epoch gains nothing from a cache; several machines need one directory that all of them see.",
         )
 

@@ -27,8 +27,8 @@ class Keep(TrainerCallback):
             }
 
 
-def main(output: str, batch: int, accumulation: int, directory: str) -> None:
-    """Trains two steps on eight samples a step and stores gradients, logs and the adapter (rank 0)."""
+def main(output: str, batch: int, accumulation: int, directory: str, cache: str | None = None) -> None:
+    """Trains two steps on eight samples a step and stores gradients, logs, teacher passes and the adapter (rank 0)."""
     torch.set_num_threads(1)
     keep = Keep()
     trainer = BaLoraSFTTrainer(
@@ -58,16 +58,19 @@ def main(output: str, batch: int, accumulation: int, directory: str) -> None:
             r=4,
             lora_alpha=4,
             target_modules="all-linear",
-            regularizers=RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0),
+            regularizers=RegularizerConfig(
+                lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0, teacher_cache=cache
+            ),
         ),
     )
     trainer.train()
     result = trainer.evaluate()
     trainer.save_model(directory)
     if trainer.accelerator.is_main_process:
+        runs = trainer._ba_lora_cache.runs if cache else None
         logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
-        torch.save({"gradients": keep.gradients, "logs": logs, "eval": result}, output)
+        torch.save({"gradients": keep.gradients, "logs": logs, "eval": result, "runs": runs}, output)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
