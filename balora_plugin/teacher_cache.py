@@ -40,6 +40,8 @@ STALE_SECONDS = 3600.0
 _INDEX = np.dtype([("key", "u1", (16,)), ("start", "<i8"), ("rows", "<i8"), ("crc", "<u4")])
 _OURS = re.compile(r"[0-9a-f]{32}(\.index)?\.npy(\.tmp)?|cache\.json\.[0-9a-f]{32}\.tmp")
 _KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
+# where documents begin, said once more for kernels that take it so
+_BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _NEAR_BOUNDARY = 16  # rows of a document that are compared with the same document on its own
 
 Run = Callable[[dict[str, Any]], Tensor]
@@ -194,6 +196,7 @@ class TeacherCache:
             pieces = self._pieces(
                 row, ids.shape[1], None if mask is None else mask[row], None if positions is None else positions[row]
             )
+            self._check_boundaries(inputs, pieces, row)
             inside = np.zeros(ids.shape[1], dtype=bool)
             for start, stop in pieces:
                 inside[start:stop] = True if mask is None else mask[row, start:stop] != 0
@@ -228,8 +231,28 @@ class TeacherCache:
                 )
         return found
 
+    def _check_boundaries(self, inputs: dict[str, Any], pieces: list[tuple[int, int]], row: int) -> None:
+        """What says once more where documents begin must say the same as position_ids."""
+        edges = [0, *(stop for _, stop in pieces)]
+        for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+            value = inputs.get(key)
+            if value is None:
+                continue
+            if key == "seq_idx":
+                changes = np.flatnonzero(np.diff(value[min(row, len(value) - 1)].cpu().numpy())) + 1
+                same = [0, *changes.tolist(), value.shape[-1]] == edges
+            else:
+                same = len(inputs["input_ids"]) == 1 and value.tolist() == edges
+            if not same:
+                raise ValueError(
+                    f"teacher_cache={self.directory}: {key} in the batch does not cut row {row} where position_ids "
+                    "restart at 0, so documents cannot be told apart: remove teacher_cache."
+                )
+
     def _checked_inputs(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        unknown = sorted(key for key, value in inputs.items() if key not in _KNOWN_INPUTS and value is not None)
+        packed = inputs.get("position_ids") is not None and inputs.get("attention_mask") is None
+        known = _KNOWN_INPUTS | _BOUNDARIES if packed else _KNOWN_INPUTS
+        unknown = sorted(key for key, value in inputs.items() if key not in known and value is not None)
         if unknown or inputs.get("input_ids") is None:
             what = f"{unknown[0]} in the batch" if unknown else "a batch without input_ids"
             raise ValueError(
@@ -329,6 +352,7 @@ class TeacherCache:
         alone = {
             key: value[min(row, len(value) - 1) :][:1, start:stop] if isinstance(value, Tensor) else value
             for key, value in inputs.items()
+            if key not in _BOUNDARIES
         }
         self.runs += 1
         single = run(alone)

@@ -426,6 +426,30 @@ def test_numbered_masks_are_cut_where_attention_keeps_documents_apart(tmp_path):
     assert not cache.missing(*padded(TEN[:2]))
 
 
+def boundaries(inputs):
+    """What TRL 1.16 gives beside position_ids."""
+    starts = (inputs["position_ids"][0] == 0).nonzero().flatten()
+    edges = torch.cat([starts, torch.tensor([inputs["position_ids"].shape[1]])]).to(torch.int32)
+    index = torch.repeat_interleave(torch.arange(len(starts)), edges.diff())[None]
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": 5, "max_length_k": 5, "seq_idx": index}
+
+
+def test_boundaries_said_once_more_must_be_those_of_the_positions(tmp_path):
+    cache, teacher = opened(tmp_path), Teacher()
+    inputs, counted = packed(TEN[:4], padding=2)
+    more = boundaries(inputs)
+    cache.states({**inputs, **more}, counted, teacher)
+    assert not cache.missing(inputs, counted)
+    for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        wrong = more[key].clone()
+        wrong[..., 2:] += 1
+        with pytest.raises(ValueError, match=f"{key} in the batch does not cut row 0"):
+            cache.states({**inputs, **more, key: wrong}, counted, teacher)
+    alone, needed = padded(TEN[:1])
+    with pytest.raises(ValueError, match="cu_seq_lens_k in the batch"):
+        cache.states({**alone, **more}, needed, teacher)
+
+
 def test_a_teacher_that_sees_its_neighbours_is_refused(tmp_path):
     with pytest.raises(ValueError, match="states of a packed document differ"):
         opened(tmp_path / "packed").states(*packed(TEN), Teacher(leak=True))
