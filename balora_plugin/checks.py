@@ -110,13 +110,19 @@ def task_of(model: PreTrainedModel, regularizers: RegularizerConfig) -> str:
     )
 
 
-def check_teacher(adapter: Any, teacher_model: nn.Module | None) -> None:
-    if teacher_model is not None:
+def check_teacher(adapter: Any, teacher_model: nn.Module | None, *, cached: bool = False) -> None:
+    """`cached`: a teacher_cache is filled before the weights move, which is enough in full fine-tuning.
+
+    Raises:
+        ValueError: there is no pre-trained model to be had; names the setting and what to pass.
+    """
+    if teacher_model is not None or (adapter is None and cached):
         return
     if adapter is None:
         raise ValueError(
             "lambda_consistency > 0 in full fine-tuning has no adapter to switch off for the teacher: pass "
-            "teacher_model=<the pre-trained model>, or set lambda_consistency=0."
+            "teacher_model=<the pre-trained model>, set teacher_cache=<a directory> (filled before the first step), or "
+            "set lambda_consistency=0."
         )
     if getattr(adapter, "is_prompt_learning", False):
         raise ValueError(f"{type(adapter).__name__} cannot be switched off for the teacher: pass teacher_model=...")

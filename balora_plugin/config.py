@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,7 +101,8 @@ class RegularizerConfig:
             for the first 20 % of the optimizer steps, then rise linearly over 5 %.
         teacher_interval: Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation).
             1 = every micro-batch, exact.
-        teacher_cache: Path of cached teacher outputs. Not available in this version.
+        teacher_cache: Directory that keeps the teacher's final hidden states of each document, in bfloat16: computed
+            once, before the first step, and read in every later epoch and run. None: the teacher runs live.
         share_interval: Measure each term's share of the gradient every n optimizer steps (`balora/share_*`); 0 = never.
 
     Raises:
@@ -132,7 +134,7 @@ class RegularizerConfig:
     svd_max_rows: int = 1024
     schedule: str | None = None
     teacher_interval: int = 1
-    teacher_cache: str | None = None
+    teacher_cache: str | os.PathLike[str] | None = None
     share_interval: int = 100
 
     def __post_init__(self) -> None:
@@ -148,11 +150,7 @@ class RegularizerConfig:
         _check_integer("share_interval", self.share_interval, minimum=0, optional=False)
         if self.diversity_top_k == 1:
             raise ValueError("diversity_top_k=1 makes the entropy 0 by definition: write 0 (full vocabulary) or >= 2.")
-        if self.teacher_cache is not None:
-            raise ValueError(
-                f"teacher_cache={self.teacher_cache!r} is not available in this version of balora-plugin: remove it "
-                "(the teacher then runs live, which gives the same loss), or use teacher_interval to make it cheaper."
-            )
+        self.teacher_cache = _as_path("teacher_cache", self.teacher_cache)
         if self.svd_layout == "flattened" and self.svd_input == "centered_logits":
             raise ValueError(
                 "svd_layout='flattened' with svd_input='centered_logits' is not defined: a flattened row holds many "
@@ -186,6 +184,18 @@ class RegularizerConfig:
         if unknown:
             raise ValueError(f"unknown regulariser setting {unknown[0]!r}; known: {', '.join(known)}.")
         return cls(**values)
+
+
+def _as_path(key: str, value: Any) -> str | None:
+    """A path as plain text, so that settings can be written to a file."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if path is None:
+        return None
+    if not isinstance(path, str):
+        raise TypeError(f"{key}={value!r} must be the path of a directory, not {type(value).__name__}.")
+    if not path.strip():
+        raise ValueError(f"{key}={value!r} names no directory: write a path, or leave it out.")
+    return path
 
 
 def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:

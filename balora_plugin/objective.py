@@ -27,6 +27,7 @@ from .fused.tokens import IGNORED, weighted_token_terms
 from .head import FactorCache, Head, read_head
 from .schedules import Lambdas
 from .teacher import TeacherSwitch
+from .teacher_cache import TeacherCache, counted_positions
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
@@ -36,6 +37,8 @@ class StepRequest:
     """What the trainer asks of one forward pass.
 
     `lambdas` are the weights in force; lambdas.consistency includes `teacher_factor`, the teacher interval (or 0).
+    `teacher_head`: the teacher's head where the student's own has moved and no copy is in the model. `fill`: only make
+    sure that the cache holds the batch's teacher states.
     """
 
     config: RegularizerConfig
@@ -48,6 +51,9 @@ class StepRequest:
     switch: TeacherSwitch | None = None
     compiled: CompiledPasses | None = None
     seed: int = 0
+    cache: TeacherCache | None = None
+    teacher_head: Head | None = None
+    fill: bool = False
 
 
 class CompiledPasses(NamedTuple):
@@ -140,15 +146,17 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     if labels is None and shifted is None:
         raise ValueError("the batch holds no labels: BA-LoRA needs them to know the counted tokens.")
     router = bool(inputs.pop("output_router_logits", None)) or _wants_router_logits(model)
-    inputs = {key: value for key, value in inputs.items() if key not in _NOT_FOR_BACKBONE and value is not None}
-    inputs["use_cache"] = False
+    needed = counted_positions(inputs) if request.cache is not None else None
+    inputs = backbone_inputs(inputs)
 
     if request.compiled is not None:
         drop_input_hooks(model)
     head = read_head(model)
     teacher_hidden = teacher_head = None
     if lambdas.consistency:
-        teacher_hidden, teacher_head = _teacher_pass(model, request, inputs)
+        teacher_hidden, teacher_head = _teacher_pass(model, request, inputs, needed)
+    if request.fill:
+        return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
     extra = {"output_router_logits": True} if router else {}
     targets = shifted
     if targets is None:  # position t predicts label t + 1
@@ -355,15 +363,35 @@ def _shares(plan: Plan, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor 
     return torch.stack([consistency, diversity, spectral]) / task.clamp_min(torch.finfo(task.dtype).tiny)
 
 
-def _teacher_pass(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> tuple[Tensor, Head | None]:
-    """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's."""
+def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The part of a causal language model's keywords that its backbone takes."""
+    kept = {key: value for key, value in inputs.items() if key not in _NOT_FOR_BACKBONE and value is not None}
+    return {**kept, "use_cache": False}
+
+
+def _teacher_pass(
+    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None
+) -> tuple[Tensor, Head | None]:
+    """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's.
+
+    With a cache they are rounded to bfloat16 and zero where `needed` (B, L) is False.
+    """
     forward = backbone_pass if request.compiled is None else request.compiled.teacher
-    if request.teacher is not None:
-        with torch.no_grad():
-            return forward(request.teacher, inputs), read_head(request.teacher)
-    with (request.switch or TeacherSwitch(model)).off():
-        hidden = forward(model, inputs)
-    return hidden, read_head(model, teacher=True)
+
+    def run(inputs: dict[str, Any]) -> Tensor:
+        if request.teacher is not None:
+            with torch.no_grad():
+                return forward(request.teacher, inputs)
+        with (request.switch or TeacherSwitch(model)).off():
+            return forward(model, inputs)
+
+    if request.cache is not None and needed is not None:
+        hidden = request.cache.states(inputs, needed, run)
+    else:
+        hidden = run(inputs)
+    if request.teacher_head is not None:
+        return hidden, request.teacher_head
+    return hidden, read_head(model, teacher=True) if request.teacher is None else read_head(request.teacher)
 
 
 def _wants_router_logits(model: PreTrainedModel) -> bool:

@@ -16,10 +16,12 @@ from transformers.utils import logging
 from .adapter.config import BaLoraConfig
 from .checks import as_regularizers, check_arguments, check_checkpoint, check_regularizers, check_teacher, resolve
 from .config import RegularizerConfig
-from .head import FactorCache, check_head
+from .head import FactorCache, Head, check_head, read_head
 from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
+from .prefill import TeacherCacheCallback, open_cache
 from .schedules import Lambdas, lambdas_at
 from .teacher import TeacherSwitch, quantised_layers_stay_in_training_mode
+from .teacher_cache import TeacherCache
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +43,7 @@ class BaLoraTrainerMixin(_Base):
 
     Args (beside the Trainer's own):
         regularizers: RegularizerConfig for any PEFT adapter (teacher: adapter off) or full fine-tuning (teacher:
-            `teacher_model`). Overrides the adapter config's.
+            `teacher_model`, or a `teacher_cache` filled before the first step). Overrides the adapter config's.
         teacher_model: An explicit second model as teacher, in eval mode. Not needed with an adapter.
 
     Logs `balora/task`, `balora/consistency`, `balora/diversity`, `balora/svd` (unweighted means), `balora/loss`
@@ -59,6 +61,8 @@ class BaLoraTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self.ba_lora: RegularizerConfig | None = None
+        self._ba_lora_cache: TeacherCache | None = None
+        self._ba_lora_initial_head: Head | None = None
         super().__init__(*args, **kwargs)
         self._set_up_ba_lora(regularizers, teacher_model)
 
@@ -86,7 +90,7 @@ class BaLoraTrainerMixin(_Base):
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         config = resolve(causal_lm, regularizers)
         if config.lambda_consistency:
-            check_teacher(adapter, teacher_model)
+            check_teacher(adapter, teacher_model, cached=config.teacher_cache is not None)
         if not self._ba_lora_head_checked:
             check_head(causal_lm)
         install(causal_lm)
@@ -109,7 +113,36 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_measured_at = 0
         self._ba_lora_wants_logits = False
         self._ba_lora_warned: set[str] = set()
+        if config.teacher_cache is not None and config.lambda_consistency:
+            self._open_teacher_cache(causal_lm, adapter)
         logger.info(f"BA-LoRA: {config}")
+
+    def _open_teacher_cache(self, causal_lm: Any, adapter: Any) -> None:
+        config, teacher = self.ba_lora, self._ba_lora_teacher
+        assert config is not None and config.teacher_cache is not None
+        if adapter is None and teacher is None:  # the weights are the teacher's until the first step
+            for key in ("bf16_full_eval", "fp16_full_eval"):
+                if getattr(self.args, key, False):
+                    raise ValueError(
+                        f"{key}=True with teacher_cache in full fine-tuning: evaluation would need a teacher in "
+                        f"another precision; set {key}=False, or pass teacher_model=..."
+                    )
+            head = read_head(causal_lm)
+            if hasattr(head.weight, "ds_id"):
+                raise ValueError(
+                    "teacher_cache in full fine-tuning under ZeRO-3 has no whole copy of the initial LM head: pass "
+                    "teacher_model=..., or use ZeRO-2."
+                )
+            bias = None if head.bias is None else head.bias.detach().clone()
+            self._ba_lora_initial_head = Head(head.weight.detach().clone(), bias, head.scale, head.softcap)
+        self._ba_lora_cache = open_cache(
+            str(config.teacher_cache),
+            causal_lm if teacher is None else teacher,
+            own=teacher is not None,
+            tokenizer=getattr(self, "processing_class", None),
+            mixed_precision=str(self.accelerator.mixed_precision),
+        )
+        self.add_callback(TeacherCacheCallback(self, self._ba_lora_cache))
 
     def _ba_lora_warn(self, key: str, message: str) -> None:
         if key not in self._ba_lora_warned:
@@ -140,6 +173,8 @@ class BaLoraTrainerMixin(_Base):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if isinstance(checkpoint, str):
             check_checkpoint(_active_config(self.model), checkpoint)
+        if checkpoint and self._ba_lora_initial_head is not None and self._ba_lora_cache is not None:
+            self._ba_lora_cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # --- loss
@@ -170,6 +205,11 @@ class BaLoraTrainerMixin(_Base):
             lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
         else:  # every configured term at its full weight, so that evaluations compare
             lambdas = Lambdas(*(getattr(config, f"lambda_{name}") for name in TERMS))
+        cache = self._ba_lora_cache
+        if cache is not None:
+            cache.where = f"step {state.global_step}" if training else "evaluation"
+            if not training and (self.args.bf16_full_eval or self.args.fp16_full_eval):
+                cache = None  # another precision than the cache's
         return StepRequest(
             config=config,
             lambdas=lambdas,
@@ -181,7 +221,35 @@ class BaLoraTrainerMixin(_Base):
             switch=self._ba_lora_switch,
             compiled=self._ba_lora_compiled if training else None,
             seed=self.state.global_step,
+            cache=cache,
+            teacher_head=self._initial_head_here(),
         )
+
+    def _ba_lora_fill_request(self) -> StepRequest:
+        """Asks a forward pass for nothing but the teacher's states in the cache."""
+        assert self.ba_lora is not None
+        return StepRequest(
+            config=self.ba_lora,
+            lambdas=Lambdas(1.0, 0.0, 0.0),
+            teacher=self._ba_lora_teacher,
+            switch=self._ba_lora_switch,
+            cache=self._ba_lora_cache,
+            teacher_head=self._initial_head_here(),
+            fill=True,
+        )
+
+    def _initial_head_here(self) -> Head | None:
+        """The head that full fine-tuning began with, on the device it is needed on."""
+        head = self._ba_lora_initial_head
+        if head is not None and head.weight.device != self.args.device:
+            bias = None if head.bias is None else head.bias.to(self.args.device)
+            head = Head(head.weight.to(self.args.device), bias, head.scale, head.softcap)
+            self._ba_lora_initial_head = head
+        return head
+
+    def _ba_lora_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a batch gives to the model's forward."""
+        return self._extend_inputs({key: value for key, value in inputs.items() if not key.startswith("_")})
 
     def compute_loss(
         self,
@@ -194,8 +262,7 @@ class BaLoraTrainerMixin(_Base):
         if self.ba_lora is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         training = bool(self.model.training)
-        inputs = {key: value for key, value in inputs.items() if not key.startswith("_")}  # TRL's own notes to itself
-        inputs = self._extend_inputs(inputs)
+        inputs = self._ba_lora_inputs(inputs)  # without TRL's own notes to itself
         request = self._ba_lora_request(training)
         out: StepOutput = model(**inputs, ba_lora=request)
         loss = self._combine(out, request.lambdas, training, num_items_in_batch)

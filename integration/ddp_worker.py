@@ -47,12 +47,12 @@ def arguments(batch: int, accumulation: int, directory: str) -> dict[str, Any]:
     }
 
 
-def peft_config() -> BaLoraConfig:
-    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0)
+def peft_config(cache: str | None) -> BaLoraConfig:
+    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0, teacher_cache=cache)
     return BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=terms)
 
 
-def trl_trainer(args: dict[str, Any], keep: Keep) -> Trainer:
+def trl_trainer(args: dict[str, Any], keep: Keep, cache: str | None) -> Trainer:
     from trl import SFTConfig
 
     return BaLoraSFTTrainer(
@@ -62,11 +62,11 @@ def trl_trainer(args: dict[str, Any], keep: Keep) -> Trainer:
         eval_dataset=Dataset.from_list(ROWS),
         processing_class=character_tokenizer(),
         callbacks=[keep],
-        peft_config=peft_config(),
+        peft_config=peft_config(cache),
     )
 
 
-def axolotl_trainer(args: dict[str, Any], keep: Keep) -> Trainer:
+def axolotl_trainer(args: dict[str, Any], keep: Keep, cache: str | None) -> Trainer:
     """The trainer that the plug-in gives Axolotl, with the argument that Axolotl's builder sets against us."""
     from axolotl.core.training_args import AxolotlTrainingArguments
 
@@ -79,7 +79,7 @@ def axolotl_trainer(args: dict[str, Any], keep: Keep) -> Trainer:
         ids = [*ids, tokenizer.eos_token_id]
         rows.append({"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]})
     return AxolotlBaLoraTrainer(
-        model=get_ba_lora_model(tiny_llama(), peft_config()),
+        model=get_ba_lora_model(tiny_llama(), peft_config(cache)),
         args=AxolotlTrainingArguments(**args, average_tokens_across_devices=False, remove_unused_columns=True),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
@@ -90,19 +90,20 @@ def axolotl_trainer(args: dict[str, Any], keep: Keep) -> Trainer:
     )
 
 
-def main(output: str, batch: int, accumulation: int, directory: str, host: str) -> None:
-    """Trains two steps on eight samples a step and stores gradients, logs and the adapter (rank 0)."""
+def main(output: str, batch: int, accumulation: int, directory: str, host: str, cache: str | None = None) -> None:
+    """Trains two steps on eight samples a step and stores gradients, logs, teacher passes and the adapter (rank 0)."""
     torch.set_num_threads(1)
     keep = Keep()
     build = {"trl": trl_trainer, "axolotl": axolotl_trainer}[host]
-    trainer = build(arguments(batch, accumulation, directory), keep)
+    trainer = build(arguments(batch, accumulation, directory), keep, cache)
     trainer.train()
     result = trainer.evaluate()
     trainer.save_model(directory)
     if trainer.accelerator.is_main_process:
+        runs = trainer._ba_lora_cache.runs if cache else None
         logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
-        torch.save({"gradients": keep.gradients, "logs": logs, "eval": result}, output)
+        torch.save({"gradients": keep.gradients, "logs": logs, "eval": result, "runs": runs}, output)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -106,7 +106,9 @@ def test_resolved_returns_a_copy_and_is_idempotent():
         ("teacher_interval", 1.0, TypeError),
         ("share_interval", -1, ValueError),
         ("share_interval", True, TypeError),
-        ("teacher_cache", "cache.bin", ValueError),
+        ("teacher_cache", " ", ValueError),
+        ("teacher_cache", 3, TypeError),
+        ("teacher_cache", b"cache", TypeError),
     ],
 )
 def test_bad_values_are_named(key, value, error):

@@ -26,7 +26,8 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
     """A drop-in for [`trl.SFTTrainer`]: with `peft_config=BaLoraConfig(...)` it trains with BA-LoRA.
 
     With a plain LoraConfig or none, and no `regularizers`, it is exactly SFTTrainer. `regularizers=` puts the terms on
-    a plain LoRA (teacher: adapter off) or on full fine-tuning (teacher: `teacher_model`); see [`BaLoraTrainerMixin`].
+    a plain LoRA (teacher: adapter off) or on full fine-tuning (teacher: `teacher_model`, or a `teacher_cache`); see
+    [`BaLoraTrainerMixin`].
 
     Raises:
         ValueError: settings that would replace or bypass the loss, by name.
@@ -87,7 +88,7 @@ def _check_settings(
     """Refuses, before any model loads, what cannot work."""
     check_regularizers(regularizers)
     if not isinstance(model, PeftModel) and regularizers.resolved("nlg").lambda_consistency:
-        check_teacher(peft_config, kwargs.get("teacher_model"))
+        check_teacher(peft_config, kwargs.get("teacher_model"), cached=regularizers.teacher_cache is not None)
     if args is not None:
         check_arguments(args)
         path = getattr(args, "chat_template_path", None)

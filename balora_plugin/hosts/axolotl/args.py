@@ -62,14 +62,18 @@ class BaLoraBlock(BaseModel):
     teacher_interval: int = Field(
         default=1, ge=1, description="Teacher on every n-th micro-batch with n times the weight; 1: always, exact."
     )
-    teacher_cache: str | None = Field(default=None, description="Not available in this version.")
+    teacher_cache: str | None = Field(
+        default=None,
+        description="Directory that keeps the teacher's hidden states of each document, for later epochs and runs.",
+    )
     share_interval: int = Field(
         default=100, ge=0, description="Measure each term's share of the gradient every n steps; 0: never."
     )
     compile: bool = Field(default=False, description="Compile teacher, student and terms with the backend ba_lora.")
     apply_to: Literal["lora", "full"] | None = Field(
         default=None,
-        description="Put the terms on `adapter: lora`, or (with lambda_consistency: 0) on full fine-tuning, instead.",
+        description="Put the terms on `adapter: lora`, or on full fine-tuning (with teacher_cache, or "
+        "lambda_consistency: 0), instead.",
     )
 
     @model_validator(mode="before")

@@ -1,0 +1,209 @@
+"""Opening a run's teacher cache, and filling it before the first step: one pass over the data in which only the
+documents that are missing are computed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from .fingerprint import model_fingerprint, tokenizer_fingerprint
+from .head import read_head
+from .objective import StepRequest, backbone_inputs
+from .teacher_cache import TeacherCache, anywhere, counted_positions
+
+if TYPE_CHECKING:
+    from .trainer import BaLoraTrainerMixin
+
+logger = logging.get_logger(__name__)
+
+
+def open_cache(
+    directory: str, teacher: PreTrainedModel, *, own: bool, tokenizer: Any = None, mixed_precision: str = "no"
+) -> TeacherCache:
+    """The cache in `directory` for this teacher, before it is sharded; `own`: a second model, with what adapts it.
+
+    Raises:
+        ValueError: the directory holds another teacher's cache.
+    """
+    dtype = str(teacher.dtype).removeprefix("torch.")
+    weight = read_head(teacher).weight
+    return TeacherCache(
+        directory,
+        base=model_fingerprint(teacher, with_adapters=own),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        hidden_size=int(getattr(weight, "ds_shape", weight.shape)[1]),
+        precision=dtype if mixed_precision == "no" else f"{dtype}, {mixed_precision} autocast",
+        attention=str(getattr(teacher.config, "_attn_implementation", "") or ""),
+        rope_limit=_rope_limit(teacher.config.get_text_config()),
+    )
+
+
+def _rope_limit(config: Any) -> int | None:
+    """Up to where rotary frequencies that follow the longest row of a batch are their usual ones; None: always."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    groups = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    limits = [
+        int(group.get("original_max_position_embeddings") or config.max_position_embeddings)
+        for group in groups
+        if "dynamic" in str(group.get("rope_type")) or group.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
+
+
+class TeacherCacheCallback(TrainerCallback):
+    """Fills the cache when training begins, and writes what was added at every save, evaluation and end."""
+
+    def __init__(self, trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
+        self._trainer = trainer
+        self._cache = cache
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        prefill(self._trainer, self._cache)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._cache.flush()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._cache.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._cache.flush()
+
+
+def prefill(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
+    """Computes the missing documents of the training data, every process a part of them.
+
+    Data without a length (iterable, streaming) is filled as training goes. Training itself is the same to the bit: the
+    loaders are its own, and random states are as before. In full fine-tuning the weights are the teacher only now: the
+    evaluation data is filled too, and what is missing later is an error.
+
+    Raises:
+        ValueError: full fine-tuning on data without a length.
+        RuntimeError: full fine-tuning that resumes, with an incomplete cache.
+    """
+    whole = trainer.train_dataset is not None and has_length(trainer.train_dataset)
+    if trainer._ba_lora_initial_head is not None and not whole:
+        raise ValueError(
+            "teacher_cache in full fine-tuning without teacher_model needs a training set with a length, which it can "
+            "pass over before the weights move: use a map-style dataset, or pass teacher_model=..."
+        )
+    before = cache.runs
+    cache.on_miss = None
+    trainer.model_wrapped.train()  # as for a step; the teacher's switch sets what has to be in eval mode
+    if whole:
+        with _random_states_kept():
+            loader = trainer.get_train_dataloader()
+            _fill_from(trainer, cache, loader, "Teacher cache")
+            _release(trainer, loader)
+            if not _covers_all(loader):
+                _fill_from(trainer, cache, _in_order(trainer, loader), "Teacher cache, the rest")
+            if trainer._ba_lora_initial_head is not None:
+                for dataset in _evaluation_sets(trainer):
+                    loader = trainer.get_eval_dataloader(dataset)
+                    _fill_from(trainer, cache, loader, "Teacher cache, evaluation")
+                    _release(trainer, loader)
+    cache.flush()
+    trainer.accelerator.wait_for_everyone()
+    cache.refresh()  # what the other processes computed
+    if whole:
+        logger.info(f"teacher_cache={cache.directory}: {len(cache)} documents, {cache.runs - before} teacher passes.")
+        cache.on_miss = lambda: _say_late(trainer, cache)
+    if trainer._ba_lora_initial_head is not None:
+        cache.frozen = "in full fine-tuning the weights are no longer the teacher's"
+
+
+def _say_late(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
+    if trainer.model.training:  # evaluation data comes as it comes
+        trainer._ba_lora_warn(
+            "cache_late",
+            f"teacher_cache={cache.directory} lacked a document at {cache.where} that was not in the pass before "
+            "training: the teacher runs live for such batches and the cache grows. Data that changes from epoch "
+            "to epoch gains nothing from a cache; several machines need one directory that all of them see.",
+        )
+
+
+def _fill_from(trainer: BaLoraTrainerMixin, cache: TeacherCache, loader: Iterable[Any], title: str) -> None:
+    device = trainer.args.device
+    request = trainer._ba_lora_fill_request()
+    hidden_bar = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    batches: Iterator[Any] = iter(loader)
+    with tqdm(total=len(loader), desc=title, disable=hidden_bar, dynamic_ncols=True) as bar:  # type: ignore[arg-type]
+        while True:
+            batch = next(batches, None)
+            if anywhere(batch is None, device):  # sharded loaders may differ by one
+                break
+            _fill_batch(trainer, cache, request, batch)
+            bar.update()
+
+
+def _fill_batch(trainer: BaLoraTrainerMixin, cache: TeacherCache, request: StepRequest, batch: Any) -> None:
+    inputs = trainer._ba_lora_inputs(batch)
+    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        return  # training will say it
+    counted = counted_positions(inputs)
+    plain = {key: value for key, value in inputs.items() if key != "output_router_logits"}
+    if not anywhere(cache.missing(backbone_inputs(plain), counted), trainer.args.device):
+        return
+    model: nn.Module = trainer.model_wrapped
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        model(**trainer._prepare_inputs(inputs), ba_lora=request)
+
+
+def _covers_all(loader: Any) -> bool:
+    """Whether one pass over this loader sees every example; packing samplers leave some out, others each time."""
+    shard = getattr(loader, "batch_sampler", None)
+    sampler = getattr(shard, "batch_sampler", shard)  # what accelerate cuts up among processes
+    if type(sampler) is not BatchSampler or sampler.drop_last or not getattr(shard, "even_batches", True):
+        return False
+    # SeedableRandomSampler is a RandomSampler
+    return isinstance(sampler.sampler, (RandomSampler, SequentialSampler))
+
+
+def _in_order(trainer: BaLoraTrainerMixin, loader: Any) -> DataLoader[Any]:
+    """This process's part of the loader's examples, each once, through its own collator."""
+    world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    size = len(loader.dataset)
+    indices = [(start + rank) % size for start in range(0, size, world)]
+    return DataLoader(
+        Subset(loader.dataset, indices),
+        batch_size=trainer.args.train_batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=trainer.args.dataloader_num_workers,
+    )
+
+
+def _evaluation_sets(trainer: BaLoraTrainerMixin) -> list[Any]:
+    found = trainer.eval_dataset
+    found = list(found.values()) if isinstance(found, dict) else [found]
+    return [dataset for dataset in found if dataset is not None and has_length(dataset)]
+
+
+def _release(trainer: BaLoraTrainerMixin, loader: Any) -> None:
+    """Lets accelerate forget a loader that was read by the way."""
+    if loader in getattr(trainer.accelerator, "_dataloaders", []):
+        trainer.accelerator._dataloaders.remove(loader)
+    with suppress(AttributeError, ValueError):  # left early, it would count as the one in use
+        loader.end()
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
