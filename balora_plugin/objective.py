@@ -10,6 +10,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .config import RegularizerConfig
+from .cost import CostMeter
 from .fused import head_spectral_term, spectral_ratio
 from .fused.project import project
 from .fused.spectrum import drawn_rows, usable_k
@@ -54,6 +56,11 @@ class StepRequest:
     cache: TeacherCache | None = None
     teacher_head: Head | None = None
     fill: bool = False
+    meter: CostMeter | None = None
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Counts what runs inside as this part of the run's cost."""
+        return nullcontext() if self.meter is None else self.meter.part(name)
 
 
 class CompiledPasses(NamedTuple):
@@ -154,7 +161,8 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     head = read_head(model)
     teacher_hidden = teacher_head = None
     if lambdas.consistency:
-        teacher_hidden, teacher_head = _teacher_pass(model, request, inputs, needed)
+        with request.part("teacher"):
+            teacher_hidden, teacher_head = _teacher_pass(model, request, inputs, needed)
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
     extra = {"output_router_logits": True} if router else {}
@@ -164,8 +172,15 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     plan = _plan(request, head, teacher_head)
     whole = request.compiled is not None and not (router or request.return_logits or request.measure_shares)
-    student = request.compiled.student if request.compiled is not None and whole else student_pass
-    hidden, router_logits, sums, ratio = student(model, {**inputs, **extra}, targets, teacher_hidden, plan)
+    if request.compiled is not None and whole:
+        hidden, sums, ratio = request.compiled.student(model, inputs, targets, teacher_hidden, plan)
+    else:
+        outputs = model.base_model(**inputs, **extra)
+        hidden = outputs.last_hidden_state
+        with request.part("token_terms"):
+            sums = token_sums(hidden, targets, teacher_hidden, plan)
+        with request.part("spectrum"):
+            ratio = spectrum_of(hidden, targets, plan)
     loss, task, consistency, diversity, entropy, correct, count = sums
     result: dict[str, Any] = {
         "loss": loss,
@@ -176,13 +191,14 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
         "correct": correct,
         "count": count,
     }
-    if lambdas.svd:
-        ratio = _head_ratio(plan, hidden, targets) if ratio is None else ratio
+    if plan.svd == "head":
+        ratio = _head_ratio(plan, hidden, targets)
+    if ratio is not None:
         result |= {"svd": ratio[0], "svd_used_k": ratio[1]}
     if request.measure_shares:
         result["shares"] = _shares(plan, hidden, targets, teacher_hidden, max(request.teacher_factor, 1))
     if router:
-        result["aux_loss"] = _router_loss(model, router_logits, inputs.get("attention_mask"))
+        result["aux_loss"] = _router_loss(model, outputs.router_logits, inputs.get("attention_mask"))
     if request.return_logits:
         result["logits"] = project(hidden.to(head.weight.device), head.weight, head.bias, head.scale, head.softcap).to(
             hidden.dtype
@@ -252,16 +268,14 @@ def _plan(request: StepRequest, head: Head, teacher_head: Head | None) -> Plan:
 
 def student_pass(
     model: PreTrainedModel, inputs: dict[str, Any], targets: Tensor, teacher_hidden: Tensor | None, plan: Plan
-) -> tuple[Tensor, Any, tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
     """The student's backbone and its terms: what is compiled as one graph.
 
-    Returns: hidden (B, T, d); the router's logits or None; sums loss, task, consistency, diversity, entropy, correct,
-    count; the spectral ratio and the k it used, where it has an operator.
+    Returns: hidden (B, T, d); sums loss, task, consistency, diversity, entropy, correct, count; the spectral ratio and
+    the k it used, where it has an operator.
     """
-    outputs = model.base_model(**inputs)
-    hidden = outputs.last_hidden_state
-    sums, ratio = terms_of(hidden, targets, teacher_hidden, plan)
-    return hidden, getattr(outputs, "router_logits", None), sums, ratio
+    hidden = model.base_model(**inputs).last_hidden_state
+    return hidden, token_sums(hidden, targets, teacher_hidden, plan), spectrum_of(hidden, targets, plan)
 
 
 def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
@@ -269,10 +283,8 @@ def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     return model.base_model(**inputs).last_hidden_state
 
 
-def terms_of(
-    hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, plan: Plan
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
-    """hidden, teacher_hidden (B, T, d), targets (B, T) aligned, -100 = not counted -> sums, spectral ratio."""
+def token_sums(hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+    """hidden, teacher_hidden (B, T, d), targets (B, T) aligned, -100 = not counted -> the sums of `student_pass`."""
     states, targets = hidden.to(plan.weight.device), targets.to(plan.weight.device)
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.to(states.device).flatten(0, 1)
@@ -291,12 +303,14 @@ def terms_of(
         teacher_weight=plan.teacher_weight,
         teacher_bias=plan.teacher_bias,
     )
-    sums = (terms.loss, terms.task, terms.consistency, terms.diversity, terms.entropy, terms.correct, terms.count)
-    return sums, _ratio(plan, states, targets) if plan.svd in ("factor", "features") else None
+    return terms.loss, terms.task, terms.consistency, terms.diversity, terms.entropy, terms.correct, terms.count
 
 
-def _ratio(plan: Plan, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    counted = targets != IGNORED
+def spectrum_of(hidden: Tensor, targets: Tensor, plan: Plan) -> tuple[Tensor, Tensor] | None:
+    """The spectral ratio and the k it used, 0-d; None where it is off or has no operator (see `_head_ratio`)."""
+    if plan.svd not in ("factor", "features"):
+        return None
+    states, counted = hidden.to(plan.weight.device), targets.to(plan.weight.device) != IGNORED
     features = plan.svd == "features"
     return spectral_ratio(
         states if plan.svd_flattened else states.flatten(0, 1),
@@ -348,9 +362,8 @@ def _shares(plan: Plan, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor 
         return torch.autograd.grad(loss, leaf)[0].float().norm().to(device)
 
     def tokens(task: float, consistency: float, diversity: float) -> Tensor:
-        numbers = torch.tensor([task, consistency, diversity], dtype=torch.float64)
-        only = plan._replace(numbers=numbers, svd="")
-        return terms_of(leaf, targets, teacher_hidden if consistency else None, only)[0][0]
+        only = plan._replace(numbers=torch.tensor([task, consistency, diversity], dtype=torch.float64))
+        return token_sums(leaf, targets, teacher_hidden if consistency else None, only)[0]
 
     with torch.enable_grad():
         task = norm(tokens(1.0, 0.0, 0.0))
@@ -358,8 +371,9 @@ def _shares(plan: Plan, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor 
         diversity = norm(tokens(0.0, 0.0, plan.lambdas.diversity) if plan.lambdas.diversity else None)
         spectral = norm(None)
         if plan.svd:  # the token terms are sums, the spectral term stands beside their mean
-            ratio = (_head_ratio if plan.svd == "head" else _ratio)(plan, leaf.to(device), targets.to(device))[0]
-            spectral = norm(ratio * plan.lambdas.svd * (targets != IGNORED).sum().to(device))
+            found = _head_ratio(plan, leaf, targets) if plan.svd == "head" else spectrum_of(leaf, targets, plan)
+            assert found is not None
+            spectral = norm(found[0] * plan.lambdas.svd * (targets != IGNORED).sum().to(device))
     return torch.stack([consistency, diversity, spectral]) / task.clamp_min(torch.finfo(task.dtype).tiny)
 
 

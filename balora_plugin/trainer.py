@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from .adapter.config import BaLoraConfig
 from .checks import as_regularizers, check_arguments, check_checkpoint, check_regularizers, check_teacher, resolve
 from .config import RegularizerConfig
+from .cost import CostCallback, CostMeter, format_report, write_report
 from .head import FactorCache, Head, check_head, read_head
 from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
 from .prefill import TeacherCacheCallback, open_cache
@@ -61,6 +63,7 @@ class BaLoraTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self.ba_lora: RegularizerConfig | None = None
+        self._ba_lora_meter: CostMeter | None = None
         self._ba_lora_cache: TeacherCache | None = None
         self._ba_lora_initial_head: Head | None = None
         super().__init__(*args, **kwargs)
@@ -175,7 +178,40 @@ class BaLoraTrainerMixin(_Base):
             check_checkpoint(_active_config(self.model), checkpoint)
         if checkpoint and self._ba_lora_initial_head is not None and self._ba_lora_cache is not None:
             self._ba_lora_cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.ba_lora is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._ba_lora_meter = CostMeter(self.args.device)
+        callback = CostCallback(self._ba_lora_meter)
+        self.add_callback(callback)
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.remove_callback(callback)
+        self._report_cost()
+        return result
+
+    def _report_cost(self) -> None:
+        """One table at the end of training, and `ba_lora_cost.json` in the output directory."""
+        meter = self._ba_lora_meter
+        if meter is None or not meter.steps or not self.is_world_process_zero():
+            return
+        report = meter.report(
+            compiled=self._ba_lora_compiled is not None,
+            teacher_interval=self.ba_lora.teacher_interval if self.ba_lora is not None else 1,
+            device=torch.cuda.get_device_name(self.args.device) if meter.cuda else platform.processor() or "cpu",
+            torch=torch.__version__,
+        )
+        write_report(report, self.args.output_dir)
+        if not self.args.disable_tqdm:
+            print(format_report(report))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's, its time counted."""
+        meter = self._ba_lora_meter
+        if self.ba_lora is None or meter is None:
+            return super().training_step(*args, **kwargs)
+        with meter.part("micro"):
+            return super().training_step(*args, **kwargs)
 
     # --- loss
 
@@ -220,6 +256,7 @@ class BaLoraTrainerMixin(_Base):
             teacher_factor=factor,
             switch=self._ba_lora_switch,
             compiled=self._ba_lora_compiled if training else None,
+            meter=self._ba_lora_meter if training else None,
             seed=self.state.global_step,
             cache=cache,
             teacher_head=self._initial_head_here(),

@@ -400,10 +400,13 @@ WEIGHTS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.
     ids=["plain", "checkpointing", "accumulation", "bf16"],
 )
 def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without_inductor):
-    eager = build(tmp_path, tokenizer, peft_config=adapter(regularizers=RegularizerConfig(**WEIGHTS)), **changes)
+    plain = adapter(regularizers=RegularizerConfig(**WEIGHTS))
+    eager = build(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=plain, **changes)
     eager.train()
     torch._dynamo.utils.counters.clear()
-    compiled = build(tmp_path, tokenizer, peft_config=compiled_adapter(), **changes)
+    compiled = build(
+        tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=compiled_adapter(), **changes
+    )
     compiled.train()
     assert "compile" not in compiled._ba_lora_warned  # it did not fall back
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -423,6 +426,7 @@ def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenize
         tokenizer,
         peft_config=compiled_adapter(schedule="iclr2026", share_interval=0),
         rows=rows,
+        model=tiny_llama(num_hidden_layers=1),
         per_device_train_batch_size=2 if packing else 1,
         padding_free=packing,
         max_length=None,
@@ -441,6 +445,17 @@ def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenize
     assert len(lengths) >= (10 if packing else 20)
     # the schedule holds two terms back at first: the student's graph with them and the one without
     assert len(without_inductor) <= 8
+
+
+def test_the_cost_report(tmp_path, tokenizer, capsys):
+    trainer = build(tmp_path, tokenizer, disable_tqdm=False, max_steps=4)
+    trainer.train()
+    report = json.loads((tmp_path / "out" / "ba_lora_cost.json").read_text())
+    seconds = report["seconds_per_step"]
+    assert report["steps_measured"] == 3
+    assert all(seconds[part] > 0 for part in ("teacher", "student", "token_terms", "spectrum", "rest"))
+    assert sum(value for part, value in seconds.items() if part != "step") == pytest.approx(seconds["step"], rel=1e-6)
+    assert "teacher forward" in capsys.readouterr().out
 
 
 def test_compile_and_torch_compile_contradict(tmp_path, tokenizer):
@@ -686,7 +701,7 @@ def test_terms_that_cannot_act_are_said_once(tmp_path, tokenizer, warned):
     build(tmp_path, tokenizer, rows=rows, per_device_train_batch_size=1, max_steps=3).train()
     clamped = [message for message in warned if "svd_top_k=10" in message]
     assert len(clamped) == 1
-    assert "using 2" in clamped[0]
+    assert "(2 on average)" in clamped[0]
 
 
 def test_a_single_counted_token_leaves_the_svd_term_out_and_says_so(tmp_path, tokenizer, warned):

@@ -1,0 +1,176 @@
+"""What a training run cost: seconds an optimizer step and peak memory, by part; a table and a JSON file at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+PARTS = ("teacher", "student", "token_terms", "spectrum", "rest")
+LABELS = {
+    "teacher": "teacher forward",
+    "student": "student forward and backward",
+    "token_terms": "token terms",
+    "spectrum": "spectrum",
+    "rest": "rest (optimizer, data, logging)",
+    "step": "optimizer step",
+}
+COST_FILE = "ba_lora_cost.json"
+MEMORY_STEP = 1  # the optimizer step whose memory is measured: the first after everything exists
+WARM_UP = 1  # first steps that are not counted: allocation, compilation
+
+
+class CostMeter:
+    """Adds up seconds by part. On CUDA by events, which are read at the end of a step: no part waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.seconds = dict.fromkeys((*PARTS, "step"), 0.0)
+        self.peaks: dict[str, float] = {}  # GiB
+        self.steps = 0
+        self._finished = 0
+        self._events: list[tuple[str, Any, Any]] = []
+        self._now: dict[str, float] = {}
+        self._began: float | None = None
+        self._measures_memory = False
+        self._open: list[str] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts what runs inside as `name`; "micro" is a whole micro-batch, of which the student is what is left."""
+        self._enter(name)
+        start = self._mark()
+        try:
+            yield
+        finally:
+            end = self._mark()
+            if self.cuda:
+                self._events.append((name, start, end))
+            else:
+                self._now[name] = self._now.get(name, 0.0) + end - start
+            self._leave()
+
+    def begin(self) -> None:
+        """Before the first micro-batch of training; later steps begin where the last one ended."""
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def step(self) -> None:
+        """After every optimizer step."""
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = now
+            return
+        total, self._began = now - self._began, now
+        if self.cuda and self._events:
+            self._events[-1][2].synchronize()
+            for name, start, end in self._events:
+                self._now[name] = self._now.get(name, 0.0) + start.elapsed_time(end) / 1e3
+        self._events = []
+        found, self._now = self._now, {}
+        self._finished += 1
+        self._measures_memory = self._finished == MEMORY_STEP
+        if self._finished <= WARM_UP:
+            return
+        named = {name: found.get(name, 0.0) for name in ("teacher", "token_terms", "spectrum")}
+        student = max(found.get("micro", 0.0) - sum(named.values()), 0.0)
+        for name, value in {**named, "student": student, "step": total}.items():
+            self.seconds[name] += value
+        self.seconds["rest"] += max(total - found.get("micro", 0.0), 0.0)
+        self.steps += 1
+
+    def report(self, **facts: Any) -> dict[str, Any]:
+        """Seconds an optimizer step and GiB by part; `facts` are added as they are."""
+        steps = max(self.steps, 1)
+        peaks = {"student" if name == "micro" else name: round(value, 4) for name, value in self.peaks.items()}
+        return {
+            "steps_measured": self.steps,
+            "seconds_per_step": {name: self.seconds[name] / steps for name in (*PARTS, "step")},
+            "peak_gib": peaks,
+            "memory": "device memory" if self.cuda else "resident memory of the process",
+            **facts,
+        }
+
+    def _enter(self, name: str) -> None:
+        if self._measures_memory and self._open:
+            self._take_peak()
+        self._open.append(name)
+        if self._measures_memory:
+            self._reset_peak()
+
+    def _leave(self) -> None:
+        if self._measures_memory:
+            self._take_peak()
+            self._reset_peak()
+        self._open.pop()
+
+    def _take_peak(self) -> None:
+        name = self._open[-1]
+        self.peaks[name] = max(self.peaks.get(name, 0.0), self._peak())
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _reset_peak(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):  # Linux: the high-water mark starts anew
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def _peak(self) -> float:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 2**20
+        return 0.0
+
+
+class CostCallback(TrainerCallback):
+    """Tells a trainer's meter where optimizer steps end."""
+
+    def __init__(self, meter: CostMeter) -> None:
+        self.meter = meter
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.meter.begin()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.meter.step()
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as an aligned table."""
+    seconds, peaks = report["seconds_per_step"], report["peak_gib"]
+    lines = [f"BA-LoRA: cost of an optimizer step (mean of {report['steps_measured']})"]
+    whole = seconds["step"] or 1.0
+    for name in (*PARTS, "step"):
+        if name != "step" and not seconds[name] and name in ("teacher", "spectrum", "token_terms"):
+            continue
+        peak = f"{peaks[name]:8.2f} GiB" if peaks.get(name) else ""
+        lines.append(f"  {LABELS[name]:34s}{seconds[name]:9.4f} s {100 * seconds[name] / whole:5.1f} %{peak}")
+    if report.get("compiled"):
+        lines.append("  (compiled: the terms are part of the student's graph)")
+    return "\n".join(lines)
+
+
+def write_report(report: dict[str, Any], directory: str) -> str:
+    """Writes `ba_lora_cost.json` into the output directory, beside the adapter; returns its path."""
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, COST_FILE)
+    Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return path
