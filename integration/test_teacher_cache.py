@@ -359,6 +359,7 @@ def test_full_fine_tuning_names_what_it_cannot_have(tmp_path, tokenizer):
 # --- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache(tmp_path):
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
     worker = ["integration/ddp_worker.py"]

@@ -393,9 +393,12 @@ WEIGHTS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.
     "changes",
     [
         {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"gradient_accumulation_steps": 2},
-        {"bf16": True},
+        pytest.param(
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+        pytest.param({"bf16": True}, marks=pytest.mark.slow),
     ],
     ids=["plain", "checkpointing", "accumulation", "bf16"],
 )
@@ -417,6 +420,7 @@ def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without
         assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenizer, without_inductor):
     """A static graph, then a dynamic one, of the teacher and of the student each."""
