@@ -477,3 +477,20 @@ def test_the_operator_is_registered_right(counted, want):
     factor = HeadFactor.from_weight(random(20, 4), random(20, seed=1)).plain
     inputs = (hidden, counted, factor, True, 0.5, 2, "nuclear", True, 6, torch.tensor(3), want)
     torch.library.opcheck(spectrum.spectral_ratio_op, inputs)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4])
+def test_products_in_float32_are_accurate_enough(condition, monkeypatch):
+    """Where a GPU has little float64; the Gram matrix and its eigenvalues stay in it."""
+    hidden, weight = conditioned(64, 48, condition).float(), random(200, 48, seed=3, dtype=torch.float32)
+    factor = HeadFactor.from_weight(weight)
+    results = []
+    for precision in (torch.float64, torch.float32):
+        monkeypatch.setattr(spectrum, "product_precision", lambda device, precision=precision: precision)
+        leaf = hidden.clone().requires_grad_()
+        value = spectral_term(leaf, factor, k=5)
+        results.append((value.item(), torch.autograd.grad(value, leaf)[0]))
+    (exact, reference), (value, gradient) = results
+    assert value == pytest.approx(exact, rel=2e-6)
+    assert value != exact or not torch.equal(gradient, reference)  # the path was taken
+    assert (gradient - reference).norm() < 5e-5 * reference.norm()

@@ -5,7 +5,7 @@ With p = softmax(z) and H its entropy, per row:
     -H           d/dz = p (log p + H); over the top K the same on the K renormalised probabilities
     consistency  kl: T (q - p_t), reverse_kl: T q (log q/p_t - KL), jsd: T/2 q (log q/m - KL(q || m)) with q, p_t at
                  temperature T; mse: the projection of the difference of the unit rows
-At T = 1 the first three share p = exp(z - max) / total, which is never formed: its factors go into those of the rows.
+At T = 1 the first three share p = exp(z) / total, which is never formed: its factors go into those of the rows.
 Passes and memory are what counts beside the products: everything is in place, in few buffers that are used again.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 LOG_HALF = math.log(0.5)
+_TOTALS = (1e-8, 1e16)  # sums of exponentials whose logarithm is as good as after taking the maximum off
 UNIT_EPS = 1e-6  # of the unit rows, as in regularizers.consistency_rows
 
 
@@ -66,13 +67,11 @@ def token_chunk(
         top_log_p = torch.log_softmax(values, dim=-1)
         top_p = top_log_p.exp()
         top_entropy = -(top_p * top_log_p).sum(dim=-1, keepdim=True)
-    z.sub_(z.amax(dim=-1, keepdim=True))
     e, total, log_total = _exponentials(z, pool(2))  # p = e / total, log p = z - log_total
     chosen = z.gather(1, target)
     task = (log_total - chosen).sum()
     hits = count_hits(z, labels, chosen)
     if joint and z_t is not None:
-        z_t.sub_(z_t.amax(dim=-1, keepdim=True))
         e_t, total_t, log_total_t = _exponentials(z_t, pool(3))
         # the difference first: a difference of two sums would lose what is left of a small divergence
         difference = z_t.sub_(z).mul_(e_t).sum(dim=-1, keepdim=True)
@@ -100,26 +99,34 @@ def token_chunk(
 
 
 def _exponentials(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z) in `out`, its sums over a row and their logarithms, (C, 1); the rows of z peak at 0."""
-    e = torch.exp(z, out=out)
-    total = e.sum(dim=-1, keepdim=True)
-    return e, total, total.log()
+    """exp(z) in `out`, its sums over a row and their logarithms, (C, 1); z loses its rows' maxima where it must.
+
+    Logits are seldom so large that their exponentials need that, and on a CPU, where looking costs nothing, the two
+    passes it takes are a good part of all.
+    """
+    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+        total = torch.exp(z, out=out).sum(dim=-1, keepdim=True)
+        low, high = torch.aminmax(total) if total.numel() else (total, total)
+        if total.numel() and _TOTALS[0] < low.item() and high.item() < _TOTALS[1]:
+            return out, total, total.log()
+    total = torch.exp(z.sub_(z.amax(dim=-1, keepdim=True)), out=out).sum(dim=-1, keepdim=True)
+    return out, total, total.log()
 
 
 def count_hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
-    """How often z.argmax(-1) is the label: z (C, V) with its peaks at 0, labels (C,), chosen (C, 1) = z at the labels.
+    """How often z.argmax(-1) is the label: z (C, V), labels (C,), chosen (C, 1) = z at the labels.
 
-    The first of equal peaks counts, as in argmax, which costs a CPU ten times the rest of this: it is asked only where
-    the label stands at the peak and is not alone there.
+    The first of equal maxima counts, as in argmax, which costs a CPU ten times the rest of this: it is asked only where
+    the label has the maximum and is not alone there.
     """
-    at_peak = chosen == 0
     if z.device.type != "cpu" or torch.compiler.is_compiling():
-        return (at_peak.squeeze(1) & (z.argmax(dim=-1) == labels)).sum().to(z.dtype)
-    rows = at_peak.nonzero()[:, 0]
+        return (z.argmax(dim=-1) == labels).sum().to(z.dtype)
+    peak = z.amax(dim=-1, keepdim=True)
+    rows = (chosen == peak).nonzero()[:, 0]
     if not rows.numel():
         return z.new_zeros(())
     candidates = z[rows]
-    tied = candidates.count_nonzero(dim=-1) < z.shape[-1] - 1
+    tied = (candidates == peak[rows]).sum(dim=-1) > 1
     lost = (candidates[tied].argmax(dim=-1) != labels[rows[tied]]).sum() if bool(tied.any()) else 0
     return z.new_tensor(rows.numel()) - lost
 
