@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from .config import RegularizerConfig
 from .cost import CostMeter
+from .documents import counted_positions
 from .fused import head_spectral_term, spectral_ratio
 from .fused.project import project
 from .fused.spectrum import drawn_rows, usable_k
@@ -29,7 +30,7 @@ from .fused.tokens import IGNORED, weighted_token_terms
 from .head import FactorCache, Head, read_head
 from .schedules import Lambdas
 from .teacher import TeacherSwitch
-from .teacher_cache import TeacherCache, counted_positions
+from .teacher_cache import TeacherCache
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .documents import counted_positions
 from .fingerprint import model_fingerprint, tokenizer_fingerprint
 from .head import read_head
 from .objective import StepRequest, backbone_inputs
-from .teacher_cache import TeacherCache, anywhere, counted_positions
+from .teacher_cache import TeacherCache, anywhere
 
 if TYPE_CHECKING:
     from .trainer import BaLoraTrainerMixin

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from models import VOCABULARY, tiny_gpt2, tiny_llama
 
 from balora_plugin import teacher_cache
+from balora_plugin.documents import counted_positions
 from balora_plugin.fingerprint import model_fingerprint, tokenizer_fingerprint
-from balora_plugin.teacher_cache import HEADER, TeacherCache, counted_positions
+from balora_plugin.teacher_cache import HEADER, TeacherCache
 
 D = 5
 ROOT = Path(__file__).parent.parent
