@@ -499,8 +499,13 @@ def test_a_wrong_yaml_gives_one_clear_line_before_the_model_loads(case, written)
     assert words in lines[0]
     assert len(lines[0]) < 300
     assert "Traceback" not in result.output
-    with pytest.raises(ValueError, match=re.escape(words)):  # and for code that loads the config itself
-        load_cfg(str(path))
+
+
+def test_a_wrong_yaml_is_a_value_error_for_code(written):
+    for case in ("no_rank", "misspelt_field", "negative", "four_bit"):
+        changes, words = WRONG[case]
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load_cfg(str(written(**changes)))
 
 
 def test_a_wrong_yaml_is_one_line_under_a_launcher_too(written):
