@@ -367,7 +367,9 @@ def test_the_logits_are_never_held(monkeypatch):
 
 def test_the_default_chunk_follows_the_vocabulary():
     assert default_chunk(32) == 4096
-    assert default_chunk(128_000) == 2**22 // 128_000
+    assert default_chunk(32_000) == 2**23 // 32_000
+    assert default_chunk(128_000) == 128
+    assert default_chunk(256_000) == 2**24 // 256_000
     assert default_chunk(128_000, "cuda") == 2**26 // 128_000
     assert default_chunk(10**8) == 16
 
