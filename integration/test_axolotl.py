@@ -160,6 +160,29 @@ def test_trains_from_a_zero_consistency_and_saves_a_stock_adapter(case, workspac
     assert (expected - logits(base_model(workspace), ids)).abs().max() > 1e-3
 
 
+def test_compiled(written, monkeypatch):
+    """One key of the block; without inductor below, whose C++ takes most of a minute."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from balora_plugin.compile import backend
+
+    graphs = []
+
+    def lower(module, inputs, options):
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend, "lower", lower)
+    plain = run(written(ba_lora=TERMS))
+    compiled = run(written(ba_lora={**TERMS, "compile": True}))
+    torch._dynamo.reset()
+    assert graphs
+    assert "compile" not in compiled._ba_lora_warned  # it did not fall back
+    for key in ("loss", "balora/consistency", "balora/svd"):
+        torch.testing.assert_close(history(compiled, key), history(plain, key), rtol=1e-4, atol=1e-6)
+
+
 def test_the_base_is_untouched_and_the_yaml_is_what_runs(workspace, written):
     terms = {"preset": "iclr2026", "lambda_svd": 0.4, "svd_top_k": 3, "teacher_interval": 2, "schedule": "constant"}
     trainer = run(written(ba_lora=terms, lora_r=3, lora_alpha=6, lora_dropout=0.2))
