@@ -104,7 +104,7 @@ def _exponentials(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Logits are seldom so large that their exponentials need that, and on a CPU, where looking costs nothing, the two
     passes it takes are a good part of all.
     """
-    if z.device.type == "cpu" and not torch.compiler.is_compiling():
+    if z.device.type == "cpu":
         total = torch.exp(z, out=out).sum(dim=-1, keepdim=True)
         low, high = torch.aminmax(total) if total.numel() else (total, total)
         if total.numel() and _TOTALS[0] < low.item() and high.item() < _TOTALS[1]:
@@ -119,7 +119,7 @@ def count_hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
     The first of equal maxima counts, as in argmax, which costs a CPU ten times the rest of this: it is asked only where
     the label has the maximum and is not alone there.
     """
-    if z.device.type != "cpu" or torch.compiler.is_compiling():
+    if z.device.type != "cpu":
         return (z.argmax(dim=-1) == labels).sum().to(z.dtype)
     peak = z.amax(dim=-1, keepdim=True)
     rows = (chosen == peak).nonzero()[:, 0]
