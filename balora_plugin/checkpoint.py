@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -106,6 +106,10 @@ def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[st
 
     A dict gathered by a sharded trainer may lack the frozen factors: they are completed from the model if it holds them
     whole. Refused, never half-written: a dict without the trained factors, or tensors of another shape.
+
+    Raises:
+        ValueError: names the tensor that is missing or of another shape.
+        FloatingPointError: a factor holds NaN or inf.
     """
     stock = {key: value for key, value in state_dict.items() if not any(f".{name}." in key for name in FROZEN)}
     for name, layer in delta_layers(model, adapter_name):
@@ -125,6 +129,11 @@ def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[st
                     "stage3_gather_16bit_weights_on_model_save)."
                 )
             tensors[attribute] = value.detach()
+            if not bool(torch.isfinite(value).all()):
+                raise FloatingPointError(
+                    f"cannot save BA-LoRA adapter {adapter_name!r}: {key} holds NaN or inf. Nothing was written: go on "
+                    "from the last checkpoint, with a lower learning_rate."
+                )
         a, b = stack_factors(
             tensors["lora_A"], tensors["lora_B"], tensors["frozen_A"], tensors["frozen_B"], num_experts(layer)
         )
@@ -152,11 +161,51 @@ def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_
     names = [CONFIG_FILE, WEIGHTS_FILE]
     if config.delta:
         check_stock_file(directory, model, adapter_name)
-        save_file(
-            init_state_dict(model, adapter_name, state_dict), os.path.join(directory, INIT_FILE), {"format": "pt"}
-        )
+        write_init_file(directory, model, adapter_name, state_dict)
         names.append(INIT_FILE)
-    write_settings(directory, config, {name: _sha256(os.path.join(directory, name)) for name in names})
+    write_settings(directory, config, {name: file_digest(os.path.join(directory, name)) for name in names})
+
+
+def write_init_file(directory: str, model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """A0, which never changes: a hard link to the run's last file of it where that holds the same tensors.
+
+    Always under a new name first: writing into a linked file would change every checkpoint that shares it.
+    """
+    tensors = init_state_dict(model, adapter_name, state_dict)
+    target = Path(directory, INIT_FILE)
+    temporary = target.with_name(INIT_FILE + ".tmp")
+    temporary.unlink(missing_ok=True)
+    shared = init_files(model)
+    source = shared.get(adapter_name)
+    linked = False
+    if source is not None and _holds(source, tensors):
+        try:
+            os.link(source, temporary)
+            linked = True
+        except OSError:  # another file system, or one without links
+            pass
+    if not linked:
+        save_file(tensors, temporary, {"format": "pt"})
+    temporary.replace(target)
+    temporary.unlink(missing_ok=True)  # a rename onto another name of the same file leaves both
+    shared[adapter_name] = str(target)
+
+
+def init_files(model: PeftModel) -> dict[str, str]:
+    """Adapter name -> where this model's A0 was last written to or read from."""
+    files: dict[str, str] = model.__dict__.setdefault("_ba_lora_init_files", {})
+    return files
+
+
+def _holds(path: str, tensors: dict[str, Tensor]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == set(tensors) and all(
+                (there := file.get_tensor(key)).dtype == here.dtype and torch.equal(there, here)
+                for key, here in tensors.items()
+            )
+    except (OSError, SafetensorError):  # rotated away, or damaged
+        return False
 
 
 def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> None:
@@ -238,12 +287,15 @@ def read_settings(model_id: str, subfolder: str | None = None, **hub: Any) -> di
     """ba_lora.json of an adapter, or None for an adapter that is not ours.
 
     Raises:
-        ValueError: a format version this release does not know.
+        ValueError: a damaged file, or a format version this release does not know.
     """
     path = find_file(model_id, SETTINGS_FILE, subfolder, **hub)
     if path is None:
         return None
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is not JSON: the file was cut short or edited; use another checkpoint.") from None
     if settings.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version={settings.get('format_version')!r} is not {FORMAT_VERSION}: "
@@ -284,23 +336,6 @@ def check_settings(settings: dict[str, Any], config: BaLoraConfig, model_id: str
         if saved != here:
             raise ValueError(
                 f"{key}={here!r} here, but the adapter in {model_id!r} has {key}={saved!r}: write {saved!r}."
-            )
-
-
-def check_hashes(settings: dict[str, Any], model_id: str, subfolder: str | None = None, **hub: Any) -> None:
-    """Refuses tensor files that are not the ones this ba_lora.json was written for (a crash, a mixed-up copy).
-
-    Raises:
-        ValueError: names the file.
-    """
-    for name in (WEIGHTS_FILE, INIT_FILE):
-        path = find_file(model_id, name, subfolder, **hub)
-        if path is None:
-            continue  # named by whoever needs it
-        if settings["sha256"].get(name) != _sha256(path):
-            raise ValueError(
-                f"{path} is not the file that {SETTINGS_FILE} beside it was written for: the save was cut short, or "
-                "files of two runs were mixed. Use the last whole checkpoint. (For inference alone: peft.PeftModel.)"
             )
 
 
@@ -356,7 +391,8 @@ def copy_factors(model: PeftModel, adapter_name: str, factors: dict[str, dict[st
                 module.weight.data.copy_(value)
 
 
-def _sha256(path: str) -> str:
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):

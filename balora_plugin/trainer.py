@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +17,15 @@ from .adapter.config import BaLoraConfig
 from .checks import as_regularizers, check_arguments, check_checkpoint, check_regularizers, check_teacher, resolve
 from .config import RegularizerConfig
 from .cost import CostCallback, CostMeter, format_report, write_report
+from .guard import FiniteGuard
 from .head import FactorCache, Head, check_head, read_head
+from .metrics import TERMS, TermMetrics
 from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
 from .prefill import TeacherCacheCallback, open_cache
 from .schedules import Lambdas, lambdas_at
 from .teacher import TeacherSwitch, quantised_layers_stay_in_training_mode
 from .teacher_cache import TeacherCache
+from .whole import check_whole
 
 logger = logging.get_logger(__name__)
 
@@ -31,9 +33,6 @@ if TYPE_CHECKING:  # a mixin for type checkers too: its methods call the Trainer
     from transformers import Trainer as _Base
 else:
     _Base = object
-
-NEGLIGIBLE_SHARE = 1e-3
-TERMS = ("consistency", "diversity", "svd")
 
 
 class BaLoraTrainerMixin(_Base):
@@ -110,7 +109,7 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_factors = FactorCache()
         self._ba_lora_switch = TeacherSwitch(causal_lm)
         self._ba_lora_compiled = self._compile() if getattr(adapter, "compile", False) else None
-        self._ba_lora_sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self.ba_lora_metrics = TermMetrics(config, self._ba_lora_warn)
         self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it
         self._ba_lora_shares_due = False
         self._ba_lora_measured_at = 0
@@ -118,6 +117,7 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_warned: set[str] = set()
         if config.teacher_cache is not None and config.lambda_consistency:
             self._open_teacher_cache(causal_lm, adapter)
+        self.add_callback(FiniteGuard(self))
         logger.info(f"BA-LoRA: {config}")
 
     def _open_teacher_cache(self, causal_lm: Any, adapter: Any) -> None:
@@ -170,12 +170,14 @@ class BaLoraTrainerMixin(_Base):
         return CompiledPasses(Compiled(backbone_pass, self._ba_lora_warn), Compiled(student_pass, self._ba_lora_warn))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the host's; refuses to resume a BA-LoRA checkpoint into another kind of adapter."""
+        """As the host's; refuses a checkpoint that is not whole, or of another kind of adapter."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if isinstance(checkpoint, str):
             check_checkpoint(_active_config(self.model), checkpoint)
+            if isinstance(_active_config(self.model), BaLoraConfig):
+                check_whole(checkpoint)
         if checkpoint and self._ba_lora_initial_head is not None and self._ba_lora_cache is not None:
             self._ba_lora_cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
         if self.ba_lora is None:
@@ -303,7 +305,7 @@ class BaLoraTrainerMixin(_Base):
         request = self._ba_lora_request(training)
         out: StepOutput = model(**inputs, ba_lora=request)
         loss = self._combine(out, request.lambdas, training, num_items_in_batch)
-        self._record_terms(out, request.lambdas, training)
+        self.ba_lora_metrics.record(out, request.lambdas, "train" if training else "eval", self.state.global_step + 1)
         self._record_host_metrics(out, inputs, training)
         if not return_outputs:
             return loss
@@ -343,91 +345,13 @@ class BaLoraTrainerMixin(_Base):
 
     # --- logging
 
-    def _record_terms(self, out: StepOutput, lambdas: Lambdas, training: bool) -> None:
-        """Adds to the sums behind the log keys; tensors stay on their device until the next log."""
-        assert out.loss is not None and out.task is not None and out.count is not None
-        values: dict[str, Tensor] = {"task": out.task, "count": out.count, "tokens": out.loss.detach()}
-        if out.consistency is not None:
-            values |= {"consistency": out.consistency, "consistency_count": out.count}
-        if out.diversity is not None and lambdas.diversity:
-            values |= {"diversity": out.diversity, "diversity_count": out.count}
-        if out.svd is not None and out.svd_used_k is not None:
-            used, k = out.svd_used_k, self.ba_lora.svd_top_k if self.ba_lora is not None else None
-            clamped = (used > 0) & (used < (k or 1))
-            values |= {"svd": out.svd, "svd_count": used > 0, "weighted_svd": lambdas.svd * out.svd}
-            values |= {"svd_inert": used == 0, "svd_clamped": clamped, "svd_clamped_k": used * clamped}
-        values["batches"] = torch.ones_like(out.loss)
-        if out.shares is not None:
-            for name, share, weight in zip(TERMS, out.shares, lambdas, strict=True):
-                if weight:  # a schedule may hold a term back for now
-                    values |= {f"share_{name}": share, f"share_{name}_count": torch.ones_like(out.loss)}
-        sums = self._ba_lora_sums["train" if training else "eval"]
-        wide = torch.float32 if out.loss.device.type == "mps" else torch.float64
-        for key, value in values.items():
-            value = value.detach().to(wide)
-            sums[key] = sums[key] + value if key in sums else value
-
-    def _take_terms(self, mode: str) -> dict[str, float]:
-        """The log keys since the last call, reduced over ranks; empties the sums."""
-        sums, self._ba_lora_sums[mode] = self._ba_lora_sums[mode], {}
-        if not sums:
-            return {}
-        # every rank walks the same keys, whether or not its own batches had a term
-        keys = ["task", "count", "tokens", "batches", "weighted_svd", "svd_inert", "svd_clamped", "svd_clamped_k"]
-        keys += [f"{what}{name}{suffix}" for what in ("", "share_") for name in TERMS for suffix in ("", "_count")]
-        zero = torch.zeros_like(sums["task"])
-        packed = self.accelerator.reduce(torch.stack([sums.get(key, zero) for key in keys]), "sum")
-        total = defaultdict(float, zip(keys, packed.tolist(), strict=True))
-        count = max(total["count"], 1.0)
-        logs = {"balora/task": total["task"] / count}
-        for name in TERMS:
-            if total[f"{name}_count"]:
-                logs[f"balora/{name}"] = total[name] / total[f"{name}_count"]
-        logs["balora/loss"] = total["tokens"] / count + total["weighted_svd"] / max(total["batches"], 1.0)
-        shares = {n: total[f"share_{n}"] / total[f"share_{n}_count"] for n in TERMS if total[f"share_{n}_count"]}
-        logs |= {f"balora/share_{name}": value for name, value in shares.items()}
-        self._warn_negligible(shares)
-        self._warn_svd(total)
-        return logs
-
-    def _warn_svd(self, total: dict[str, float]) -> None:
-        """Said at the log, not at the step: what a batch held is known on the device alone until then."""
-        config = self.ba_lora
-        assert config is not None
-        if total["svd_inert"]:
-            self._ba_lora_warn(
-                "svd_inert",
-                "the SVD term cannot act on a single counted token or sample: it was left out of such micro-batches "
-                f"({total['svd_inert']:.0f} so far). Raise the batch size, or set lambda_svd=0 (now "
-                f"{config.lambda_svd}).",
-            )
-        if total["svd_clamped"]:
-            used = total["svd_clamped_k"] / total["svd_clamped"]
-            self._ba_lora_warn(
-                "svd_clamped",
-                f"svd_top_k={config.svd_top_k} is not below min(rows, columns) of a micro-batch's matrix, where the "
-                f"nuclear ratio is constant and trains nothing: used one less than that there ({used:.0f} on average). "
-                "Set svd_top_k lower or the batch size higher.",
-            )
-
     def _judging_step(self) -> int:
         """Shares are judged from a tenth of training on: in warm-up the student still is the teacher."""
         return max(1, math.ceil(0.1 * self.state.max_steps))
 
-    def _warn_negligible(self, shares: dict[str, float]) -> None:
-        if self._ba_lora_measured_at < self._judging_step():
-            return
-        small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE}
-        if small:
-            listed = ", ".join(
-                f"lambda_{name}={getattr(self.ba_lora, f'lambda_{name}'):g} ({share:.0e})"
-                for name, share in small.items()
-            )
-            self._ba_lora_warn(
-                "negligible",
-                f"these terms carry less than {NEGLIGIBLE_SHARE:g} of the task's gradient and hardly act: {listed}. "
-                "Raise them to see an effect, or set them to 0 to save their cost.",
-            )
+    def _take_terms(self, mode: str) -> dict[str, float]:
+        judge = self._ba_lora_measured_at >= self._judging_step()
+        return self.ba_lora_metrics.take(mode, self.accelerator.reduce, judge=judge)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the training terms since the last training log."""
@@ -439,7 +363,7 @@ class BaLoraTrainerMixin(_Base):
         """Adds the terms over the whole evaluation set, token mean, under the host's metric prefix."""
         if self.ba_lora is None:
             return super().evaluation_loop(*args, **kwargs)
-        self._ba_lora_sums["eval"] = {}
+        self.ba_lora_metrics.clear("eval")
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix") or (args[4] if len(args) > 4 else "eval")
         output.metrics.update({f"{prefix}_{key}": value for key, value in self._take_terms("eval").items()})

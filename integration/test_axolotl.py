@@ -607,7 +607,14 @@ def test_auto_resume_from_checkpoints(written, ids):
     whole = run(written(**settings))
     expected = logits(whole.model.eval(), ids)
     shutil.rmtree(Path(whole.args.output_dir) / "checkpoint-4")  # as if it had been killed after step 2
-    resumed = run(written(**settings, auto_resume_from_checkpoints=True))
+    path = written(**settings, auto_resume_from_checkpoints=True)
+    cut_short = Path(whole.args.output_dir) / "checkpoint-3"  # and once more while it wrote this
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-2", cut_short)
+    (cut_short / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-3: trainer_state.json.*is missing.*checkpoint-2"):
+        load_model_and_tokenizer(cfg=load_cfg(str(path)))
+    shutil.rmtree(cut_short)
+    resumed = run(path)
     assert len(history(resumed, "loss")) == 4
     assert torch.equal(logits(resumed.model.eval(), ids), expected)
 

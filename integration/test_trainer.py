@@ -11,9 +11,15 @@ from datasets import Dataset
 from helpers import TERMS, assert_base_untouched, ba_lora, base_parameters, fresh, logits
 from models import tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from balora_plugin import BaLoraConfig, BaLoraTrainer, BaLoraTrainerMixin, RegularizerConfig
+from balora_plugin import BaLoraConfig, BaLoraTrainer, BaLoraTrainerMixin, RegularizerConfig, whole
 
 TEXTS = [f"The number {i} comes before {i + 1}" + " and so on" * (i % 3) for i in range(12)]
 
@@ -262,3 +268,39 @@ def test_a_four_bit_base_through_trl(tmp_path, tokenizer, ids):
     expected = logits(trainer.model.train(), ids)
     # bfloat16 factors: A0 + dA is rounded once in the file, where training adds two products
     assert (logits(stock, ids) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+class Poison(TrainerCallback):
+    """Makes one value of the loss NaN or inf from an optimizer step on."""
+
+    def __init__(self, name, step, value):
+        self.name, self.step, self.value = name, step, value
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 != self.step:
+            return
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        if self.name == "task":  # the student alone: the teacher would be NaN with the base
+            layer.lora_B["default"].weight.data[0, 0] = self.value
+        else:
+            self.trainer._ba_lora_teacher = copy.deepcopy(tiny_llama()).eval()
+            self.trainer._ba_lora_teacher.lm_head.weight.data[5] = self.value
+
+
+@pytest.mark.parametrize(("name", "value"), [("task", math.nan), ("task", math.inf), ("consistency", math.nan)])
+@pytest.mark.parametrize(("logging", "stops_at"), [(1, 3), (100, 4)])
+def test_a_term_that_is_not_finite_stops_the_run_before_anything_is_saved(
+    name, value, logging, stops_at, tmp_path, tokenizer
+):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": 1}
+    poison = Poison(name, 3, value)
+    trainer = build(tmp_path, tokenizer, peft_config=adapter(), logging_steps=logging, **settings)
+    trainer.add_callback(poison)
+    poison.trainer = trainer
+    with pytest.raises(FloatingPointError, match=rf"balora/{name}: .* NaN or inf at step 3\b") as caught:
+        trainer.train()
+    assert trainer.state.global_step == stops_at  # at the log, or else at the checkpoint
+    good = tmp_path / "out" / "checkpoint-2"
+    assert str(good) in str(caught.value)
+    assert whole.checkpoint_flaw(str(good)) is None
+    assert not (tmp_path / "out" / "checkpoint-4").exists()

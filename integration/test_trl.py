@@ -299,7 +299,7 @@ def test_a_head_that_trains_beside_the_adapter_has_its_initial_copy_as_teacher(t
                 p.zero_()
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
-    trainer._ba_lora_sums["train"] = {}
+    trainer.ba_lora_metrics.clear("train")
     trainer.compute_loss(trainer.model, dict(batch))
     assert trainer._take_terms("train")["balora/consistency"] > 1e-5
 

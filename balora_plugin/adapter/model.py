@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import checkpoint
+from .. import checkpoint, whole
 from .config import BaLoraConfig
 from .delta import FROZEN, attach_delta, is_delta, is_supported_layer, start_layer
 
@@ -238,7 +239,7 @@ class BaLoraModelMixin(_Base):
                 "it under another adapter_name."
             )
         checkpoint.check_settings(settings, self.peft_config[adapter_name], str(model_id))
-        checkpoint.check_hashes(settings, str(model_id), **hub)
+        whole.check_adapter(settings, str(model_id), **hub)
         init_path = checkpoint.find_file(str(model_id), checkpoint.INIT_FILE, **hub)
         if init_path is None:
             raise ValueError(
@@ -250,6 +251,8 @@ class BaLoraModelMixin(_Base):
         result = set_peft_model_state_dict(self, split, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         checkpoint.copy_factors(self, adapter_name, factors)
+        if os.path.isdir(str(model_id)):
+            checkpoint.init_files(self)[adapter_name] = init_path
         result.missing_keys.clear()  # base weights; read_factors has checked the adapter's own
         if not is_trainable:
             self.eval()

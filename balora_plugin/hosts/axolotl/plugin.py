@@ -21,6 +21,7 @@ from ...checkpoint import read_settings
 from ...checks import resolve
 from ...config import RegularizerConfig
 from ...head import check_head
+from ...whole import STATE_FILE, check_whole
 from .args import BaLoraBlock
 from .checks import (
     ADAPTER,
@@ -131,7 +132,7 @@ def regularizers_of(cfg: Any) -> RegularizerConfig:
 
 
 def check_resumed(cfg: Any) -> None:
-    """A checkpoint to be resumed must be of the same kind of adapter; Axolotl overwrites files before it notices.
+    """A checkpoint to be resumed must be whole, its adapter of the same kind; Axolotl overwrites files before it looks.
 
     Raises:
         ValueError: names the key, the checkpoint and the remedy.
@@ -139,17 +140,23 @@ def check_resumed(cfg: Any) -> None:
     key, checkpoint = "resume_from_checkpoint", cfg.resume_from_checkpoint
     if not checkpoint and cfg.auto_resume_from_checkpoints and os.path.isdir(cfg.output_dir or ""):
         key, checkpoint = "auto_resume_from_checkpoints", get_last_checkpoint(cfg.output_dir)
-    if not isinstance(checkpoint, str) or not os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
+    if not isinstance(checkpoint, str):
+        return
+    start = cfg.peft_init_lora_weights
+    ours = ADAPTER if cfg.adapter == ADAPTER and (start is None or start in DELTA_STARTS) else "lora"
+    if cfg.adapter == ADAPTER and not os.path.isfile(os.path.join(checkpoint, STATE_FILE)):
+        check_whole(checkpoint)
+    if not os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
         return
     settings = read_settings(checkpoint)
     theirs = ADAPTER if settings is not None and settings["delta_form"] else "lora"
-    start = cfg.peft_init_lora_weights
-    ours = ADAPTER if cfg.adapter == ADAPTER and (start is None or start in DELTA_STARTS) else "lora"
     if theirs != ours:
         raise ValueError(
             f"{key}: {checkpoint} is a checkpoint of adapter: {theirs}, but the YAML trains another kind "
             f"(adapter: {cfg.adapter}): write another output_dir, or do not resume."
         )
+    if cfg.adapter == ADAPTER:
+        check_whole(checkpoint)
 
 
 def check_continued(cfg: Any, config: BaLoraConfig) -> None:

@@ -1,0 +1,113 @@
+"""Whether an adapter or checkpoint directory is whole: what a crash cut short is refused, the last whole one named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint  # the module alone: the adapter package and it import each other
+
+STATE_FILE = "trainer_state.json"  # the last file of a Trainer's checkpoint
+_ARCHIVES = ("optimizer.pt", "scheduler.pt", "scaler.pt")  # zip files: their directory stands at their end
+_SHARDED = ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin", "global_step*", "zero_to_fp32.py")
+
+
+def adapter_flaw(
+    settings: dict[str, Any] | None, model_id: str, subfolder: str | None = None, **hub: Any
+) -> str | None:
+    """What is wrong with an adapter whose ba_lora.json holds `settings`; None if its files are those it names."""
+    if settings is None:
+        return f"{checkpoint.SETTINGS_FILE}, which is written last, is missing"
+    hashes = settings["sha256"]
+    for name in (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.INIT_FILE):
+        path = checkpoint.find_file(model_id, name, subfolder, **hub)
+        if path is None:
+            if name in hashes:
+                return f"{name} is missing"
+        elif name != checkpoint.CONFIG_FILE and hashes.get(name) != checkpoint.file_digest(
+            path
+        ):  # a config may name a base that has moved
+            return f"{name} is not the file that {checkpoint.SETTINGS_FILE} was written for"
+    return None
+
+
+def check_adapter(settings: dict[str, Any], model_id: str, subfolder: str | None = None, **hub: Any) -> None:
+    """Refuses files that are not the ones this ba_lora.json was written for (a crash, a mixed-up copy).
+
+    Raises:
+        ValueError: names the file and, for a checkpoint, the last whole one beside it.
+    """
+    flaw = adapter_flaw(settings, model_id, subfolder, **hub)
+    if flaw is not None:
+        raise ValueError(
+            f"{model_id}: {flaw}: the save was cut short, or files of two runs were mixed. {_remedy(model_id)} "
+            "(For inference alone: peft.PeftModel.)"
+        )
+
+
+def checkpoint_flaw(directory: str) -> str | None:
+    """What is wrong with a checkpoint of a BA-LoRA trainer; None if training can be resumed from it exactly.
+
+    A Trainer writes the adapter (ba_lora.json last of it), the optimizer and scheduler, and last trainer_state.json.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        return "there is no such directory"
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{STATE_FILE}, which is written last, is missing"
+    except ValueError:
+        state = None
+    if not isinstance(state, dict):
+        return f"{STATE_FILE} is cut short"
+    sharded = any(next(path.glob(pattern), None) is not None for pattern in _SHARDED)
+    for name in _ARCHIVES:
+        archive = path / name
+        if archive.exists() and not zipfile.is_zipfile(archive):
+            return f"{name} is cut short"
+        if not archive.exists() and name == "optimizer.pt" and not sharded:
+            return f"{name} is missing (save_only_model=True leaves it out), so the optimizer would start anew"
+    try:
+        settings = checkpoint.read_settings(directory)
+    except ValueError as error:
+        return str(error)
+    if settings is None and sharded:  # its tensors stand in the engine's own files
+        return None
+    return adapter_flaw(settings, directory)
+
+
+def check_whole(directory: str) -> None:
+    """Refuses to resume from a checkpoint that is not whole.
+
+    Raises:
+        ValueError: names what is missing and the last whole checkpoint beside it.
+    """
+    flaw = checkpoint_flaw(directory)
+    if flaw is not None:
+        raise ValueError(f"cannot resume from {directory}: {flaw}. {_remedy(directory)}")
+
+
+def last_whole(directory: str, *, but: str | None = None) -> str | None:
+    """The newest whole `checkpoint-N` in `directory`, other than `but`."""
+    found = []
+    for entry in os.scandir(directory) if os.path.isdir(directory) else ():
+        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+        if match and entry.is_dir() and entry.name != but:
+            found.append((int(match[1]), entry.path))
+    return next((path for _, path in sorted(found, reverse=True) if checkpoint_flaw(path) is None), None)
+
+
+def _remedy(directory: str) -> str:
+    path = Path(os.path.abspath(directory))
+    if not re.fullmatch(r"checkpoint-\d+", path.name):
+        return "Use the last whole checkpoint of that run."
+    whole = last_whole(str(path.parent), but=path.name)
+    if whole is None:
+        return f"There is no whole checkpoint in {path.parent}: start again without resuming."
+    automatically = f" (to do so automatically, remove {path})" if path.exists() else ""
+    return f"The last whole checkpoint is {whole}: resume from it{automatically}."
