@@ -405,7 +405,7 @@ def test_the_operator_is_registered_right(trains, form):
     example = case(bias=True, trains=trains, **ALL)
     wants = [name in trains.split() for name in ("hidden", "weight", "bias")]
     weights = torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
-    teacher = (example.teacher_hidden, None, None)
+    teacher = (example.teacher_hidden, None, None, None, None, None)
     options = (form, 2.0, 3, 0.5, 3.0, 4, torch.float64, wants)
     inputs = (example.hidden, example.weight, example.options["bias"], example.labels, *teacher, weights, *options)
     torch.library.opcheck(ops.token_terms_op, inputs)

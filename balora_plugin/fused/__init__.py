@@ -2,13 +2,16 @@
 
 from .spectrum import HeadFactor, head_spectral_term, matrix_spectral_term, spectral_ratio, spectral_term
 from .tokens import TokenTerms, token_terms
+from .top import TopLogProbs, top_log_probs
 
 __all__ = [
     "HeadFactor",
     "TokenTerms",
+    "TopLogProbs",
     "head_spectral_term",
     "matrix_spectral_term",
     "spectral_ratio",
     "spectral_term",
     "token_terms",
+    "top_log_probs",
 ]

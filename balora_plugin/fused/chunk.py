@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .top import TopLogProbs, top_consistency
+
 LOG_HALF = math.log(0.5)
 _TOTALS = (1e-8, 1e16)  # sums of exponentials whose logarithm is as good as after taking the maximum off
 UNIT_EPS = 1e-6  # of the unit rows, as in regularizers.consistency_rows
@@ -45,6 +47,7 @@ def token_chunk(
     top_k: int,
     differentiate: bool,
     pool: Pool,
+    teacher_top: TopLogProbs | None = None,
 ) -> Tensor:
     """Turns z into the gradient of the weighted loss by z (if `differentiate`) and returns sums over the rows.
 
@@ -52,6 +55,7 @@ def token_chunk(
         z, z_t: (C, V) logits of student and teacher (or None), float32 or float64; both are overwritten.
         labels: (C,) targets.
         pool: pool(i), i from 2 on, gives (C, V) scratch buffers.
+        teacher_top: The teacher's rows in the place of z_t.
 
     Returns: (5,) sums of task, consistency, -H over top_k, H over all, top-1 hits.
     """
@@ -62,6 +66,10 @@ def token_chunk(
     consistency, extra = z.new_zeros(()), None
     if z_t is not None and not joint:
         consistency, extra = _FORMS[form](z, z_t, temperature, pool, differentiate)
+    if teacher_top is not None:
+        consistency, extra = top_consistency(
+            z, teacher_top, form=form, temperature=temperature, out=pool(3), differentiate=differentiate
+        )
     if top:
         values, index = z.topk(top_k, dim=-1)
         top_log_p = torch.log_softmax(values, dim=-1)

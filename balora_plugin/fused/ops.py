@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .chunk import Weights, token_chunk
 from .project import Projection, block_rows
+from .top import TopLogProbs
 
 IGNORED = -100
 SLOPE = 5  # the scratch buffer that no form of the terms uses
@@ -27,6 +28,9 @@ def compute_token_terms(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    top_ids: Tensor | None,
+    top_log_probs: Tensor | None,
+    top_log_tail: Tensor | None,
     lambdas: Tensor,
     form: str,
     temperature: float,
@@ -40,17 +44,22 @@ def compute_token_terms(
     """Sums (6,): loss, task, consistency, -H_k, H, top-1 hits; and the loss's gradients by hidden, weight, bias.
 
     hidden, teacher_hidden (M, d), weight, teacher_weight (V, d), biases (V,), labels (M,) with -100 = not counted;
-    lambdas (3,) float64 on the CPU: a tensor, because a schedule's floats would make a compiler specialise on each.
-    `dtype` is that of the products. `wants` says which gradients to take; the others come back empty.
+    top_*: a TopLogProbs (M, K), (M, K), (M,) in the place of teacher_hidden; lambdas (3,) float64 on the CPU: a tensor,
+    because a schedule's floats would make a compiler specialise on each. `dtype` is that of the products. `wants` says
+    which gradients to take; the others come back empty.
     """
     differentiate = any(wants)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights = Weights(*lambdas.tolist())
     counted = (labels != IGNORED).nonzero().squeeze(-1)  # before any product
     everything = counted.numel() == labels.numel()
+    top: TopLogProbs | None = None
+    if top_ids is not None and top_log_probs is not None and top_log_tail is not None:
+        top = TopLogProbs(top_ids, top_log_probs, top_log_tail)
     if not everything:
         hidden_all, hidden, labels = hidden, hidden[counted], labels[counted]
         teacher_hidden = None if teacher_hidden is None else teacher_hidden[counted]
+        top = None if top is None else TopLogProbs(*(x[counted] for x in top))
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     chunk_size = min(chunk_size, max(rows, 1))
     block = block_rows(vocabulary, chunk_size, hidden.device.type)
@@ -96,6 +105,7 @@ def compute_token_terms(
                 top_k=top_k,
                 differentiate=differentiate,
                 pool=partial(pool, rows=size),
+                teacher_top=None if top is None else TopLogProbs(*(x[part][inner] for x in top)),
             )
             if slope is not None:
                 z[inner].mul_(slope)
@@ -127,6 +137,9 @@ def _(
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    top_ids: Tensor | None,
+    top_log_probs: Tensor | None,
+    top_log_tail: Tensor | None,
     lambdas: Tensor,
     form: str,
     temperature: float,
@@ -162,7 +175,7 @@ def _scale_gradients(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | 
         (g.to(torch.promote_types(g.dtype, factor.dtype)) * factor).to(dtype) if want else None
         for g, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
     ]
-    return (*grads, *([None] * 13))
+    return (*grads, *([None] * 16))
 
 
 token_terms_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .chunk import FORMS
 from .ops import IGNORED, token_terms_op
 from .project import default_chunk, product_dtype
+from .top import TOP_FORMS, TopLogProbs
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def token_terms(
     lambda_task: float = 1.0,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_top: TopLogProbs | None = None,
 ) -> TokenTerms:
     """Cross-entropy, consistency and entropy from hidden states, logits = softcap((hidden @ weight.T + bias) * scale).
 
@@ -70,20 +72,27 @@ def token_terms(
         chunk_size: Rows a chunk; default from V.
         lambda_task: Weight of the cross-entropy in `loss` (0 leaves the terms alone).
         teacher_weight, teacher_bias: The teacher's head, if it is not the student's (a head that trains).
+        teacher_top: In the place of teacher_hidden: (M, K) token ids and log-probabilities and (M,) log mass of the
+            rest, at this temperature, see [`top_log_probs`][balora_plugin.fused.top]. The consistency term is then
+            taken over K + 1 buckets (docs/method.md); not for "mse".
 
     Raises:
-        ValueError: shapes that do not match, or a consistency weight without teacher_hidden.
+        ValueError: shapes that do not match, or a consistency weight without teacher_hidden or teacher_top.
 
     >>> hidden, weight = torch.ones(3, 4), torch.ones(8, 4)
     >>> terms = token_terms(hidden, hidden, weight, torch.tensor([1, -100, 2]), lambda_consistency=1.0)
     >>> terms.count.item(), round(terms.loss.item(), 4)  # 2 log 8
     (2, 4.1589)
     """
-    _check_shapes(hidden, teacher_hidden, weight, labels, lambda_consistency)
+    _check_shapes(hidden, teacher_hidden, weight, labels, lambda_consistency if teacher_top is None else 0.0)
     if teacher_weight is None and teacher_bias is not None:
         raise ValueError("teacher_bias is given without teacher_weight: pass both, or neither.")
     if form not in FORMS:
         raise ValueError(f"form={form!r} is not known: write {', '.join(map(repr, FORMS))}.")
+    if teacher_top is not None:
+        _check_top(teacher_top, hidden.shape[0], form)
+        if teacher_hidden is not None or teacher_weight is not None:
+            raise ValueError("teacher_top stands in the place of teacher_hidden and teacher_weight: pass one of both.")
     return weighted_token_terms(
         hidden,
         teacher_hidden if lambda_consistency else None,  # switched off, and its cost with it
@@ -99,6 +108,7 @@ def token_terms(
         chunk_size=chunk_size,
         teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
+        teacher_top=teacher_top if lambda_consistency else None,
     )
 
 
@@ -118,14 +128,16 @@ def weighted_token_terms(
     chunk_size: int | None = None,
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_top: TopLogProbs | None = None,
 ) -> TokenTerms:
     """[`token_terms`] without its checks, the weights of task, consistency and diversity as one tensor.
 
-    weights: (3,) float64 on the CPU. teacher_hidden=None leaves the consistency term out.
+    weights: (3,) float64 on the CPU. Neither teacher_hidden nor teacher_top leaves the consistency term out.
     """
     if teacher_hidden is None:
         teacher_weight = teacher_bias = None
     grad = torch.is_grad_enabled()
+    top_ids, top_log_p, top_log_tail = (None,) * 3 if teacher_top is None else (x.detach() for x in teacher_top)
     sums, _, _, _ = token_terms_op(
         hidden,
         weight,
@@ -134,6 +146,9 @@ def weighted_token_terms(
         None if teacher_hidden is None else teacher_hidden.detach(),
         None if teacher_weight is None else teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
+        top_ids,
+        top_log_p,
+        top_log_tail,
         weights,
         form,
         float(temperature),
@@ -159,3 +174,17 @@ def _check_shapes(
         raise ValueError(f"lambda_consistency={lambda_consistency} needs teacher_hidden, got None.")
     if teacher_hidden is not None and teacher_hidden.shape != hidden.shape:
         raise ValueError(f"teacher_hidden {tuple(teacher_hidden.shape)} must be like hidden {tuple(hidden.shape)}.")
+
+
+def _check_top(top: TopLogProbs, rows: int, form: str) -> None:
+    if form not in TOP_FORMS:
+        raise ValueError(
+            f"form={form!r} needs all logits of the teacher: pass teacher_hidden instead of teacher_top, or write "
+            f"{', '.join(map(repr, TOP_FORMS))}."
+        )
+    shapes = [tuple(x.shape) for x in top]
+    if top.ids.ndim != 2 or shapes[0] != shapes[1] or shapes[0][0] != rows or shapes[2] != (rows,):
+        raise ValueError(
+            f"teacher_top must be ids ({rows}, K), log_probs ({rows}, K) and log_tail ({rows},), aligned with hidden, "
+            f"got {', '.join(map(str, shapes))}."
+        )
