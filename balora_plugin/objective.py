@@ -233,6 +233,7 @@ class Plan(NamedTuple):
     svd_max_rows: int
     factor: Tensor | None
     seed: Tensor
+    compiled: bool
 
 
 def _plan(request: StepRequest, head: Head, teacher_head: Head | None) -> Plan:
@@ -264,6 +265,7 @@ def _plan(request: StepRequest, head: Head, teacher_head: Head | None) -> Plan:
         svd_max_rows=config.svd_max_rows,
         factor=factor,
         seed=torch.tensor(request.seed, dtype=torch.int64),
+        compiled=request.compiled is not None,
     )
 
 
@@ -303,6 +305,7 @@ def token_sums(hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, p
         softcap=plan.softcap,
         teacher_weight=plan.teacher_weight,
         teacher_bias=plan.teacher_bias,
+        compiled=plan.compiled,
     )
     return terms.loss, terms.task, terms.consistency, terms.diversity, terms.entropy, terms.correct, terms.count
 

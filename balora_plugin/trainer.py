@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -227,9 +228,10 @@ class BaLoraTrainerMixin(_Base):
             step, micro = self._ba_lora_position
             micro = micro + 1 if step == state.global_step else 0
             self._ba_lora_position = (state.global_step, micro)
-            # the same choice on every rank, and after a resume
             index = state.global_step * self.args.gradient_accumulation_steps + micro
-            factor = config.teacher_interval if index % config.teacher_interval == 0 else 0
+            factor = (
+                config.teacher_interval if _teacher_runs(index, config.teacher_interval, int(state.epoch or 0)) else 0
+            )
             every = config.share_interval
             # not at step 0, where the consistency gradient is zero by construction
             due = state.global_step > 0 and (
@@ -259,7 +261,7 @@ class BaLoraTrainerMixin(_Base):
             switch=self._ba_lora_switch,
             compiled=self._ba_lora_compiled if training else None,
             meter=self._ba_lora_meter if training else None,
-            seed=self.state.global_step,
+            seed=state.global_step if training else 0,  # evaluations compare
             cache=cache,
             teacher_head=self._initial_head_here(),
         )
@@ -385,6 +387,15 @@ class BaLoraTrainerMixin(_Base):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         finally:
             self._ba_lora_wants_logits = False
+
+
+def _teacher_runs(index: int, interval: int, epoch: int) -> bool:
+    """Whether micro-batch `index` of the run meets the teacher: every `interval`-th, the same on every rank.
+
+    The phase is drawn anew for each epoch: data in a fixed order would show the teacher the same part again and again.
+    """
+    phase = random.Random(epoch).randrange(interval) if epoch else 0
+    return (index + phase) % interval == 0
 
 
 def _active_config(model: nn.Module) -> Any:

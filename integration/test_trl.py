@@ -580,6 +580,32 @@ def test_teacher_interval_runs_every_nth_micro_batch_with_n_times_the_weight(tmp
     assert [request.lambdas.consistency for request in seen] == [1.5, 0, 0, 1.5, 0, 0]
 
 
+def test_another_epoch_shows_the_teacher_another_part():
+    """Twelve micro-batches an epoch in a fixed order, every fourth: a fixed phase would show the same three for ever."""
+    from balora_plugin.trainer import _teacher_runs
+
+    met = {epoch: {i for i in range(12) if _teacher_runs(12 * epoch + i, 4, epoch)} for epoch in range(20)}
+    assert all(len(part) == 3 for part in met.values())
+    assert met[0] == {0, 4, 8}
+    assert set.union(*met.values()) == set(range(12))
+
+
+def test_evaluations_take_the_same_rows_of_the_spectrum(tmp_path, tokenizer):
+    terms = RegularizerConfig(lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=0.1, svd_max_rows=8, svd_top_k=2)
+    trainer = build(
+        tmp_path,
+        tokenizer,
+        peft_config=adapter(regularizers=terms),
+        evaluate=True,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    found = history(trainer, "eval_balora/svd")
+    assert len(found) == 3 and len(set(found)) == 1
+
+
 def test_the_share_of_a_teacher_that_runs_now_and_then_is_its_average_weights(tmp_path, tokenizer):
     shares = []
     for interval in (1, 3):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from balora_plugin import regularizers as reg
 from balora_plugin.fused import chunk, ops, token_terms, tokens
-from balora_plugin.fused.project import default_chunk, project
+from balora_plugin.fused.project import Projection, default_chunk, project
 
 FORMS = ("kl", "reverse_kl", "jsd", "mse")
 SUMS = ("task", "consistency", "diversity", "entropy", "correct", "count")
@@ -370,7 +370,7 @@ def test_the_default_chunk_follows_the_vocabulary():
     assert default_chunk(32_000) == 2**23 // 32_000
     assert default_chunk(128_000) == 128
     assert default_chunk(256_000) == 2**24 // 256_000
-    assert default_chunk(128_000, "cuda") == 2**26 // 128_000
+    assert default_chunk(128_000, "cuda") == 2**25 // 128_000
     assert default_chunk(10**8) == 16
 
 
@@ -406,7 +406,7 @@ def test_the_operator_is_registered_right(trains, form):
     wants = [name in trains.split() for name in ("hidden", "weight", "bias")]
     weights = torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
     teacher = (example.teacher_hidden, None, None, None, None, None)
-    options = (form, 2.0, 3, 0.5, 3.0, 4, torch.float64, wants)
+    options = (form, 2.0, 3, 0.5, 3.0, 4, torch.float64, False, wants)
     inputs = (example.hidden, example.weight, example.options["bias"], example.labels, *teacher, weights, *options)
     torch.library.opcheck(ops.token_terms_op, inputs)
 
@@ -444,3 +444,155 @@ def test_logits_that_differ_by_hundreds():
     example = case(m=6, vocabulary=9, d=4, **ALL).to(torch.float32)
     example.hidden = (example.hidden.detach() * 60).requires_grad_()
     check(example, 2e-5)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Compiled blocks of 3 rows, traced but not lowered: what the loops are is the compiler's business."""
+    from balora_plugin.fused import chunk, ops
+
+    monkeypatch.setattr(chunk, "BACKEND", "aot_eager")
+    monkeypatch.setattr(ops, "block_rows", lambda vocabulary, device, compiled=False: 3 if compiled else 2)
+    chunk.compiled_chunk.cache_clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    chunk.compiled_chunk.cache_clear()
+
+
+@pytest.mark.parametrize("form", ["kl", "reverse_kl", "jsd", "mse"])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "softcap", "diversity"), [(1.0, 0, None, 0.3), (2.0, 4, 3.0, 0.3), (1.0, 4, None, 0.0)]
+)
+def test_compiled_passes_are_the_eager_ones(form, temperature, top_k, softcap, diversity, small_blocks):
+    torch.manual_seed(3)
+    m, d, v = 11, 5, 17  # three whole blocks and a rest
+    hidden, teacher = torch.randn(2, m, d, dtype=torch.float64)
+    weight, bias = torch.randn(v, d, dtype=torch.float64), torch.randn(v, dtype=torch.float64)
+    labels = torch.randint(0, v, (m,))
+    found = []
+    for compiled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        terms = token_terms(
+            leaves[0],
+            teacher,
+            leaves[1],
+            labels,
+            lambda_consistency=0.7,
+            lambda_diversity=diversity,
+            form=form,
+            temperature=temperature,
+            top_k=top_k,
+            softcap=softcap,
+            bias=leaves[2],
+            compiled=compiled,
+        )
+        terms.loss.backward()
+        values = [getattr(terms, name) for name in ("loss", "task", "consistency", "diversity", "entropy", "correct")]
+        found.append([*values, *(x.grad for x in leaves)])
+    assert small_blocks["stats"]["unique_graphs"] == 1 and not small_blocks["graph_break"]
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+
+def test_passes_that_cannot_be_compiled_run_eagerly_and_say_so_once(small_blocks, monkeypatch, caplog):
+    from balora_plugin.fused import chunk
+
+    def refuse(module, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(chunk, "BACKEND", refuse)
+    hidden, weight, labels = torch.randn(9, 3), torch.randn(5, 3), torch.tensor([0, 1, 2] * 3)
+    found = [
+        token_terms(hidden, hidden + 0.1, weight, labels, lambda_consistency=1.0, compiled=compiled).loss
+        for compiled in (False, True, True)
+    ]
+    torch.testing.assert_close(found[1:], found[:1] * 2)
+    assert caplog.text.count("could not be compiled") == 1
+
+
+@pytest.mark.slow
+def test_compiled_passes_through_inductor(monkeypatch):
+    from balora_plugin.fused import chunk, ops
+
+    chunk.compiled_chunk.cache_clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(ops, "block_rows", lambda vocabulary, device, compiled=False: 8 if compiled else 2)
+    torch.manual_seed(4)
+    hidden, teacher, weight = torch.randn(20, 16), torch.randn(20, 16), torch.randn(300, 16)
+    labels = torch.randint(0, 300, (20,))
+    found = []
+    for compiled in (False, True):
+        h = hidden.clone().requires_grad_()
+        terms = token_terms(h, teacher, weight, labels, lambda_consistency=0.7, lambda_diversity=0.3, compiled=compiled)
+        terms.loss.backward()
+        found.append((terms.loss, terms.consistency, terms.entropy, terms.correct, h.grad))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_ties_are_counted_alike_when_compiled():
+    from balora_plugin.fused import chunk
+
+    z = torch.tensor([[1.0, 2.0, 2.0], [3.0, 0.0, 3.0], [0.0, 0.0, 1.0]])
+    for labels in ([1, 0, 2], [2, 2, 2], [0, 1, 0]):
+        labels = torch.tensor(labels)
+        chosen = z.gather(1, labels.unsqueeze(1))
+        compiled = torch.compile(chunk.count_hits, backend="eager", fullgraph=True)(z, labels, chosen)
+        assert compiled == chunk.count_hits(z, labels, chosen) == (z.argmax(-1) == labels).sum()
+
+
+def test_float16_keeps_a_small_term_alone():
+    """Its gradient is below float16's range before the host's loss scale comes: naive casts lose it."""
+    torch.manual_seed(5)
+    m, d, v = 6, 32, 4000
+    weight = torch.randn(v, d) / d**0.5
+    hidden = torch.randn(m, d)
+    teacher = hidden + 0.1 * torch.randn(m, d)
+    labels = torch.randint(0, v, (m,))
+    settings = {"lambda_consistency": 1e-4, "lambda_task": 0.0}
+    exact = hidden.half().double().requires_grad_()
+    token_terms(exact, teacher.half().double(), weight.half().double(), labels, **settings).loss.backward()
+    ours = hidden.half().requires_grad_()
+    scale = 2.0**16 / m
+    (token_terms(ours, teacher.half(), weight.half(), labels, **settings).loss * scale).backward()
+    error = (ours.grad.double() / scale - exact.grad).norm() / exact.grad.norm()
+    assert error < 0.02
+    head = weight.half().requires_grad_()
+    (token_terms(hidden.half(), teacher.half(), head, labels, **settings).loss * scale).backward()
+    wide = weight.half().double().requires_grad_()
+    token_terms(
+        hidden.half().double(), teacher.half().double(), wide, labels, teacher_weight=wide.detach(), **settings
+    ).loss.backward()
+    assert (head.grad.double() / scale - wide.grad).norm() / wide.grad.norm() < 0.02
+
+
+def test_large_gradients_are_scaled_in_pieces(monkeypatch):
+    from balora_plugin.fused import ops
+
+    torch.manual_seed(6)
+    hidden = torch.randn(10, 8, dtype=torch.bfloat16)
+    weight, labels = torch.randn(20, 8, dtype=torch.bfloat16), torch.randint(0, 20, (10,))
+    found = []
+    for piece in (2**22, 24):
+        monkeypatch.setattr(ops, "_PIECE", piece)
+        leaf = hidden.clone().requires_grad_()
+        loss = token_terms(leaf, None, weight, labels).loss / 7
+        loss.backward(retain_graph=True)
+        once = leaf.grad.clone()
+        loss.backward()
+        torch.testing.assert_close(leaf.grad, 2 * once, rtol=0, atol=0)  # what was kept is left as it was
+        found.append(once)
+    assert torch.equal(*found)
+
+
+def test_one_head_under_two_names_is_one(monkeypatch):
+    from balora_plugin.fused import ops
+
+    made = []
+    monkeypatch.setattr(ops, "Projection", lambda *args: made.append(args) or Projection(*args))
+    hidden, weight, labels = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
+    token_terms(hidden, hidden, weight, labels, lambda_consistency=1.0, teacher_weight=weight.detach())
+    assert len(made) == 1
+    token_terms(hidden, hidden, weight, labels, lambda_consistency=1.0, teacher_weight=weight.clone())
+    assert len(made) == 3

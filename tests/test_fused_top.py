@@ -330,7 +330,7 @@ def test_the_teacher_needs_no_product():
         arguments = (example.hidden.detach(), example.weight, None, example.labels, teacher, None, None)
         tops = tuple(extra["teacher_top"]) if extra else (None,) * 3
         with FlopCounterMode(display=False) as counter:
-            options = ("kl", 1.0, 0, 1.0, None, 40, torch.float64, [True, False, False])
+            options = ("kl", 1.0, 0, 1.0, None, 40, torch.float64, False, [True, False, False])
             ops.compute_token_terms(*arguments, *tops, lambdas, *options)
         counts.append(counter.get_total_flops() / (2 * 40 * 64 * 16))
     assert counts == [2, 3]
@@ -342,7 +342,7 @@ def test_the_operator_is_registered_right(trains, form):
     example = Case(bias=True, trains=trains, **BOTH)
     wants = [name in trains.split() for name in ("hidden", "weight", "bias")]
     weights = torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
-    options = (form, 2.0, 3, 0.5, 3.0, 4, torch.float64, wants)
+    options = (form, 2.0, 3, 0.5, 3.0, 4, torch.float64, False, wants)
     teacher = (None, None, None, *example.top)
     inputs = (example.hidden, example.weight, example.options["bias"], example.labels, *teacher, weights, *options)
     torch.library.opcheck(ops.token_terms_op, inputs)

@@ -6,31 +6,35 @@ With p = softmax(z) and H its entropy, per row:
     consistency  kl: T (q - p_t), reverse_kl: T q (log q/p_t - KL), jsd: T/2 q (log q/m - KL(q || m)) with q, p_t at
                  temperature T; mse: the projection of the difference of the unit rows
 At T = 1 the first three share p = exp(z) / total, which is never formed: its factors go into those of the rows.
-Passes and memory are what counts beside the products: everything is in place, in few buffers that are used again.
+Passes and memory are what counts beside the products: everything is in place, in few buffers that are used again, or
+compiled from the same source into a few loops.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .top import TopLogProbs, top_consistency
 
+logger = logging.getLogger(__name__)
 LOG_HALF = math.log(0.5)
 _TOTALS = (1e-8, 1e16)  # sums of exponentials whose logarithm is as good as after taking the maximum off
 UNIT_EPS = 1e-6  # of the unit rows, as in regularizers.consistency_rows
 
 
 class Weights(NamedTuple):
-    """Factors of the task loss, the consistency term and minus the entropy in the loss."""
+    """Factors of the task loss, the consistency term and minus the entropy in the loss; 0-d tensors when compiled."""
 
-    task: float
-    consistency: float
-    diversity: float
+    task: Any
+    consistency: Any
+    diversity: Any
 
 
 Pool = Callable[[int], Tensor]
@@ -48,18 +52,23 @@ def token_chunk(
     differentiate: bool,
     pool: Pool,
     teacher_top: TopLogProbs | None = None,
+    entropic: bool | None = None,
 ) -> Tensor:
     """Turns z into the gradient of the weighted loss by z (if `differentiate`) and returns sums over the rows.
+
+    The gradient lacks -a at the labels: [`subtract_targets`] takes it off.
 
     Args:
         z, z_t: (C, V) logits of student and teacher (or None), float32 or float64; both are overwritten.
         labels: (C,) targets.
         pool: pool(i), i from 2 on, gives (C, V) scratch buffers.
         teacher_top: The teacher's rows in the place of z_t.
+        entropic: Whether weights.diversity is not 0; a compiler cannot ask it of a tensor.
 
     Returns: (5,) sums of task, consistency, -H over top_k, H over all, top-1 hits.
     """
     a, b, c = weights
+    entropic = bool(c) if entropic is None else entropic
     top = 0 < top_k < z.shape[-1]
     joint = z_t is not None and form == "kl" and temperature == 1.0
     target = labels.unsqueeze(1)
@@ -91,19 +100,69 @@ def token_chunk(
     if not differentiate:
         return sums
     share = a + b if joint else a
-    if c and not top:  # p (share + c (log p + H))
+    if entropic and not top:  # p (share + c (log p + H))
         product.mul_(c / total).addcmul_(e, (share + c * (entropy - log_total)) / total)
     else:
         torch.mul(e, share / total, out=product)
-    if top and c:
+    if top and entropic:
         product.scatter_add_(1, index, c * top_p * (top_log_p + top_entropy))
     if joint:
         product.addcmul_(e_t, -b / total_t)
     elif extra is not None:
-        product.add_(extra, alpha=b)
-    if a:
-        product.scatter_(1, target, -a, reduce="add")
+        product.add_(extra * b if isinstance(b, Tensor) else extra, alpha=1.0 if isinstance(b, Tensor) else b)
     return sums
+
+
+def subtract_targets(gradient: Tensor, labels: Tensor, weight: float) -> None:
+    """The last part of the task's gradient: gradient (C, V) -= weight at labels (C,)."""
+    if weight:
+        gradient.scatter_(1, labels.unsqueeze(1), -weight, reduce="add")
+
+
+BACKEND = "inductor"
+
+
+@functools.cache
+def compiled_chunk(
+    form: str, temperature: float, top_k: int, differentiate: bool, entropic: bool
+) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
+    """[`token_chunk`] as compiled loops: f(z, z_t, labels, weights (3,)), for blocks of one shape.
+
+    z_t is left as it is; the rest as there. Where the loops cannot be compiled (no C++ compiler) that is said once, and
+    the same source runs eagerly.
+    """
+
+    def body(z: Tensor, z_t: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
+        return token_chunk(
+            z,
+            None if z_t is None else z_t.clone(),  # of which nothing is left when compiled
+            labels,
+            Weights(*weights.unbind()),
+            form=form,
+            temperature=temperature,
+            top_k=top_k,
+            differentiate=differentiate,
+            pool=lambda _: torch.empty_like(z),
+            entropic=entropic,
+        )
+
+    compiled = torch.compile(body, backend=BACKEND, dynamic=False)
+    runs = [compiled]
+
+    def call(z: Tensor, z_t: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
+        if runs[0] is compiled:
+            try:
+                return compiled(z, z_t, labels, weights)
+            except Exception as error:  # compilers raise all kinds, all of them before a loop has run
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                logger.warning(
+                    f"BA-LoRA: the passes over the logits could not be compiled and run eagerly: {type(error).__name__}"
+                )
+                runs[0] = body
+        return body(z, z_t, labels, weights)
+
+    return call
 
 
 def _exponentials(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +171,7 @@ def _exponentials(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Logits are seldom so large that their exponentials need that, and on a CPU, where looking costs nothing, the two
     passes it takes are a good part of all.
     """
-    if z.device.type == "cpu":
+    if z.device.type == "cpu" and not torch.compiler.is_compiling():
         total = torch.exp(z, out=out).sum(dim=-1, keepdim=True)
         low, high = torch.aminmax(total) if total.numel() else (total, total)
         if total.numel() and _TOTALS[0] < low.item() and high.item() < _TOTALS[1]:
@@ -127,6 +186,10 @@ def count_hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
     The first of equal maxima counts, as in argmax, which costs a CPU ten times the rest of this: it is asked only where
     the label has the maximum and is not alone there.
     """
+    if torch.compiler.is_compiling():  # no index to carry along: the label's logit, and none as large before it
+        peak = z.amax(dim=-1, keepdim=True)
+        before = torch.arange(z.shape[-1], device=z.device) < labels.unsqueeze(1)
+        return ((chosen == peak) & ~((z == peak) & before).any(dim=-1, keepdim=True)).sum().to(z.dtype)
     if z.device.type != "cpu":
         return (z.argmax(dim=-1) == labels).sum().to(z.dtype)
     peak = z.amax(dim=-1, keepdim=True)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunk import Weights, token_chunk
+from .chunk import Weights, compiled_chunk, subtract_targets, token_chunk
 from .project import Projection, block_rows
 from .top import TopLogProbs
 
 IGNORED = -100
 SLOPE = 5  # the scratch buffer that no form of the terms uses
+_PIECE = 2**22  # elements
 
 
 def compute_token_terms(
@@ -39,14 +40,16 @@ def compute_token_terms(
     softcap: float | None,
     chunk_size: int,
     dtype: torch.dtype,
+    compiled: bool,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums (6,): loss, task, consistency, -H_k, H, top-1 hits; and the loss's gradients by hidden, weight, bias.
 
     hidden, teacher_hidden (M, d), weight, teacher_weight (V, d), biases (V,), labels (M,) with -100 = not counted;
     top_*: a TopLogProbs (M, K), (M, K), (M,) in the place of teacher_hidden; lambdas (3,) float64 on the CPU: a tensor,
-    because a schedule's floats would make a compiler specialise on each. `dtype` is that of the products. `wants` says
-    which gradients to take; the others come back empty.
+    because a schedule's floats would make a compiler specialise on each. `dtype` is that of the products; `compiled`:
+    the passes over whole blocks of logits run as compiled loops. `wants` says which gradients to take; the others come
+    back empty. That by float16 hidden states is float32: it is scaled later.
     """
     differentiate = any(wants)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -62,67 +65,91 @@ def compute_token_terms(
         top = None if top is None else TopLogProbs(*(x[counted] for x in top))
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     chunk_size = min(chunk_size, max(rows, 1))
-    block = block_rows(vocabulary, chunk_size, hidden.device.type)
+    device = hidden.device
     logits = [
-        torch.empty(chunk_size, vocabulary, dtype=wide, device=hidden.device)
+        torch.empty(chunk_size, vocabulary, dtype=wide, device=device)
         for _ in range(1 if teacher_hidden is None else 2)
     ]
+    small = min(chunk_size, block_rows(vocabulary, device.type))
+    large = block_rows(vocabulary, device.type, compiled=True) if compiled and top is None else 0
+    fast = compiled_chunk(form, temperature, top_k, differentiate, bool(weights.diversity)) if large else None
     scratch: dict[int, Tensor] = {}
 
     def pool(index: int, rows: int) -> Tensor:
         if index not in scratch:
-            scratch[index] = torch.empty(block, vocabulary, dtype=wide, device=hidden.device)
+            size = max(small, large) if index == SLOPE else small
+            scratch[index] = torch.empty(size, vocabulary, dtype=wide, device=device)
         return scratch[index][:rows]
 
+    numbers = lambdas.to(device, wide, non_blocking=True) if large else lambdas
+
     head = Projection(weight, bias, scale, softcap, dtype, wide)
-    teacher_head = (
-        head if teacher_weight is None else Projection(teacher_weight, teacher_bias, scale, softcap, dtype, wide)
-    )
-    sums = torch.zeros(6, dtype=wide, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden) if wants[0] else hidden.new_empty(0)
+    teacher_head = head
+    if teacher_weight is not None and not (_same(weight, teacher_weight) and _same(bias, teacher_bias)):
+        teacher_head = Projection(teacher_weight, teacher_bias, scale, softcap, dtype, wide)
+    sums = torch.zeros(6, dtype=wide, device=device)
+    grad_hidden = torch.empty_like(hidden, dtype=_kept(hidden.dtype)) if wants[0] else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=wide) if wants[1] else weight.new_empty(0, dtype=wide)
-    grad_bias = torch.zeros(vocabulary if wants[2] else 0, dtype=wide, device=hidden.device)
+    grad_bias = torch.zeros(vocabulary if wants[2] else 0, dtype=wide, device=device)
     for start in range(0, rows, chunk_size):
         part = slice(start, min(start + chunk_size, rows))
-        h = hidden[part].to(dtype)
-        z = head.logits(h, logits[0][: h.shape[0]])
-        z_t = (
-            None
-            if teacher_hidden is None
-            else teacher_head.logits(teacher_hidden[part].to(dtype), logits[1][: h.shape[0]])
-        )
-        for first in range(0, h.shape[0], block):
-            inner = slice(first, first + block)
-            size = z[inner].shape[0]
-            slope = head.slope(z[inner], pool(SLOPE, size)) if differentiate and softcap is not None else None
-            values = token_chunk(
-                z[inner],
-                None if z_t is None else z_t[inner],
-                labels[part][inner],
-                weights,
-                form=form,
-                temperature=temperature,
-                top_k=top_k,
-                differentiate=differentiate,
-                pool=partial(pool, rows=size),
-                teacher_top=None if top is None else TopLogProbs(*(x[part][inner] for x in top)),
-            )
+        h, target = hidden[part].to(dtype), labels[part]
+        size = h.shape[0]
+        z = head.logits(h, logits[0][:size])
+        z_t = None if teacher_hidden is None else teacher_head.logits(teacher_hidden[part].to(dtype), logits[1][:size])
+        first = 0
+        while first < size:
+            whole = fast is not None and first + large <= size  # one shape alone is compiled
+            inner = slice(first, first + (large if whole else small))
+            first = inner.stop
+            z_i, z_t_i, target_i = z[inner], None if z_t is None else z_t[inner], target[inner]
+            capped = differentiate and softcap is not None
+            slope = head.slope(z_i, pool(SLOPE, z_i.shape[0])) if capped else None
+            if whole:
+                assert fast is not None
+                sums[1:] += fast(z_i, z_t_i, target_i, numbers)
+            else:
+                sums[1:] += token_chunk(
+                    z_i,
+                    z_t_i,
+                    target_i,
+                    weights,
+                    form=form,
+                    temperature=temperature,
+                    top_k=top_k,
+                    differentiate=differentiate,
+                    pool=partial(pool, rows=z_i.shape[0]),
+                    teacher_top=None if top is None else TopLogProbs(*(x[part][inner] for x in top)),
+                )
+            if differentiate:
+                subtract_targets(z_i, target_i, weights.task)
             if slope is not None:
-                z[inner].mul_(slope)
-            sums[1:] += values
+                z_i.mul_(slope)
         if not differentiate:
             continue
         if wants[2]:
             grad_bias += z.sum(dim=0) * scale
-        gradient = z.to(dtype)
+        gradient, lift = head.narrowed(z)
         if wants[0]:
-            head.into_hidden(gradient, grad_hidden[part])
+            head.into_hidden(gradient, lift, grad_hidden[part])
         if wants[1]:
-            head.into_weight(gradient, h, grad_weight)
+            head.into_weight(gradient, lift, h, grad_weight)
     sums[0] = weights.task * sums[1] + weights.consistency * sums[2] + weights.diversity * sums[3]
     if wants[0] and not everything:
-        grad_hidden = torch.zeros_like(hidden_all).index_copy_(0, counted, grad_hidden)
+        grad_hidden = torch.zeros_like(hidden_all, dtype=grad_hidden.dtype).index_copy_(0, counted, grad_hidden)
     return sums, grad_hidden, grad_weight, grad_bias
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient is kept in until the host's factors (a loss scale among them) come: float16 would lose it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two heads are one, under two names."""
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 token_terms_op = torch.library.custom_op("balora::token_terms", compute_token_terms, mutates_args=())
@@ -148,12 +175,13 @@ def _(
     softcap: float | None,
     chunk_size: int,
     dtype: torch.dtype,
+    compiled: bool,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return (
         hidden.new_empty(6, dtype=wide),
-        torch.empty_like(hidden) if wants[0] else hidden.new_empty(0),
+        torch.empty_like(hidden, dtype=_kept(hidden.dtype)) if wants[0] else hidden.new_empty(0),
         torch.empty_like(weight, dtype=wide) if wants[1] else weight.new_empty(0, dtype=wide),
         hidden.new_empty(weight.shape[0] if wants[2] else 0, dtype=wide),
     )
@@ -169,13 +197,27 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 @once_differentiable
 def _scale_gradients(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    # the factor (1 / tokens, say) stays in its own precision: in bfloat16 it would shrink every gradient alike
     factor = grad_sums[0]
     grads = [
-        (g.to(torch.promote_types(g.dtype, factor.dtype)) * factor).to(dtype) if want else None
+        _scaled(g, factor, dtype) if want else None
         for g, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
     ]
-    return (*grads, *([None] * 16))
+    return (*grads, *([None] * 17))
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`; the factor (1 / tokens, say) in its own, where bfloat16 would shrink all alike.
+
+    In pieces: whole tensors in a wider type would cost several times the gradient.
+    """
+    wide = torch.promote_types(gradient.dtype, factor.dtype)
+    if wide == gradient.dtype == dtype or gradient.numel() <= _PIECE:
+        return (gradient.to(wide) * factor).to(dtype)
+    out = torch.empty_like(gradient, dtype=dtype)
+    rows = max(_PIECE // max(gradient[0].numel(), 1), 1)
+    for piece, target in zip(gradient.split(rows), out.split(rows), strict=True):
+        target.copy_(piece.to(wide) * factor)
+    return out
 
 
 token_terms_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from ..regularizers import upcast
 
+_LIFTED = 16.0  # the largest entry of a lifted gradient: sums of it stay within float16, 1e-9 of it above its least
+
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What the head's product runs in: the wider of the two, under autocast autocast's, like the model's own head."""
@@ -70,33 +72,53 @@ class Projection:
         """(C, V) derivative of the capped logits z by the uncapped ones, in `out`."""
         return torch.div(z, self.softcap or 1.0, out=out).square_().neg_().add_(1.0)
 
-    def into_hidden(self, gradient: Tensor, out: Tensor) -> None:
-        """gradient (C, V) by the logits before the cap, in the product's dtype -> out (C, d)."""
+    def narrowed(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """gradient (C, V) in the product's dtype, and the power of two (0-d) it was multiplied by, if any.
+
+        float16 would lose most of a term that is small: its factors of 1e-4 and probabilities of 1e-5 are below its
+        range, and a host's loss scale comes too late.
+        """
+        if self.weight.dtype != torch.float16:
+            return gradient.to(self.weight.dtype), None
+        tiny = torch.finfo(gradient.dtype).tiny
+        lift = torch.exp2(torch.floor(torch.log2(_LIFTED / gradient.abs().amax().clamp_min(tiny)))).clamp(max=2.0**64)
+        return gradient.mul_(lift).to(torch.float16), lift
+
+    def into_hidden(self, gradient: Tensor, lift: Tensor | None, out: Tensor) -> None:
+        """gradient (C, V) by the logits before the cap, from `narrowed` -> out (C, d)."""
         if out.dtype == gradient.dtype:
             torch.mm(gradient, self.weight, out=out)
         else:
             out.copy_(gradient @ self.weight)
+        if lift is not None:
+            out.div_(lift)
         if self.scale != 1.0:
             out.mul_(self.scale)
 
-    def into_weight(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
+    def into_weight(self, gradient: Tensor, lift: Tensor | None, hidden: Tensor, out: Tensor) -> None:
         """gradient (C, V), hidden (C, d) -> added to out (V, d)."""
         if self.narrow:
-            out.add_(gradient.T @ hidden, alpha=self.scale)
+            product = gradient.T @ hidden
+            out.add_(product if lift is None else product.to(out.dtype).div_(lift), alpha=self.scale)
         else:
             out.addmm_(gradient.T, hidden, alpha=self.scale)
 
 
 def default_chunk(vocabulary: int, device_type: str = "cpu") -> int:
-    """Rows a chunk, at least 16: float32 logits of 256 MiB on a GPU, of 32 MiB on a CPU (64 where 128 rows need them).
+    """Rows a chunk, at least 16: float32 logits of 128 MiB on a GPU, of 32 MiB on a CPU (64 where 128 rows need them).
 
     Fewer rows make the products slower, more cost memory and gain nothing.
     """
     vocabulary = max(vocabulary, 1)
-    rows = max(2**23 // vocabulary, min(128, 2**24 // vocabulary)) if device_type == "cpu" else 2**26 // vocabulary
+    rows = max(2**23 // vocabulary, min(128, 2**24 // vocabulary)) if device_type == "cpu" else 2**25 // vocabulary
     return min(max(rows, 16), 4096)
 
 
-def block_rows(vocabulary: int, chunk_size: int, device_type: str) -> int:
-    """Rows of a chunk that the passes over its logits take at a time: on a CPU 1 MiB, which stays in its cache."""
-    return min(chunk_size, max(2**18 // max(vocabulary, 1), 1)) if device_type == "cpu" else chunk_size
+def block_rows(vocabulary: int, device_type: str, *, compiled: bool = False) -> int:
+    """Rows of a chunk that the passes over its logits take at a time.
+
+    On a CPU 1 MiB, which stays in its cache (compiled, with less between the passes, 4). On a GPU 64 MiB: the scratch
+    stays small beside the logits, and a pass takes longer than its launch.
+    """
+    size = (2**20 if compiled else 2**18) if device_type == "cpu" else 2**24
+    return max(size // max(vocabulary, 1), 1)

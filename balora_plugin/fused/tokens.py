@@ -54,6 +54,7 @@ def token_terms(
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_top: TopLogProbs | None = None,
+    compiled: bool = False,
 ) -> TokenTerms:
     """Cross-entropy, consistency and entropy from hidden states, logits = softcap((hidden @ weight.T + bias) * scale).
 
@@ -75,6 +76,7 @@ def token_terms(
         teacher_top: In the place of teacher_hidden: (M, K) token ids and log-probabilities and (M,) log mass of the
             rest, at this temperature, see [`top_log_probs`][balora_plugin.fused.top]. The consistency term is then
             taken over K + 1 buckets (docs/method.md); not for "mse".
+        compiled: Run the passes over the logits as compiled loops (seconds at the first call for each vocabulary).
 
     Raises:
         ValueError: shapes that do not match, or a consistency weight without teacher_hidden or teacher_top.
@@ -109,6 +111,7 @@ def token_terms(
         teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
         teacher_top=teacher_top if lambda_consistency else None,
+        compiled=compiled,
     )
 
 
@@ -129,6 +132,7 @@ def weighted_token_terms(
     teacher_weight: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_top: TopLogProbs | None = None,
+    compiled: bool = False,
 ) -> TokenTerms:
     """[`token_terms`] without its checks, the weights of task, consistency and diversity as one tensor.
 
@@ -157,6 +161,7 @@ def weighted_token_terms(
         softcap,
         chunk_size or default_chunk(weight.shape[0], hidden.device.type),
         product_dtype(hidden, weight),
+        compiled,
         [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)],
     )
     task, consistency, diversity, entropy, correct = sums.detach()[1:].unbind()
