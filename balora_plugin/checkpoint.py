@@ -246,7 +246,7 @@ def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] 
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
         if (value != neutral.get(key) or key in ("r", "lora_alpha"))
-        and key not in ("runtime_config", "auto_mapping", "peft_version", "inference_mode")
+        and key not in ("runtime_config", "auto_mapping", "peft_version", "inference_mode", "start_from")
     }
     task = config.regularizers.task if config.regularizers.task != "auto" else "nlg"
     settings = {

@@ -150,7 +150,7 @@ class RegularizerConfig:
         _check_integer("share_interval", self.share_interval, minimum=0, optional=False)
         if self.diversity_top_k == 1:
             raise ValueError("diversity_top_k=1 makes the entropy 0 by definition: write 0 (full vocabulary) or >= 2.")
-        self.teacher_cache = _as_path("teacher_cache", self.teacher_cache)
+        self.teacher_cache = as_path("teacher_cache", self.teacher_cache)
         if self.svd_layout == "flattened" and self.svd_input == "centered_logits":
             raise ValueError(
                 "svd_layout='flattened' with svd_input='centered_logits' is not defined: a flattened row holds many "
@@ -186,15 +186,15 @@ class RegularizerConfig:
         return cls(**values)
 
 
-def _as_path(key: str, value: Any) -> str | None:
+def as_path(key: str, value: Any) -> str | None:
     """A path as plain text, so that settings can be written to a file."""
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if path is None:
         return None
     if not isinstance(path, str):
-        raise TypeError(f"{key}={value!r} must be the path of a directory, not {type(value).__name__}.")
+        raise TypeError(f"{key}={value!r} must be a path, not {type(value).__name__}.")
     if not path.strip():
-        raise ValueError(f"{key}={value!r} names no directory: write a path, or leave it out.")
+        raise ValueError(f"{key}={value!r} names nothing: write a path, or leave it out.")
     return path
 
 

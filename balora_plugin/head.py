@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .fused import HeadFactor
 from .fused.project import project
-from .teacher import quantised_layers_stay_in_training_mode
+from .quantised import quantised_layers_stay_in_training_mode
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .quantised import is_quantised_linear
+
 
 class TeacherSwitch:
     """Switches a model to the pre-trained one and back. Holds its lists of modules: a walk over 3,500 takes 5 ms.
 
     A flag, not PEFT's `disable_adapter()`: that one re-enables gradients on frozen adapters when it exits, and breaks
-    non-reentrant checkpointing. `modules_to_save` fall back to their initial copy by the same flag.
+    non-reentrant checkpointing. `modules_to_save` fall back to their initial copy by the same flag. bitsandbytes layers
+    stay in training mode: in eval mode they are another function on a CPU (see [`balora_plugin.quantised`]).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,21 +51,3 @@ def teacher_mode(model: nn.Module) -> Iterator[None]:
     """Inside, `model` computes what the pre-trained model computes: see [`TeacherSwitch`]."""
     with TeacherSwitch(model).off():
         yield
-
-
-def is_quantised_linear(module: nn.Module) -> bool:
-    """A bitsandbytes layer: its CPU eval-mode forward repacks the weight in place; gradients are wrong after it."""
-    return type(module).__module__.startswith("bitsandbytes.")
-
-
-@contextmanager
-def quantised_layers_stay_in_training_mode(model: nn.Module) -> Iterator[None]:
-    """For a forward before or between training steps: see [`is_quantised_linear`]."""
-    changed = [m for m in model.modules() if is_quantised_linear(m) and not m.training]
-    for module in changed:
-        module.training = True
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = False

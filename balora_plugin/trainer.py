@@ -23,8 +23,9 @@ from .head import FactorCache, Head, check_head, read_head
 from .metrics import TERMS, TermMetrics
 from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
 from .prefill import TeacherCacheCallback, open_cache
+from .quantised import protect_weights, quantised_layers_stay_in_training_mode
 from .schedules import Lambdas, lambdas_at
-from .teacher import TeacherSwitch, quantised_layers_stay_in_training_mode
+from .teacher import TeacherSwitch
 from .teacher_cache import TeacherCache
 from .whole import check_whole
 
@@ -96,6 +97,7 @@ class BaLoraTrainerMixin(_Base):
             check_teacher(adapter, teacher_model, cached=config.teacher_cache is not None)
         if not self._ba_lora_head_checked:
             check_head(causal_lm)
+        protect_weights(causal_lm)  # a base under another adapter too
         install(causal_lm)
         if isinstance(teacher_model, PeftModel):
             teacher_model = teacher_model.get_base_model()  # its adapters live in the module tree

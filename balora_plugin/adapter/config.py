@@ -10,7 +10,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from ..config import RegularizerConfig
+from ..config import RegularizerConfig, as_path
 
 DELTA_STARTS = ("pissa", "pissa_fast")
 
@@ -63,6 +63,9 @@ class BaLoraConfig(LoraConfig):
         init_lora_weights: `"pissa"` (default: exact SVD), `"pissa_fast"` (randomised SVD, fixed seed), both in delta
             form, so that the base weights stay as they are; `True`: the ordinary LoRA start with the regularisers;
             `False`: random factors, for tests.
+        start_from: Over a quantised (bitsandbytes) base: where A0 and B0 come from. None: the dequantised weights. A
+            directory, .safetensors file or hub id of the full-precision model: its weights, read one at a time. Not
+            part of a saved adapter. Base and teacher are the quantised weights either way.
 
     Raises:
         ValueError: for an option that would change the function or the teacher (DoRA, trained biases, ...).
@@ -77,6 +80,9 @@ class BaLoraConfig(LoraConfig):
         default_factory=RegularizerConfig, metadata={"help": "Settings of the three regularisers."}
     )
     compile: bool = field(default=False, metadata={"help": "Compile teacher and student."})
+    start_from: str | None = field(
+        default=None, metadata={"help": "The full-precision model that a quantised base takes A0 and B0 from."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.init_lora_weights, str):
@@ -96,6 +102,12 @@ class BaLoraConfig(LoraConfig):
                 raise ValueError(f"{key}={getattr(self, key)!r} does not work with BA-LoRA: leave it at {neutral!r}.")
         if not isinstance(self.compile, bool):
             raise TypeError(f"compile={self.compile!r} must be True or False.")
+        self.start_from = as_path("start_from", self.start_from)
+        if self.start_from is not None and not self.delta:
+            raise ValueError(
+                f"start_from={self.start_from!r} with init_lora_weights={self.init_lora_weights!r}, which has no A0 "
+                "and B0: write init_lora_weights='pissa' or 'pissa_fast', or leave start_from out."
+            )
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r={self.r!r} must be a whole number >= 1.")
         if self.delta:

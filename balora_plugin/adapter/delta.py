@@ -12,6 +12,7 @@ ZeRO-3, and as parameters (not buffers) DDP does not broadcast them at every ste
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -23,6 +24,7 @@ from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 
+from ..quantised import dequantised, is_quantised_linear
 from .start import pissa_factors
 
 TESTED_PEFT = ("0.20", "0.22")  # from, below
@@ -199,14 +201,21 @@ def attach_delta(layer: LoraLayer, adapter_name: str) -> None:
 
 
 @torch.no_grad()
-def start_layer(layer: LoraLayer, adapter_name: str, *, fast: bool) -> None:
-    """Fills A0, B0 from the layer's base weight (dequantised if quantised). Rank 0 factorises, all receive."""
+def start_layer(
+    layer: LoraLayer, adapter_name: str, *, fast: bool, read: Callable[[], Tensor | None] | None = None
+) -> None:
+    """Fills A0, B0 from the layer's base weight (dequantised if quantised), or from what `read` gives in its place.
+
+    Rank 0 reads and factorises, all receive.
+    """
     frozen_a, frozen_b = layer.frozen_A[adapter_name].weight, layer.frozen_B[adapter_name].weight
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     owner = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
     with gather_params_ctx(owner):
         if not distributed or dist.get_rank() == 0:
-            a, b = pissa_factors(_base_matrix(layer), layer.r[adapter_name], layer.scaling[adapter_name], fast=fast)
+            weight = read() if read is not None else None
+            weight = _base_matrix(layer) if weight is None else weight
+            a, b = pissa_factors(weight, layer.r[adapter_name], layer.scaling[adapter_name], fast=fast)
             if a.ndim == 3:  # experts: (E, r, in), (E, out, r) -> PEFT's layout
                 a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
             frozen_a.copy_(a)
@@ -231,5 +240,8 @@ def _base_matrix(layer: LoraLayer) -> Tensor:
     if isinstance(layer, ParamWrapper):
         param = layer.get_param().data
         return param if param.ndim == 2 or layer._did_swap_in_out_features else param.mT
-    weight = dequantize_module_weight(layer.get_base_layer()).data
+    base = layer.get_base_layer()
+    if is_quantised_linear(base):
+        return dequantised(base)
+    weight = dequantize_module_weight(base).data
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight

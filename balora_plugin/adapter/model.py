@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -22,11 +23,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import checkpoint, whole
+from ..quantised import is_quantised_linear, protect_weights
 from .config import BaLoraConfig
 from .delta import FROZEN, attach_delta, is_delta, is_supported_layer, start_layer
 
 if TYPE_CHECKING:  # a mixin for type checkers too: its methods call PeftModel's
     from peft import PeftModel as _Base
+
+    from .source import FullPrecisionWeights
 else:
     _Base = object
 
@@ -49,6 +53,7 @@ class BaLoraModelMixin(_Base):
 
     def _adopt(self, config: BaLoraConfig, adapter_name: str, *, start: bool) -> None:
         """Checks the injected layers, replaces the stock config by ours, and puts the layers in delta form."""
+        protect_weights(self.get_base_model())
         stock: LoraConfig = self.peft_config[adapter_name]
         layers = self._injected(adapter_name)
         self._check_targets(layers)
@@ -62,11 +67,27 @@ class BaLoraModelMixin(_Base):
             other_rank = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0
             quiet = True if other_rank else None  # None: no bar into a file
             fast = config.init_lora_weights == "pissa_fast"
+            source = self._full_precision(config, layers)
             for name, layer in tqdm(layers, desc=f"BA-LoRA start ({config.init_lora_weights})", disable=quiet):
+                read = None if source is None else partial(source.read, name)
                 try:
-                    start_layer(layer, adapter_name, fast=fast)
+                    start_layer(layer, adapter_name, fast=fast, read=read)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
+
+    def _full_precision(self, config: BaLoraConfig, layers: list[tuple[str, LoraLayer]]) -> FullPrecisionWeights | None:
+        """Where A0 and B0 come from, if not from the base's own weights."""
+        if config.start_from is None:
+            return None
+        quantised = {name: base for name, layer in layers if is_quantised_linear(base := layer.get_base_layer())}
+        if not quantised:
+            raise ValueError(
+                f"start_from={config.start_from!r}, but no targeted layer is quantised: the base's own weights are the "
+                "full-precision ones. Leave start_from out, or load the base with a BitsAndBytesConfig."
+            )
+        from .source import FullPrecisionWeights
+
+        return FullPrecisionWeights(config.start_from, self.get_base_model(), quantised)
 
     def _injected(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
         return [
