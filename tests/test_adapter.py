@@ -326,15 +326,15 @@ def test_added_adapters_keep_the_dtype_asked_for(ids):
 
 def test_factors_travel_on_a_device_the_process_group_can_carry(monkeypatch):
     """Plain NCCL has no backend for the CPU, where TRL builds the model before it moves it."""
-    from balora_plugin.adapter import delta
+    from balora_plugin.adapter import starts
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 3)
-    monkeypatch.setattr(delta.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(delta.torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(starts.torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(starts.torch.accelerator, "current_device_index", lambda: 3)
     for backends, expected in (("cuda:nccl", cuda), ("cpu:gloo,cuda:nccl", cpu)):
-        monkeypatch.setattr(delta.dist, "get_backend_config", lambda backends=backends: backends)
-        assert delta._collective_device(cpu) == expected
-        assert delta._collective_device(cuda) == cuda
+        monkeypatch.setattr(starts.dist, "get_backend_config", lambda backends=backends: backends)
+        assert starts._collective_device(cpu) == expected
+        assert starts._collective_device(cuda) == cuda
 
 
 def test_what_would_be_silently_wrong_is_refused(llama):

@@ -12,20 +12,17 @@ ZeRO-3, and as parameters (not buffers) DDP does not broadcast them at every ste
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import peft
 import torch
-import torch.distributed as dist
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
-from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..quantised import dequantised, is_quantised_linear
-from .start import pissa_factors
 
 TESTED_PEFT = ("0.20", "0.22")  # from, below
 FROZEN = ("frozen_A", "frozen_B")
@@ -181,7 +178,7 @@ def num_experts(layer: LoraLayer) -> int:
 
 
 def attach_delta(layer: LoraLayer, adapter_name: str) -> None:
-    """Puts a freshly injected stock adapter in delta form: all four factors 0 until [`start_layer`] or a load."""
+    """Puts a freshly injected stock adapter in delta form: all four factors 0 until [`start_layers`] or a load."""
     for name, trained in zip(FROZEN, (layer.lora_A[adapter_name], layer.lora_B[adapter_name]), strict=True):
         if not hasattr(layer, name):
             setattr(layer, name, nn.ModuleDict())
@@ -200,42 +197,13 @@ def attach_delta(layer: LoraLayer, adapter_name: str) -> None:
         layer.lora_variant[adapter_name] = DeltaVariant()
 
 
-@torch.no_grad()
-def start_layer(
-    layer: LoraLayer, adapter_name: str, *, fast: bool, read: Callable[[], Tensor | None] | None = None
-) -> None:
-    """Fills A0, B0 from the layer's base weight (dequantised if quantised), or from what `read` gives in its place.
-
-    Rank 0 reads and factorises, all receive.
-    """
-    frozen_a, frozen_b = layer.frozen_A[adapter_name].weight, layer.frozen_B[adapter_name].weight
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    owner = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
-    with gather_params_ctx(owner):
-        if not distributed or dist.get_rank() == 0:
-            weight = read() if read is not None else None
-            weight = _base_matrix(layer) if weight is None else weight
-            a, b = pissa_factors(weight, layer.r[adapter_name], layer.scaling[adapter_name], fast=fast)
-            if a.ndim == 3:  # experts: (E, r, in), (E, out, r) -> PEFT's layout
-                a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
-            frozen_a.copy_(a)
-            frozen_b.copy_(b)
-    if distributed:
-        for factor in (frozen_a, frozen_b):
-            on_wire = factor.to(_collective_device(factor.device))
-            dist.broadcast(on_wire, src=0)
-            factor.copy_(on_wire)
+def base_parameter(layer: LoraLayer) -> Tensor:
+    """The base weight that this layer adapts, as it is stored."""
+    weight: Tensor = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+    return weight
 
 
-def _collective_device(device: torch.device) -> torch.device:
-    """`device`, or this rank's accelerator where the process group (plain NCCL) cannot carry tensors of `device`."""
-    accelerator = torch.accelerator.current_accelerator()
-    if f"{device.type}:" in dist.get_backend_config() or accelerator is None:
-        return device
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
-
-
-def _base_matrix(layer: LoraLayer) -> Tensor:
+def base_matrix(layer: LoraLayer) -> Tensor:
     """The weight as (out, in), or (experts, out, in)."""
     if isinstance(layer, ParamWrapper):
         param = layer.get_param().data

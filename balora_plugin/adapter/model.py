@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.peft_model import (
     PeftModelForCausalLM,
@@ -20,12 +18,12 @@ from peft.peft_model import (
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from tqdm.auto import tqdm
 
 from .. import checkpoint, whole
 from ..quantised import is_quantised_linear, protect_weights
 from .config import BaLoraConfig
-from .delta import FROZEN, attach_delta, is_delta, is_supported_layer, start_layer
+from .delta import FROZEN, attach_delta, is_delta, is_supported_layer
+from .starts import start_layers
 
 if TYPE_CHECKING:  # a mixin for type checkers too: its methods call PeftModel's
     from peft import PeftModel as _Base
@@ -64,16 +62,9 @@ class BaLoraModelMixin(_Base):
                 attach_delta(layer, adapter_name)
         self.peft_config[adapter_name] = config
         if config.delta and start:
-            other_rank = dist.is_available() and dist.is_initialized() and dist.get_rank() != 0
-            quiet = True if other_rank else None  # None: no bar into a file
-            fast = config.init_lora_weights == "pissa_fast"
             source = self._full_precision(config, layers)
-            for name, layer in tqdm(layers, desc=f"BA-LoRA start ({config.init_lora_weights})", disable=quiet):
-                read = None if source is None else partial(source.read, name)
-                try:
-                    start_layer(layer, adapter_name, fast=fast, read=read)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+            fast = config.init_lora_weights == "pissa_fast"
+            start_layers(layers, adapter_name, fast=fast, read=None if source is None else source.read)
 
     def _full_precision(self, config: BaLoraConfig, layers: list[tuple[str, LoraLayer]]) -> FullPrecisionWeights | None:
         """Where A0 and B0 come from, if not from the base's own weights."""
