@@ -101,8 +101,8 @@ class RegularizerConfig:
             for the first 20 % of the optimizer steps, then rise linearly over 5 %.
         teacher_interval: Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation).
             1 = every micro-batch, exact.
-        teacher_cache: Directory that keeps the teacher's outputs for each document: computed
-            once, before the first step, and read in every later epoch and run. None: the teacher runs live.
+        teacher_cache: Directory that keeps the teacher's outputs for each document: computed once, before the first
+            step, and read in every later epoch and run. None: the teacher runs live.
         teacher_cache_top_k: What the cache keeps of a token. 0: its final hidden state, exact. n: the teacher's n
             largest log-probabilities (6 n + 4 bytes); the consistency term is then taken over n + 1 buckets, a lower
             bound of the whole one. None: what the directory holds; in an empty one hidden states while those of the
