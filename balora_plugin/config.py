@@ -101,8 +101,12 @@ class RegularizerConfig:
             for the first 20 % of the optimizer steps, then rise linearly over 5 %.
         teacher_interval: Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation).
             1 = every micro-batch, exact.
-        teacher_cache: Directory that keeps the teacher's final hidden states of each document, in bfloat16: computed
-            once, before the first step, and read in every later epoch and run. None: the teacher runs live.
+        teacher_cache: Directory that keeps the teacher's outputs for each document: computed once, before the first
+            step, and read in every later epoch and run. None: the teacher runs live.
+        teacher_cache_top_k: What the cache keeps of a token. 0: its final hidden state, exact. n: the teacher's n
+            largest log-probabilities (6 n + 4 bytes); the consistency term is then taken over n + 1 buckets, a lower
+            bound of the whole one. None: what the directory holds; in an empty one hidden states while those of the
+            training data stay below 50 GB, else 128 log-probabilities.
         share_interval: Measure each term's share of the gradient every n optimizer steps (`balora/share_*`); 0 = never.
 
     Raises:
@@ -135,6 +139,7 @@ class RegularizerConfig:
     schedule: str | None = None
     teacher_interval: int = 1
     teacher_cache: str | os.PathLike[str] | None = None
+    teacher_cache_top_k: int | None = None
     share_interval: int = 100
 
     def __post_init__(self) -> None:
@@ -151,6 +156,17 @@ class RegularizerConfig:
         if self.diversity_top_k == 1:
             raise ValueError("diversity_top_k=1 makes the entropy 0 by definition: write 0 (full vocabulary) or >= 2.")
         self.teacher_cache = as_path("teacher_cache", self.teacher_cache)
+        _check_integer("teacher_cache_top_k", self.teacher_cache_top_k, minimum=0)
+        if self.teacher_cache_top_k and self.teacher_cache is None:
+            raise ValueError(
+                f"teacher_cache_top_k={self.teacher_cache_top_k} without teacher_cache keeps nothing: write "
+                "teacher_cache=<a directory>, or leave it out."
+            )
+        if self.teacher_cache_top_k and self.consistency == "mse":
+            raise ValueError(
+                f"teacher_cache_top_k={self.teacher_cache_top_k} with consistency='mse', which needs all logits of the "
+                "teacher: write teacher_cache_top_k=0, or another form."
+            )
         if self.svd_layout == "flattened" and self.svd_input == "centered_logits":
             raise ValueError(
                 "svd_layout='flattened' with svd_input='centered_logits' is not defined: a flattened row holds many "

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from .config import RegularizerConfig
 from .cost import CostMeter
 from .documents import counted_positions
-from .fused import head_spectral_term, spectral_ratio
+from .fused import TopLogProbs, head_spectral_term, spectral_ratio
 from .fused.project import project
 from .fused.spectrum import drawn_rows, usable_k
 from .fused.tokens import IGNORED, weighted_token_terms
@@ -31,6 +31,7 @@ from .head import FactorCache, Head, read_head
 from .schedules import Lambdas
 from .teacher import TeacherSwitch
 from .teacher_cache import TeacherCache
+from .teacher_rows import Teacher
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
@@ -160,10 +161,10 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     if request.compiled is not None:
         drop_input_hooks(model)
     head = read_head(model)
-    teacher_hidden = teacher_head = None
+    teacher = teacher_head = None
     if lambdas.consistency:
         with request.part("teacher"):
-            teacher_hidden, teacher_head = _teacher_pass(model, request, inputs, needed)
+            teacher, teacher_head = _teacher_pass(model, request, inputs, needed)
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
     extra = {"output_router_logits": True} if router else {}
@@ -174,12 +175,12 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     plan = _plan(request, head, teacher_head)
     whole = request.compiled is not None and not (router or request.return_logits or request.measure_shares)
     if request.compiled is not None and whole:
-        hidden, sums, ratio = request.compiled.student(model, inputs, targets, teacher_hidden, plan)
+        hidden, sums, ratio = request.compiled.student(model, inputs, targets, teacher, plan)
     else:
         outputs = model.base_model(**inputs, **extra)
         hidden = outputs.last_hidden_state
         with request.part("token_terms"):
-            sums = token_sums(hidden, targets, teacher_hidden, plan)
+            sums = token_sums(hidden, targets, teacher, plan)
         with request.part("spectrum"):
             ratio = spectrum_of(hidden, targets, plan)
     loss, task, consistency, diversity, entropy, correct, count = sums
@@ -197,7 +198,7 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     if ratio is not None:
         result |= {"svd": ratio[0], "svd_used_k": ratio[1]}
     if request.measure_shares:
-        result["shares"] = _shares(plan, hidden, targets, teacher_hidden, max(request.teacher_factor, 1))
+        result["shares"] = _shares(plan, hidden, targets, teacher, max(request.teacher_factor, 1))
     if router:
         result["aux_loss"] = _router_loss(model, outputs.router_logits, inputs.get("attention_mask"))
     if request.return_logits:
@@ -270,7 +271,7 @@ def _plan(request: StepRequest, head: Head, teacher_head: Head | None) -> Plan:
 
 
 def student_pass(
-    model: PreTrainedModel, inputs: dict[str, Any], targets: Tensor, teacher_hidden: Tensor | None, plan: Plan
+    model: PreTrainedModel, inputs: dict[str, Any], targets: Tensor, teacher: Teacher | None, plan: Plan
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
     """The student's backbone and its terms: what is compiled as one graph.
 
@@ -278,7 +279,7 @@ def student_pass(
     the k it used, where it has an operator.
     """
     hidden = model.base_model(**inputs).last_hidden_state
-    return hidden, token_sums(hidden, targets, teacher_hidden, plan), spectrum_of(hidden, targets, plan)
+    return hidden, token_sums(hidden, targets, teacher, plan), spectrum_of(hidden, targets, plan)
 
 
 def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
@@ -286,11 +287,18 @@ def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     return model.base_model(**inputs).last_hidden_state
 
 
-def token_sums(hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-    """hidden, teacher_hidden (B, T, d), targets (B, T) aligned, -100 = not counted -> the sums of `student_pass`."""
+def token_sums(hidden: Tensor, targets: Tensor, teacher: Teacher | None, plan: Plan) -> tuple[Tensor, ...]:
+    """hidden (B, T, d), targets (B, T) aligned, -100 = not counted -> the sums of `student_pass`.
+
+    teacher: Its hidden states (B, T, d), or TopLogProbs (B, T, K), (B, T, K), (B, T).
+    """
     states, targets = hidden.to(plan.weight.device), targets.to(plan.weight.device)
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden.to(states.device).flatten(0, 1)
+    teacher_hidden: Tensor | None = None
+    teacher_top: TopLogProbs | None = None
+    if isinstance(teacher, TopLogProbs):
+        teacher_top = TopLogProbs(*(x.to(states.device).flatten(0, 1) for x in teacher))
+    elif teacher is not None:
+        teacher_hidden = teacher.to(states.device).flatten(0, 1)
     terms = weighted_token_terms(
         states.flatten(0, 1),
         teacher_hidden,
@@ -306,6 +314,7 @@ def token_sums(hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, p
         teacher_weight=plan.teacher_weight,
         teacher_bias=plan.teacher_bias,
         compiled=plan.compiled,
+        teacher_top=teacher_top,
     )
     return terms.loss, terms.task, terms.consistency, terms.diversity, terms.entropy, terms.correct, terms.count
 
@@ -354,7 +363,7 @@ def _head_ratio(plan: Plan, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return value, torch.tensor(used, device=rows.device)
 
 
-def _shares(plan: Plan, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, factor: int) -> Tensor:
+def _shares(plan: Plan, hidden: Tensor, targets: Tensor, teacher: Teacher | None, factor: int) -> Tensor:
     """Norm of each weighted term's gradient over the task's, with respect to the final hidden states: (3,)."""
     assert plan.lambdas is not None
     leaf = hidden.detach().requires_grad_()
@@ -367,7 +376,7 @@ def _shares(plan: Plan, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor 
 
     def tokens(task: float, consistency: float, diversity: float) -> Tensor:
         only = plan._replace(numbers=torch.tensor([task, consistency, diversity], dtype=torch.float64))
-        return token_sums(leaf, targets, teacher_hidden if consistency else None, only)[0]
+        return token_sums(leaf, targets, teacher if consistency else None, only)[0]
 
     with torch.enable_grad():
         task = norm(tokens(1.0, 0.0, 0.0))
@@ -389,10 +398,11 @@ def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _teacher_pass(
     model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None
-) -> tuple[Tensor, Head | None]:
+) -> tuple[Teacher, Head | None]:
     """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's.
 
-    With a cache they are rounded to bfloat16 and zero where `needed` (B, L) is False.
+    With a cache they are rounded to bfloat16 and zero where `needed` (B, L) is False, or they are the log-probabilities
+    that it has instead, which need no head.
     """
     forward = backbone_pass if request.compiled is None else request.compiled.teacher
 
@@ -403,13 +413,15 @@ def _teacher_pass(
         with (request.switch or TeacherSwitch(model)).off():
             return forward(model, inputs)
 
-    if request.cache is not None and needed is not None:
-        hidden = request.cache.states(inputs, needed, run)
-    else:
-        hidden = run(inputs)
-    if request.teacher_head is not None:
-        return hidden, request.teacher_head
-    return hidden, read_head(model, teacher=True) if request.teacher is None else read_head(request.teacher)
+    def head() -> Head:
+        if request.teacher_head is not None:
+            return request.teacher_head
+        return read_head(model, teacher=True) if request.teacher is None else read_head(request.teacher)
+
+    if request.cache is None or needed is None:
+        return run(inputs), head()
+    found = request.cache.states(inputs, needed, run, head)
+    return found, None if isinstance(found, TopLogProbs) else head()
 
 
 def _wants_router_logits(model: PreTrainedModel) -> bool:

@@ -1,5 +1,5 @@
-"""Opening a run's teacher cache, and filling it before the first step: one pass over the data in which only the
-documents that are missing are computed."""
+"""Opening a run's teacher cache, choosing what it keeps, and filling it before the first step: one pass over the data
+in which only the documents that are missing are computed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from .config import RegularizerConfig
 from .documents import counted_positions
 from .fingerprint import model_fingerprint, tokenizer_fingerprint
 from .head import read_head
 from .objective import StepRequest, backbone_inputs
-from .teacher_cache import TeacherCache, anywhere
+from .teacher_cache import TeacherCache, anywhere, everywhere
+from .teacher_rows import RowChoice, Rows, TopRows
 
 if TYPE_CHECKING:
     from .trainer import BaLoraTrainerMixin
@@ -30,20 +32,33 @@ logger = logging.get_logger(__name__)
 
 
 def open_cache(
-    directory: str, teacher: PreTrainedModel, *, own: bool, tokenizer: Any = None, mixed_precision: str = "no"
+    directory: str,
+    teacher: PreTrainedModel,
+    config: RegularizerConfig,
+    *,
+    own: bool,
+    tokenizer: Any = None,
+    mixed_precision: str = "no",
 ) -> TeacherCache:
     """The cache in `directory` for this teacher, before it is sharded; `own`: a second model, with what adapts it.
 
     Raises:
-        ValueError: the directory holds another teacher's cache.
+        ValueError: the directory holds another teacher's cache, or one that does not serve these (resolved) terms.
     """
     dtype = str(teacher.dtype).removeprefix("torch.")
     weight = read_head(teacher).weight
+    vocabulary, hidden_size = map(int, getattr(weight, "ds_shape", weight.shape))
     return TeacherCache(
         directory,
+        RowChoice(
+            hidden_size,
+            vocabulary,
+            top_k=config.teacher_cache_top_k,
+            temperature=config.temperature or 1.0,
+            form=config.consistency or "kl",
+        ),
         base=model_fingerprint(teacher, with_adapters=own),
         tokenizer=tokenizer_fingerprint(tokenizer),
-        hidden_size=int(getattr(weight, "ds_shape", weight.shape)[1]),
         precision=dtype if mixed_precision == "no" else f"{dtype}, {mixed_precision} autocast",
         attention=str(getattr(teacher.config, "_attn_implementation", "") or ""),
         rope_limit=_rope_limit(teacher.config.get_text_config()),
@@ -99,6 +114,7 @@ def prefill(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
             "teacher_cache in full fine-tuning without teacher_model needs a training set with a length, which it can "
             "pass over before the weights move: use a map-style dataset, or pass teacher_model=..."
         )
+    cache.settle(trainer.args.device)
     before = cache.runs
     cache.on_miss = None
     trainer.model_wrapped.train()  # as for a step; the teacher's switch sets what has to be in eval mode
@@ -117,11 +133,42 @@ def prefill(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
     cache.flush()
     trainer.accelerator.wait_for_everyone()
     cache.refresh()  # what the other processes computed
+    if isinstance(cache.rows, TopRows) and cache.choice.top_k is None:
+        trainer._ba_lora_warn(
+            "cache_top_k",
+            f"teacher_cache={cache.directory} holds {cache.rows} ({cache.why}): the consistency term is taken over "
+            f"{cache.rows.top_k + 1} buckets, a lower bound of the whole one. For hidden states, which are exact: "
+            "teacher_cache_top_k=0 and an empty directory.",
+        )
+    logger.info(
+        f"teacher_cache={cache.directory}: {cache.rows} ({cache.why}), {len(cache)} documents, "
+        f"{cache.size() / 1e9:.3g} GB on disk, {cache.runs - before} teacher passes."
+    )
     if whole:
-        logger.info(f"teacher_cache={cache.directory}: {len(cache)} documents, {cache.runs - before} teacher passes.")
         cache.on_miss = lambda: _say_late(trainer, cache)
     if trainer._ba_lora_initial_head is not None:
         cache.frozen = "in full fine-tuning the weights are no longer the teacher's"
+
+
+def choose_rows(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> tuple[Rows, str]:
+    """What to keep of a token, and why: all processes count the training data's tokens, until they are too many.
+
+    Data without a length (iterable, streaming) is not counted.
+    """
+    choice, dataset = cache.choice, trainer.train_dataset
+    if dataset is None or not has_length(dataset):
+        return choice.by_size(None)
+    tokens = 0
+    with _random_states_kept():
+        loader = trainer.get_train_dataloader()
+        each_once = loader if _covers_all(loader) else _in_order(trainer, loader)
+        for batch in _batches(trainer, each_once, "Teacher cache, its size"):
+            found = _counted(trainer, batch)
+            tokens += everywhere(0 if found is None else cache.tokens(*found), trainer.args.device)
+            if tokens > choice.hidden_tokens:
+                break
+        _release(trainer, loader)
+    return choice.by_size(tokens)
 
 
 def _say_late(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
@@ -135,30 +182,40 @@ def _say_late(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
 
 
 def _fill_from(trainer: BaLoraTrainerMixin, cache: TeacherCache, loader: Iterable[Any], title: str) -> None:
-    device = trainer.args.device
     request = trainer._ba_lora_fill_request()
+    for batch in _batches(trainer, loader, title):
+        _fill_batch(trainer, cache, request, batch)
+
+
+def _batches(trainer: BaLoraTrainerMixin, loader: Iterable[Any], title: str) -> Iterator[Any]:
+    """The loader's batches under a progress bar, as many on every process."""
     hidden_bar = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
     batches: Iterator[Any] = iter(loader)
     with tqdm(total=len(loader), desc=title, disable=hidden_bar, dynamic_ncols=True) as bar:  # type: ignore[arg-type]
         while True:
             batch = next(batches, None)
-            if anywhere(batch is None, device):  # sharded loaders may differ by one
+            if anywhere(batch is None, trainer.args.device):  # sharded loaders may differ by one
                 break
-            _fill_batch(trainer, cache, request, batch)
+            yield batch
             bar.update()
 
 
-def _fill_batch(trainer: BaLoraTrainerMixin, cache: TeacherCache, request: StepRequest, batch: Any) -> None:
+def _counted(trainer: BaLoraTrainerMixin, batch: Any) -> tuple[dict[str, Any], Tensor] | None:
+    """The backbone's inputs and the counted positions; None without labels, which training will say."""
     inputs = trainer._ba_lora_inputs(batch)
     if inputs.get("labels") is None and inputs.get("shift_labels") is None:
-        return  # training will say it
-    counted = counted_positions(inputs)
+        return None
     plain = {key: value for key, value in inputs.items() if key != "output_router_logits"}
-    if not anywhere(cache.missing(backbone_inputs(plain), counted), trainer.args.device):
+    return backbone_inputs(plain), counted_positions(inputs)
+
+
+def _fill_batch(trainer: BaLoraTrainerMixin, cache: TeacherCache, request: StepRequest, batch: Any) -> None:
+    found = _counted(trainer, batch)
+    if found is None or not anywhere(cache.missing(*found), trainer.args.device):
         return
     model: nn.Module = trainer.model_wrapped
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        model(**trainer._prepare_inputs(inputs), ba_lora=request)
+        model(**trainer._prepare_inputs(trainer._ba_lora_inputs(batch)), ba_lora=request)
 
 
 def _covers_all(loader: Any) -> bool:

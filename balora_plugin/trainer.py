@@ -22,7 +22,7 @@ from .guard import FiniteGuard
 from .head import FactorCache, Head, check_head, read_head
 from .metrics import TERMS, TermMetrics
 from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
-from .prefill import TeacherCacheCallback, open_cache
+from .prefill import TeacherCacheCallback, choose_rows, open_cache
 from .quantised import protect_weights, quantised_layers_stay_in_training_mode
 from .schedules import Lambdas, lambdas_at
 from .teacher import TeacherSwitch
@@ -144,11 +144,14 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_cache = open_cache(
             str(config.teacher_cache),
             causal_lm if teacher is None else teacher,
+            config,
             own=teacher is not None,
             tokenizer=getattr(self, "processing_class", None),
             mixed_precision=str(self.accelerator.mixed_precision),
         )
-        self.add_callback(TeacherCacheCallback(self, self._ba_lora_cache))
+        cache = self._ba_lora_cache
+        cache.choose = lambda: choose_rows(self, cache)
+        self.add_callback(TeacherCacheCallback(self, cache))
 
     def _ba_lora_warn(self, key: str, message: str) -> None:
         if key not in self._ba_lora_warned:

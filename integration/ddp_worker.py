@@ -48,7 +48,10 @@ def arguments(batch: int, accumulation: int, directory: str) -> dict[str, Any]:
 
 
 def peft_config(cache: str | None) -> BaLoraConfig:
-    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0, teacher_cache=cache)
+    """`cache`: a directory, perhaps with :K for `teacher_cache_top_k`."""
+    cache, _, top_k = (cache or "").partition(":")
+    kept = {"teacher_cache": cache or None, "teacher_cache_top_k": int(top_k) if top_k else None}
+    terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0, **kept)
     return BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=terms)
 
 

@@ -377,6 +377,10 @@ WRONG = {
     "svd_top_k": ({"ba_lora": {"svd_top_k": 0}}, "svd_top_k"),
     "interval": ({"ba_lora": {"teacher_interval": 0}}, "teacher_interval"),
     "cache": ({"ba_lora": {"teacher_cache": ""}}, "teacher_cache"),
+    "cache_top_k": ({"ba_lora": {"teacher_cache": "here", "teacher_cache_top_k": -1}}, "teacher_cache_top_k"),
+    "cache_top_k_bool": ({"ba_lora": {"teacher_cache_top_k": True}}, "ba_lora.teacher_cache_top_k: true"),
+    "cache_top_k_alone": ({"ba_lora": {"teacher_cache_top_k": 8}}, "teacher_cache_top_k=8 without teacher_cache"),
+    "cache_top_k_top": ({"teacher_cache_top_k": 8}, "ba_lora.teacher_cache_top_k"),
     "compile": (
         {"adapter": "lora", "ba_lora": {"compile": True, "apply_to": "lora"}},
         "ba_lora.compile: true does not work with apply_to: lora",
@@ -731,15 +735,17 @@ def test_a_failing_quickstart_run_shows_its_last_lines(tmp_path):
         with_axolotl.watch(tmp_path / "bad.yaml", tmp_path / "log", 3, 1, "bad", progress=False)
 
 
-def test_packed_epochs_are_served_from_the_teacher_cache(written, tmp_path):
-    """Multipack composes its rows anew each epoch and leaves some documents out of the first."""
+@pytest.mark.parametrize("top_k", [None, pytest.param(96, marks=pytest.mark.slow)])
+def test_packed_epochs_are_served_from_the_teacher_cache(top_k, written, tmp_path):
+    """Multipack composes its rows anew each epoch and leaves some documents out of the first. (96: all tokens.)"""
     settings = {**WORKS["packing"], "max_steps": None, "num_epochs": 3, "micro_batch_size": 1, "lora_dropout": 0.1}
-    cached = {**TERMS, "teacher_cache": str(tmp_path / "cache")}
+    cached = {**TERMS, "teacher_cache": str(tmp_path / "cache"), "teacher_cache_top_k": top_k}
     live = run(written(**settings))
     cold = run(written(**settings, ba_lora=cached))
     warm = run(written(**settings, ba_lora=cached))
     assert len(warm._ba_lora_cache) == len(tokenised(written)) == 12
     assert warm._ba_lora_cache.runs == 0 < cold._ba_lora_cache.runs
+    assert warm._ba_lora_cache.rows.kind == ("top_k" if top_k else "hidden")
     assert len(history(live, "loss")) > 3
     for key in ("loss", "grad_norm", "balora/consistency", "balora/loss"):
         assert history(warm, key) == history(cold, key), key

@@ -15,18 +15,31 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import fresh, logits
-from models import character_tokenizer, tiny_llama, tiny_mixtral
+from models import VOCABULARY, character_tokenizer, tiny_llama, tiny_mixtral
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
-from balora_plugin import BaLoraTrainer, RegularizerConfig, objective
+from balora_plugin import BaLoraTrainer, RegularizerConfig, objective, teacher_rows
+from balora_plugin.fused import TopLogProbs, top_log_probs
+from balora_plugin.prefill import logger as prefill_logger
 from integration.test_distributed import free_port
-from integration.test_trl import PROMPT_COMPLETION, TEXT, adapter, build, history, warned  # noqa: F401
+from integration.test_trl import (  # noqa: F401
+    PROMPT_COMPLETION,
+    TEXT,
+    adapter,
+    build,
+    history,
+    warned,
+    without_inductor,
+)
 
 ROOT = Path(__file__).parent.parent
 KEYS = ("balora/task", "balora/consistency", "balora/diversity", "balora/svd", "balora/loss", "loss", "grad_norm")
 ROWS = PROMPT_COMPLETION[:8]
 EPOCHS = {"rows": ROWS, "max_steps": -1, "num_train_epochs": 2}
+ALL = VOCABULARY  # as many log-probabilities: nothing is lost but their rounding
+TOP = {"teacher_cache_top_k": 8, "temperature": 2.0}
+forms = pytest.mark.parametrize("kept", [{}, {"teacher_cache_top_k": ALL}], ids=["hidden", "top_k"])
 
 
 def terms(cache=None, **changes):
@@ -47,14 +60,19 @@ def same(a, b, keys=KEYS):
 
 
 class Rounded:
-    """A live teacher whose states are rounded as the cache's are."""
+    """A live teacher whose states are rounded as the cache's are; or kept as `top_k` log-probabilities."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, top_k=0, temperature=1.0):
         original = objective._teacher_pass
 
-        def rounded(*args):
-            hidden, head = original(*args)
-            return hidden.to(torch.bfloat16).to(hidden.dtype), head
+        def rounded(model, request, *args):
+            hidden, head = original(model, request, *args)
+            if not top_k:
+                return hidden.to(torch.bfloat16).to(hidden.dtype), head
+            rows = hidden.flatten(0, 1)
+            top = top_log_probs(rows, head.weight, k=top_k, temperature=temperature, bias=head.bias)
+            top = top._replace(log_probs=top.log_probs.half(), log_tail=top.log_tail.float())
+            return TopLogProbs(*(x.unflatten(0, hidden.shape[:2]) for x in top)), None
 
         monkeypatch.setattr(objective, "_teacher_pass", rounded)
 
@@ -87,6 +105,63 @@ DATA = {
 }
 
 
+@pytest.mark.parametrize("case", ["padded", "packing", pytest.param("bf16_autocast", marks=pytest.mark.slow)])
+def test_log_probabilities_give_the_run_of_a_live_teacher_reduced_to_them(case, tmp_path, tokenizer, monkeypatch):
+    cold = trainer(tmp_path, tokenizer, tmp_path / "cache", values=TOP, **DATA[case])
+    passes = Passes().watch(cold, cold.model)
+    cold.train()
+    assert passes.counts.keys() == {-1}
+    warm = trainer(tmp_path, tokenizer, tmp_path / "cache", values=TOP, **DATA[case])
+    passes = Passes().watch(warm, warm.model)
+    warm.train()
+    assert passes.counts == {}
+    same(cold, warm)
+    assert 0 <= history(cold, "balora/consistency")[0] < 1e-5  # the student is the teacher: what rounding leaves
+    assert history(cold, "balora/consistency")[-1] > 1e-2
+    full = trainer(tmp_path, tokenizer, values={"temperature": 2.0}, **DATA[case])
+    full.train()
+    assert history(cold, "balora/consistency")[-1] < 0.98 * history(full, "balora/consistency")[-1]
+    Rounded(monkeypatch, top_k=8, temperature=2.0)
+    exact = trainer(tmp_path, tokenizer, values={"temperature": 2.0}, **DATA[case])
+    exact.train()
+    for key in KEYS:
+        tolerance = 2e-2 if case == "bf16_autocast" else 1e-3
+        torch.testing.assert_close(history(exact, key), history(cold, key), rtol=tolerance, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("form", ["kl", "reverse_kl", "jsd"])
+def test_the_term_is_that_of_the_buckets_on_the_models_own_logits(form, tmp_path, tokenizer):
+    """The definition in docs/method.md, from dense logits with a mask."""
+    values = {**TOP, "consistency": form}
+    trained = trainer(tmp_path, tokenizer, tmp_path / "cache", values)
+    trained.train()
+    batch = next(iter(trained.get_train_dataloader()))
+    trained.model.eval()
+    request = trained._ba_lora_request(training=False)
+    with torch.no_grad():
+        found = trained.model(**trained._ba_lora_inputs(dict(batch)), ba_lora=request)
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        student = trained.model(**inputs).logits
+        with trained.model.disable_adapter():
+            teacher = trained.model(**inputs).logits
+    rows = batch["labels"][:, 1:] != -100
+    z, z_t = (x[:, :-1][rows].double() / 2.0 for x in (student, teacher))
+    ids = z_t.topk(8).indices
+    taken = torch.zeros_like(z, dtype=torch.bool).scatter_(1, ids, True)
+    p, q = (
+        torch.cat([x.softmax(-1).gather(1, ids), x.softmax(-1).masked_fill(taken, 0).sum(-1, keepdim=True)], 1)
+        for x in (z_t, z)
+    )
+    m = (p + q) / 2
+    divergence = {
+        "kl": p * (p / q).log(),
+        "reverse_kl": q * (q / p).log(),
+        "jsd": 0.5 * (p * (p / m).log() + q * (q / m).log()),
+    }[form]
+    assert found.consistency.item() > 1e-2
+    assert found.consistency.item() == pytest.approx(4.0 * divergence.sum().item(), rel=5e-3)
+
+
 @pytest.mark.parametrize("case", DATA)
 def test_cold_warm_and_live_give_the_same_run(case, tmp_path, tokenizer, monkeypatch):
     cold = trainer(tmp_path, tokenizer, tmp_path / "cache", **DATA[case])
@@ -112,9 +187,10 @@ def test_cold_warm_and_live_give_the_same_run(case, tmp_path, tokenizer, monkeyp
         torch.testing.assert_close(history(exact, key), history(cold, key), rtol=tolerance, atol=1e-4, msg=key)
 
 
-def test_shuffling_packing_batch_sizes_and_workers_all_hit(tmp_path, tokenizer):
+@pytest.mark.parametrize("kept", [{}, pytest.param({"teacher_cache_top_k": ALL}, marks=pytest.mark.slow)])
+def test_shuffling_packing_batch_sizes_and_workers_all_hit(kept, tmp_path, tokenizer):
     """Keyed by place in the data set, they would miss or, worse, get another document's states."""
-    trainer(tmp_path, tokenizer, tmp_path / "cache", max_length=256).train()
+    trainer(tmp_path, tokenizer, tmp_path / "cache", kept, max_length=256).train()
     for changes in (
         {"seed": 7},
         {"per_device_train_batch_size": 3, "dataloader_drop_last": True},
@@ -124,10 +200,11 @@ def test_shuffling_packing_batch_sizes_and_workers_all_hit(tmp_path, tokenizer):
         {"rows": ROWS[::-1][:5]},
     ):
         values = {"max_length": 256, **changes}
-        cached = trainer(tmp_path, tokenizer, tmp_path / "cache", **values)
+        cached = trainer(tmp_path, tokenizer, tmp_path / "cache", kept, **values)
         passes = Passes().watch(cached, cached.model)
         cached.train()
         assert passes.counts == {}, changes
+        assert cached._ba_lora_cache.rows.kind == ("top_k" if kept else "hidden")
         live = trainer(tmp_path, tokenizer, **values)
         live.train()
         torch.testing.assert_close(
@@ -165,9 +242,11 @@ def test_the_pass_before_training_leaves_training_alone(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("broken", ["shard_cut", "index_gone", "header_only"])
-def test_a_half_written_cache_is_completed_to_the_same_run(broken, tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize("kept", [{}, TOP], ids=["hidden", "top_k"])
+def test_a_half_written_cache_is_completed_to_the_same_run(kept, broken, tmp_path, tokenizer, monkeypatch):
+    """In its own form, also by a run that leaves the choice to it."""
     monkeypatch.setattr("balora_plugin.teacher_cache.FLUSH_BYTES", 2000)
-    whole = trainer(tmp_path, tokenizer, tmp_path / "cache")
+    whole = trainer(tmp_path, tokenizer, tmp_path / "cache", kept)
     whole.train()
     indices = sorted((tmp_path / "cache").glob("*.index.npy"))
     assert len(indices) > 1
@@ -176,14 +255,17 @@ def test_a_half_written_cache_is_completed_to_the_same_run(broken, tmp_path, tok
         payload.write_bytes(payload.read_bytes()[:-100])
     for path in {"index_gone": indices[:1], "header_only": [*(tmp_path / "cache").glob("*.npy")]}.get(broken, []):
         path.unlink()
-    again = trainer(tmp_path, tokenizer, tmp_path / "cache")
+    left = {key: value for key, value in kept.items() if key != "teacher_cache_top_k"}
+    again = trainer(tmp_path, tokenizer, tmp_path / "cache", left)
     again.train()
     assert again._ba_lora_cache.runs > 0
+    assert again._ba_lora_cache.rows == whole._ba_lora_cache.rows
     same(whole, again)
 
 
-def test_resuming_is_exact_and_may_name_another_directory(tmp_path, tokenizer, ids):
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+@pytest.mark.parametrize("kept", [{}, TOP], ids=["hidden", "top_k"])
+def test_resuming_is_exact_and_may_name_another_directory(kept, tmp_path, tokenizer, ids):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "values": kept}
     whole = trainer(tmp_path, tokenizer, tmp_path / "cache", **settings)
     whole.train()
     expected = logits(whole.model.eval(), ids)
@@ -239,10 +321,14 @@ def test_evaluation_data_joins_the_cache(tmp_path, tokenizer):
         assert results[0][key] == pytest.approx(results[1][key], rel=2e-2, abs=1e-3)
 
 
-def test_a_trained_head_and_a_plain_lora(tmp_path, tokenizer):
+@forms
+def test_a_trained_head_and_a_plain_lora(kept, tmp_path, tokenizer):
+    def chosen(cache):
+        return terms(cache, **(kept if cache else {}))
+
     for config in (
-        {"peft_config": lambda cache: adapter(modules_to_save=["lm_head"], regularizers=terms(cache))},
-        {"peft_config": lambda cache: LoraConfig(r=4, target_modules=["q_proj"]), "regularizers": terms},
+        {"peft_config": lambda cache: adapter(modules_to_save=["lm_head"], regularizers=chosen(cache))},
+        {"peft_config": lambda cache: LoraConfig(r=4, target_modules=["q_proj"]), "regularizers": chosen},
     ):
         found = []
         for cache in (None, tmp_path / "cache"):
@@ -302,6 +388,123 @@ def test_data_that_changes_is_said_once(tmp_path, tokenizer, warned):  # noqa: F
     assert len([message for message in warned if "lacked a document at step" in message]) == 1
 
 
+# --- hidden states or log-probabilities
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What is logged when the cache is filled."""
+    lines = []
+    monkeypatch.setattr(prefill_logger, "info", lines.append)
+    return lines
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    """17 tokens' hidden states are already too many; the data has more than a hundred."""
+    monkeypatch.setattr(teacher_rows, "HIDDEN_LIMIT", 17 * 64.0)
+    monkeypatch.setattr(teacher_rows, "AUTOMATIC_TOP_K", 8)
+
+
+def kind(directory):
+    return json.loads((directory / "cache.json").read_text())["kind"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True, "rows": TEXT[:12]}, {"dataloader_drop_last": True}])
+def test_the_size_decides(changes, tmp_path, tokenizer, small_limit, said, warned):  # noqa: F811
+    big = trainer(tmp_path, tokenizer, tmp_path / "cache", **changes)
+    assert big._ba_lora_cache.rows is None
+    assert list((tmp_path / "cache").iterdir()) == []
+    big.train()
+    assert kind(tmp_path / "cache") == "top_k"
+    (line,) = said
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.npy"))
+    for words in ("the 8 largest log-probabilities", "more than", f"{size / 1e9:.3g} GB on disk"):
+        assert words in line
+    assert len([message for message in warned if "9 buckets" in message]) == 1
+    assert history(big, "balora/consistency")[-1] > 1e-3
+
+
+def test_a_small_cache_keeps_hidden_states(tmp_path, tokenizer, said, warned):  # noqa: F811
+    small = trainer(tmp_path, tokenizer, tmp_path / "cache")
+    small.train()
+    assert kind(tmp_path / "cache") == "hidden"
+    tokens = sum(len(np.load(p)) for p in (tmp_path / "cache").glob("*.npy") if ".index" not in p.name)
+    assert f"({tokens} tokens take" in said[0]
+    assert not [message for message in warned if "buckets" in message]
+
+
+def test_a_cache_keeps_its_form_when_the_data_grows(tmp_path, tokenizer, monkeypatch, said):
+    trainer(tmp_path, tokenizer, tmp_path / "cache", rows=ROWS[:2]).train()
+    monkeypatch.setattr(teacher_rows, "HIDDEN_LIMIT", 1.0)
+    trainer(tmp_path, tokenizer, tmp_path / "cache").train()
+    assert kind(tmp_path / "cache") == "hidden"
+    assert "as the directory began" in said[1]
+
+
+def test_counting_leaves_training_alone(tmp_path, tokenizer):
+    """One more pass over the data than with the choice made: the same run."""
+    runs = []
+    for values in ({"teacher_cache_top_k": 0}, {}):
+        runs.append(trainer(tmp_path, tokenizer, tmp_path / f"cache{len(runs)}", values=values))
+        consume(runs[-1])
+        runs[-1].train()
+    same(*runs)
+
+
+def test_an_evaluation_before_training_decides_by_the_training_data(tmp_path, tokenizer, small_limit):
+    early = trainer(tmp_path, tokenizer, tmp_path / "cache", evaluate=True)
+    early.evaluate()
+    assert kind(tmp_path / "cache") == "top_k"
+    assert len(early._ba_lora_cache) == len(early.eval_dataset)
+    early.train()
+    asked = trainer(tmp_path, tokenizer, tmp_path / "other", {"teacher_cache_top_k": 8}, evaluate=True)
+    asked.evaluate()
+    asked.train()
+    same(early, asked)
+
+
+def test_streamed_data_keeps_hidden_states_unasked(tmp_path, tokenizer, small_limit):
+    rows = [{"input_ids": [5 + i, 6, 7 + i, 8], "labels": [-100, 6, 7 + i, 8]} for i in range(8)]
+    for top_k, expected in ((None, "hidden"), (4, "top_k")):
+        trained = BaLoraTrainer(
+            model=tiny_llama(),
+            args=TrainingArguments(str(tmp_path / "out"), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True),
+            train_dataset=Dataset.from_list(rows).to_iterable_dataset(),
+            data_collator=DataCollatorForSeq2Seq(character_tokenizer()),
+            peft_config=adapter(regularizers=terms(tmp_path / expected, teacher_cache_top_k=top_k)),
+        )
+        trained.train()
+        assert kind(tmp_path / expected) == expected
+
+
+def test_another_temperature_or_form_is_refused_before_training(tmp_path, tokenizer):
+    trainer(tmp_path, tokenizer, tmp_path / "cache", values=TOP).train()
+    for values, words in (
+        ({}, "temperature=1 contradicts"),
+        ({"preset": "iclr2026", "teacher_cache_top_k": 4}, "teacher_cache_top_k=4 contradicts"),
+        ({"consistency": "mse"}, "consistency='mse' needs all logits"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer(tmp_path, tokenizer, tmp_path / "cache", values=values)
+    trainer(tmp_path, tokenizer, tmp_path / "cache", values={"preset": "iclr2026"})  # at temperature 2 too
+
+
+def test_compiled_steps_with_log_probabilities(tmp_path, tokenizer, without_inductor):  # noqa: F811
+    settings = {"max_steps": 3, "learning_rate": 1e-2}
+    runs = []
+    for compile in (False, True):
+        config = adapter(regularizers=terms(tmp_path / "cache", **TOP, share_interval=0), compile=compile)
+        torch._dynamo.utils.counters.clear()
+        runs.append(trainer(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=config, **settings))
+        runs[-1].train()
+    assert "compile" not in runs[1]._ba_lora_warned
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert without_inductor
+    for key in KEYS:
+        torch.testing.assert_close(history(runs[1], key), history(runs[0], key), rtol=1e-5, atol=1e-5, msg=key)
+
+
 # --- full fine-tuning
 
 
@@ -310,11 +513,12 @@ def full(tmp_path, tokenizer, cache=None, **changes):
     return trainer(tmp_path, tokenizer, **settings)
 
 
-def test_full_fine_tuning_needs_no_second_model(tmp_path, tokenizer):
-    settings = {"evaluate": True, "eval_strategy": "epoch"}
-    cached = full(tmp_path, tokenizer, tmp_path / "cache", **settings)
+@forms
+def test_full_fine_tuning_needs_no_second_model(kept, tmp_path, tokenizer):
+    settings = {"evaluate": True, "eval_strategy": "epoch", "regularizers": terms(tmp_path / "cache", **kept)}
+    cached = full(tmp_path, tokenizer, **settings)
     cached.train()
-    two = full(tmp_path, tokenizer, teacher_model=tiny_llama(), **settings)
+    two = full(tmp_path, tokenizer, teacher_model=tiny_llama(), **{**settings, "regularizers": terms()})
     two.train()
     for key in (*KEYS, "eval_balora/consistency", "eval_balora/loss"):
         torch.testing.assert_close(history(cached, key), history(two, key), rtol=2e-2, atol=1e-3, msg=key)
@@ -322,7 +526,7 @@ def test_full_fine_tuning_needs_no_second_model(tmp_path, tokenizer):
     own = full(tmp_path, tokenizer, tmp_path / "cache", teacher_model=tiny_llama())  # one teacher, one cache
     own.train()
     assert own._ba_lora_cache.runs == 0
-    again = full(tmp_path, tokenizer, tmp_path / "cache", **settings)
+    again = full(tmp_path, tokenizer, **settings)
     again.train()
     same(again, cached)
 
@@ -360,7 +564,8 @@ def test_full_fine_tuning_names_what_it_cannot_have(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_two_processes_fill_one_cache(tmp_path):
+@pytest.mark.parametrize("kept", ["", f":{ALL}"], ids=["by_size", "top_k"])
+def test_two_processes_fill_one_cache(kept, tmp_path):
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
     worker = ["integration/ddp_worker.py"]
     logs = {}
@@ -371,7 +576,7 @@ def test_two_processes_fill_one_cache(tmp_path):
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
         arguments = [str(directory / "result.pt"), str(8 // ranks), "1", str(directory), "trl"]
-        arguments += [str(tmp_path / cache)] if cache else []
+        arguments += [f"{tmp_path / cache}{kept}"] if cache else []
         done = subprocess.run(
             [*launcher, *worker, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
         )
@@ -383,7 +588,7 @@ def test_two_processes_fill_one_cache(tmp_path):
     for ours, theirs in zip(logs["cold"][0], logs["live"][0], strict=True):
         for key in theirs:
             assert ours[key] == pytest.approx(theirs[key], rel=2e-2, abs=2e-3), key
-    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["kind"] == "hidden"
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["kind"] == ("top_k" if kept else "hidden")
 
 
 def test_the_checkpoint_says_which_directory(tmp_path, tokenizer):

@@ -109,12 +109,28 @@ def test_resolved_returns_a_copy_and_is_idempotent():
         ("teacher_cache", " ", ValueError),
         ("teacher_cache", 3, TypeError),
         ("teacher_cache", b"cache", TypeError),
+        ("teacher_cache_top_k", -1, ValueError),
+        ("teacher_cache_top_k", True, TypeError),
+        ("teacher_cache_top_k", 64.0, TypeError),
     ],
 )
 def test_bad_values_are_named(key, value, error):
     with pytest.raises(error) as caught:
         RegularizerConfig(**{key: value})
     assert f"{key}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"teacher_cache_top_k": 64}, "without teacher_cache"),
+        ({"teacher_cache_top_k": 64, "teacher_cache": "here", "consistency": "mse"}, "consistency='mse'"),
+    ],
+)
+def test_log_probabilities_that_cannot_serve_are_refused(values, words):
+    with pytest.raises(ValueError, match=f"teacher_cache_top_k=64.*{words}"):
+        RegularizerConfig(**values)
+    assert RegularizerConfig(**{**values, "teacher_cache_top_k": 0}).teacher_cache_top_k == 0
 
 
 def test_boundary_values_are_accepted():

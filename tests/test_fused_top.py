@@ -189,6 +189,21 @@ def test_a_student_equal_to_the_teacher_has_neither_loss_nor_gradient(form):
     assert 0 <= terms.consistency.item() / terms.count.item() < 2e-6  # what float16 takes away
 
 
+def test_rounding_to_float16_leaves_less_than_rounding_hidden_states():
+    """Of the term and of its gradient, where both should be 0."""
+    example = Case(m=100, vocabulary=2000, d=64, k=64, lambda_consistency=1.0, lambda_task=0.0, ignored=0.0)
+    example.to(torch.float32)
+    example.teacher = example.hidden.detach().clone()
+    exact, rounded = example.top, example.teacher.bfloat16().float()
+    tops = [exact._replace(log_probs=exact.log_probs.to(kind)) for kind in (torch.float16, torch.bfloat16)]
+    found = [example.fused(teacher_top=top) for top in tops]
+    found.append(token_terms(example.hidden, rounded, example.weight, example.labels, **example.options))
+    values = [terms.consistency.item() for terms in found]
+    norms = [torch.autograd.grad(terms.loss, example.hidden)[0].norm().item() for terms in found]
+    assert values[0] < 0.1 * min(values[1:])
+    assert norms[0] < 0.25 * min(norms[1:])
+
+
 def test_the_stored_numbers_are_taken_as_masses():
     """A common factor of a row's masses, as their rounding leaves, changes nothing; else a KL might be negative."""
     example = Case(**BOTH)

@@ -17,17 +17,71 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import VOCABULARY, tiny_gpt2, tiny_llama
 
-from balora_plugin import teacher_cache
+from balora_plugin import cache_files, teacher_cache
+from balora_plugin.cache_files import HEADER
 from balora_plugin.documents import counted_positions
 from balora_plugin.fingerprint import model_fingerprint, tokenizer_fingerprint
-from balora_plugin.teacher_cache import HEADER, TeacherCache
+from balora_plugin.fused import TopLogProbs, top_log_probs
+from balora_plugin.head import Head
+from balora_plugin.teacher_cache import TeacherCache
+from balora_plugin.teacher_rows import RowChoice, placed
 
-D = 5
+D, V = 5, 11
 ROOT = Path(__file__).parent.parent
+HEAD = Head(torch.sin(torch.arange(V * D).float()).reshape(V, D), torch.cos(torch.arange(V).float()), scale=2.0)
+TOP_K = 0  # of the caches that `opened` opens
 
 
-def opened(path, **changes):
-    return TeacherCache(path, **{"base": "a" * 64, "tokenizer": "b" * 64, "hidden_size": D, **changes})
+@pytest.fixture(params=[0, 3], ids=["hidden", "top_k"])
+def kept(request, monkeypatch):
+    """Both forms of a row."""
+    monkeypatch.setattr(sys.modules[__name__], "TOP_K", request.param)
+    return request.param
+
+
+both = pytest.mark.usefixtures("kept")
+
+
+class Cache(TeacherCache):
+    def states(self, inputs, counted, run):
+        return super().states(inputs, counted, run, lambda: HEAD)
+
+    def add(self, inputs, counted, hidden):
+        super().add(inputs, counted, hidden, HEAD)
+
+
+def opened(path, choice=None, **changes):
+    names = ("hidden_size", "vocabulary", "top_k", "temperature", "form")
+    values = {"hidden_size": D, "vocabulary": V, "top_k": TOP_K}
+    values |= {key: changes.pop(key) for key in names if key in changes}
+    return Cache(path, RowChoice(**values), **{"base": "a" * 64, "tokenizer": "b" * 64, **changes})
+
+
+def as_kept(hidden, counted):
+    """What a cache gives of these states: rounded, zero where not counted."""
+    rows = hidden[counted]
+    if not TOP_K:
+        return placed(rows.bfloat16(), counted, hidden.device)
+    top = top_log_probs(rows, HEAD.weight, k=TOP_K, bias=HEAD.bias, scale=HEAD.scale)
+    return placed(top._replace(log_probs=top.log_probs.half()), counted, hidden.device)
+
+
+def assert_kept(found, wanted):
+    """To the bit for hidden states; a product of other rows may round a log-probability otherwise."""
+    if isinstance(wanted, TopLogProbs):
+        assert torch.equal(found.ids, wanted.ids)
+        assert found.log_probs.dtype == torch.float16
+        torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=2e-3, atol=0)
+        torch.testing.assert_close(found.log_tail, wanted.log_tail, rtol=1e-5, atol=1e-5)
+    else:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def assert_equal(found, wanted):
+    pairs = zip(found, wanted, strict=True) if isinstance(wanted, TopLogProbs) else [(found, wanted)]
+    assert type(found) is type(wanted)
+    for a, b in pairs:
+        assert torch.equal(a, b)
 
 
 class Teacher:
@@ -81,7 +135,7 @@ def packed(documents, padding=0, last=None):
 
 
 def expected(inputs, counted):
-    return torch.where(counted[..., None], Teacher()(inputs).to(torch.bfloat16), 0.0)
+    return as_kept(Teacher()(inputs), counted)
 
 
 TEN = [([i + 1, 7, i, 9, 3 * i + 2], [False, i % 2 == 0, True, True, False]) for i in range(10)]
@@ -93,13 +147,14 @@ document = st.integers(1, 9).flatmap(
 )
 
 
+@both
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.lists(document, min_size=1, max_size=6), data=st.data())
 def test_every_arrangement_of_the_same_documents_is_served(documents, data, tmp_path_factory):
     """Padded, packed, shuffled, cut into other batches: right, and without the teacher once the documents are there."""
     cache, teacher = opened(tmp_path_factory.mktemp("cache")), Teacher()
     inputs, counted = packed(documents, padding=data.draw(st.integers(0, 3)), last=True)
-    torch.testing.assert_close(cache.states(inputs, counted, teacher), expected(inputs, counted), rtol=0, atol=0)
+    assert_kept(cache.states(inputs, counted, teacher), expected(inputs, counted))
     last, flags = documents[-1]
     if not any(flags[:-1]):  # nothing of it counted at the row's end
         cache.states(*packed([(last, flags), ([1], [False])], last=True), teacher)
@@ -111,7 +166,7 @@ def test_every_arrangement_of_the_same_documents_is_served(documents, data, tmp_
         chunk = order[first : first + size]
         for batch in (padded(chunk, 12), padded(chunk), packed(chunk), packed(chunk, padding=2, last=False)):
             assert not cache.missing(*batch)
-            torch.testing.assert_close(cache.states(*batch, teacher), expected(*batch), rtol=0, atol=0)
+            assert_kept(cache.states(*batch, teacher), expected(*batch))
     assert teacher.calls == before
 
 
@@ -130,7 +185,7 @@ def test_another_document_is_missing_never_wrong(other, tmp_path):
     cache.states(*padded([([5, 6, 7, 8], [True, True, True, False])]), teacher)
     batch = padded([other], 6)
     assert cache.lookup(*batch) is None
-    torch.testing.assert_close(cache.states(*batch, teacher), expected(*batch), rtol=0, atol=0)
+    assert_kept(cache.states(*batch, teacher), expected(*batch))
 
 
 def test_other_positions_or_a_hole_in_the_mask_are_another_document(tmp_path):
@@ -147,15 +202,18 @@ def test_other_positions_or_a_hole_in_the_mask_are_another_document(tmp_path):
     assert cache.lookup(explicit, left[1]) is not None
 
 
+@both
 def test_a_batch_half_known_gives_what_the_cache_holds(tmp_path):
     """Also for the known half: the same as a warm run, to the bit."""
     cache = opened(tmp_path)
     inputs, counted = padded(TEN[:1])
     cache.add(inputs, counted, Teacher()(inputs) + 3.0)  # as if another batch had rounded otherwise
-    both = padded(TEN[:2])
-    states = cache.states(*both, Teacher())
-    assert torch.equal(states[0, :4], torch.where(both[1][0, :4, None], (Teacher()(inputs) + 3.0).bfloat16()[0, :4], 0))
-    assert torch.equal(states, opened_after_flush(cache).states(*both, None))
+    two = padded(TEN[:2])
+    states = cache.states(*two, Teacher())
+    other = Teacher()(two[0])
+    other[0] += 3.0
+    assert_kept(states, as_kept(other, two[1]))
+    assert_equal(states, opened_after_flush(cache).states(*two, None))
 
 
 def opened_after_flush(cache):
@@ -163,20 +221,28 @@ def opened_after_flush(cache):
     return opened(cache.directory)
 
 
+@both
 def test_lookup_is_in_the_order_of_the_counted_rows(tmp_path):
     cache = opened(tmp_path)
     inputs, counted = padded(TEN)
     states = cache.states(inputs, counted, Teacher())
     rows = cache.lookup(inputs, counted)
-    assert rows.shape == (int(counted.sum()), D)
-    assert torch.equal(rows, states[counted])
+    if TOP_K:
+        assert [tuple(x.shape) for x in rows] == [(int(counted.sum()), 3)] * 2 + [(int(counted.sum()),)]
+        assert_equal(rows, TopLogProbs(*(x[counted] for x in states)))
+    else:
+        assert rows.shape == (int(counted.sum()), D)
+        assert torch.equal(rows, states[counted])
 
 
+@both
 def test_nothing_counted_runs_no_teacher(tmp_path):
     inputs, counted = padded(TEN)
     states = opened(tmp_path).states(inputs, counted & False, None)
-    assert states.shape == (10, 5, D)
-    assert not states.any()
+    shapes = [(10, 5, 3), (10, 5, 3), (10, 5)] if TOP_K else [(10, 5, D)]
+    for x, shape in zip(states if TOP_K else [states], shapes, strict=True):
+        assert x.shape == shape
+        assert not x.any()
 
 
 def test_labels_to_positions():
@@ -209,7 +275,7 @@ def completed(path):
     cache, teacher = opened(path), Teacher()
     for i in range(3):
         batch = padded(TEN[3 * i : 3 * i + 3])
-        torch.testing.assert_close(cache.states(*batch, teacher), expected(*batch), rtol=0, atol=0)
+        assert_kept(cache.states(*batch, teacher), expected(*batch))
     cache.flush()
     assert not any(opened(path).missing(*padded(TEN[i : i + 3])) for i in range(7))
     return cache.runs
@@ -242,6 +308,7 @@ BROKEN = {
 }
 
 
+@both
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_broken_is_computed_again_and_nothing_else(case, tmp_path):
     filled(tmp_path)
@@ -250,6 +317,7 @@ def test_what_is_broken_is_computed_again_and_nothing_else(case, tmp_path):
     assert completed(tmp_path) == 0
 
 
+@both
 def test_files_of_a_killed_process_are_ignored_and_removed_when_stale(tmp_path):
     filled(tmp_path)
     half, orphan = tmp_path / f"{'0' * 32}.npy.tmp", tmp_path / f"{'1' * 32}.npy"
@@ -258,7 +326,7 @@ def test_files_of_a_killed_process_are_ignored_and_removed_when_stale(tmp_path):
         path.write_bytes(b"half a fi")
     assert completed(tmp_path) == 0
     assert half.exists()  # perhaps another process is at it
-    old = time.time() - 2 * teacher_cache.STALE_SECONDS
+    old = time.time() - 2 * cache_files.STALE_SECONDS
     for path in (half, orphan, foreign, *files(tmp_path, ".npy")):
         if path.exists():
             os.utime(path, (old, old))
@@ -267,12 +335,13 @@ def test_files_of_a_killed_process_are_ignored_and_removed_when_stale(tmp_path):
     assert foreign.exists()
 
 
+@both
 def test_a_file_that_breaks_while_open_is_computed_again(tmp_path):
     cache = opened_after_flush(filled(tmp_path))
     for path in payloads(tmp_path):
         path.write_bytes(b"")
     batch = padded(TEN[:3])
-    torch.testing.assert_close(cache.states(*batch, Teacher()), expected(*batch), rtol=0, atol=0)
+    assert_kept(cache.states(*batch, Teacher()), expected(*batch))
 
 
 KILLED = """
@@ -301,10 +370,11 @@ def test_a_process_killed_while_writing_leaves_a_cache_without_a_wrong_state(tmp
     assert len(cache) > done
     for i in range(done + 3):
         batch = padded([([i, i % 7, 3, i + 5], [True, True, True, False])])
-        torch.testing.assert_close(cache.states(*batch, Teacher()), expected(*batch), rtol=0, atol=0)
+        assert_kept(cache.states(*batch, Teacher()), expected(*batch))
     assert cache.runs <= 2
 
 
+@both
 def test_memory_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache, "FLUSH_BYTES", 100)
     cache = opened(tmp_path)
@@ -314,15 +384,21 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
     assert len(payloads(tmp_path)) >= 3
 
 
+@both
 def test_payloads_are_plain_arrays(tmp_path):
     filled(tmp_path)
     for path in payloads(tmp_path):
-        bits = np.load(path, mmap_mode="r", allow_pickle=False)
-        assert (bits.dtype, bits.shape[1]) == (np.uint16, D)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if TOP_K:
+            assert rows.dtype.names == ("ids", "log_probs", "log_tail")
+            assert (rows.dtype.itemsize, rows.ndim) == (6 * 3 + 4, 1)
+        else:
+            assert (rows.dtype, rows.shape[1]) == (np.uint16, D)
     assert {p.suffix for p in tmp_path.iterdir()} == {".npy", ".json"}
     assert json.loads((tmp_path / HEADER).read_text())["format_version"] == 1
 
 
+@both
 def test_two_processes_share_a_directory(tmp_path):
     one, two = opened(tmp_path), opened(tmp_path)
     one.states(*padded(TEN[:5]), Teacher())
@@ -555,7 +631,7 @@ def test_the_tokenizers_fingerprint_is_its_vocabulary(tokenizer):
 @pytest.mark.parametrize("model", [tiny_llama, tiny_gpt2])
 def test_a_real_models_documents_packed_and_alone(model, tmp_path):
     base = model(attn_implementation="sdpa").eval()
-    cache = TeacherCache(tmp_path, base="a" * 64, hidden_size=32)
+    cache = TeacherCache(tmp_path, RowChoice(32), base="a" * 64)
 
     def run(inputs):
         with torch.no_grad():

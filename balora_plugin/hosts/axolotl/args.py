@@ -64,7 +64,13 @@ class BaLoraBlock(BaseModel):
     )
     teacher_cache: str | None = Field(
         default=None,
-        description="Directory that keeps the teacher's hidden states of each document, for later epochs and runs.",
+        description="Directory that keeps the teacher's outputs for each document, for later epochs and runs.",
+    )
+    teacher_cache_top_k: int | None = Field(
+        default=None,
+        ge=0,
+        description="What it keeps of a token; 0: the hidden state, exact; n: the n largest log-probabilities; absent: "
+        "by size.",
     )
     share_interval: int = Field(
         default=100, ge=0, description="Measure each term's share of the gradient every n steps; 0: never."
