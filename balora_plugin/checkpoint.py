@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import provenance
 from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, split_factors, stack_factors, target_key
 
 if TYPE_CHECKING:
@@ -156,7 +157,9 @@ def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_
             init_state_dict(model, adapter_name, state_dict), os.path.join(directory, INIT_FILE), {"format": "pt"}
         )
         names.append(INIT_FILE)
-    write_settings(directory, config, {name: _sha256(os.path.join(directory, name)) for name in names})
+    origin, files = provenance.write(directory, model, adapter_name)
+    names += files
+    write_settings(directory, config, {name: _sha256(os.path.join(directory, name)) for name in names}, origin)
 
 
 def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> None:
@@ -187,8 +190,13 @@ def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> Non
         )
 
 
-def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] | None = None) -> None:
-    """Writes ba_lora.json; without `hashes` it says that no weights stand beside it yet."""
+def write_settings(
+    directory: str,
+    config: BaLoraConfig,
+    hashes: dict[str, str] | None = None,
+    origin: dict[str, Any] | None = None,
+) -> None:
+    """Writes ba_lora.json; without `hashes` it says that no weights stand beside it yet. `origin`: see provenance."""
     from . import __version__
 
     # only what is set: another PEFT release may not know the rest
@@ -206,6 +214,7 @@ def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] 
         "start": config.init_lora_weights,
         "delta_form": config.delta,
         "base_model": config.base_model_name_or_path,
+        **(origin or {}),
         "regularizers": config.regularizers.to_dict(),
         "regularizers_in_force": config.regularizers.resolved(task).to_dict(),  # for readers: presets may change
         "config": values,
@@ -302,6 +311,18 @@ def check_hashes(settings: dict[str, Any], model_id: str, subfolder: str | None 
                 f"{path} is not the file that {SETTINGS_FILE} beside it was written for: the save was cut short, or "
                 "files of two runs were mixed. Use the last whole checkpoint. (For inference alone: peft.PeftModel.)"
             )
+
+
+def changed_files(settings: dict[str, Any], model_id: str) -> dict[str, str]:
+    """{name: "is missing" or "is not the file that was saved"} of every file that ba_lora.json has a hash of."""
+    found = {}
+    for name, digest in settings["sha256"].items():
+        path = find_file(model_id, name)
+        if path is None:
+            found[name] = "is missing"
+        elif _sha256(path) != digest:
+            found[name] = "is not the file that was saved"
+    return found
 
 
 def read_factors(

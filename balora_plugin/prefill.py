@@ -30,9 +30,17 @@ logger = logging.get_logger(__name__)
 
 
 def open_cache(
-    directory: str, teacher: PreTrainedModel, *, own: bool, tokenizer: Any = None, mixed_precision: str = "no"
+    directory: str,
+    teacher: PreTrainedModel,
+    *,
+    own: bool,
+    tokenizer: Any = None,
+    mixed_precision: str = "no",
+    base: str | None = None,
 ) -> TeacherCache:
     """The cache in `directory` for this teacher, before it is sharded; `own`: a second model, with what adapts it.
+
+    `base`: the teacher's fingerprint, where it is known already.
 
     Raises:
         ValueError: the directory holds another teacher's cache.
@@ -41,7 +49,7 @@ def open_cache(
     weight = read_head(teacher).weight
     return TeacherCache(
         directory,
-        base=model_fingerprint(teacher, with_adapters=own),
+        base=base or model_fingerprint(teacher, with_adapters=own),
         tokenizer=tokenizer_fingerprint(tokenizer),
         hidden_size=int(getattr(weight, "ds_shape", weight.shape)[1]),
         precision=dtype if mixed_precision == "no" else f"{dtype}, {mixed_precision} autocast",
