@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import provenance
 from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, split_factors, stack_factors, target_key
 
 if TYPE_CHECKING:
@@ -163,7 +164,9 @@ def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_
         check_stock_file(directory, model, adapter_name)
         write_init_file(directory, model, adapter_name, state_dict)
         names.append(INIT_FILE)
-    write_settings(directory, config, {name: file_digest(os.path.join(directory, name)) for name in names})
+    origin, files = provenance.write(directory, model, adapter_name)
+    names += files
+    write_settings(directory, config, {name: file_digest(os.path.join(directory, name)) for name in names}, origin)
 
 
 def write_init_file(directory: str, model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
@@ -236,8 +239,13 @@ def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> Non
         )
 
 
-def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] | None = None) -> None:
-    """Writes ba_lora.json; without `hashes` it says that no weights stand beside it yet."""
+def write_settings(
+    directory: str,
+    config: BaLoraConfig,
+    hashes: dict[str, str] | None = None,
+    origin: dict[str, Any] | None = None,
+) -> None:
+    """Writes ba_lora.json; without `hashes` it says that no weights stand beside it yet. `origin`: see provenance."""
     from . import __version__
 
     # only what is set: another PEFT release may not know the rest
@@ -255,6 +263,7 @@ def write_settings(directory: str, config: BaLoraConfig, hashes: dict[str, str] 
         "start": config.init_lora_weights,
         "delta_form": config.delta,
         "base_model": config.base_model_name_or_path,
+        **(origin or {}),
         "regularizers": config.regularizers.to_dict(),
         "regularizers_in_force": config.regularizers.resolved(task).to_dict(),  # for readers: presets may change
         "config": values,
@@ -337,6 +346,18 @@ def check_settings(settings: dict[str, Any], config: BaLoraConfig, model_id: str
             raise ValueError(
                 f"{key}={here!r} here, but the adapter in {model_id!r} has {key}={saved!r}: write {saved!r}."
             )
+
+
+def changed_files(settings: dict[str, Any], model_id: str, subfolder: str | None = None, **hub: Any) -> dict[str, str]:
+    """{name: "is missing" or "is not the file that was saved"} of every file that ba_lora.json has a hash of."""
+    found = {}
+    for name, digest in settings["sha256"].items():
+        path = find_file(model_id, name, subfolder, **hub)
+        if path is None:
+            found[name] = "is missing"
+        elif file_digest(path) != digest:
+            found[name] = "is not the file that was saved"
+    return found
 
 
 def read_factors(

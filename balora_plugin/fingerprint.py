@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 # keys of a model's config that do not change its final hidden states in eval mode
 _NEUTRAL_KEYS = {
@@ -37,6 +38,14 @@ _NEUTRAL_KEYS = {
 }
 
 
+class TensorDigest(NamedTuple):
+    """SHA-256 (hex) over one stored tensor: dtype, shape and bytes."""
+
+    stored: str
+    bfloat16: str  # of the same rounded to bfloat16; `stored` for integers, and where it was not asked for
+    dtype: str
+
+
 def model_fingerprint(model: nn.Module, *, with_adapters: bool = False) -> str:
     """SHA-256 (hex) over a model's stored weights, by name, and the part of its config that shapes hidden states.
 
@@ -51,20 +60,36 @@ def model_fingerprint(model: nn.Module, *, with_adapters: bool = False) -> str:
     Raises:
         ValueError: weights that are not loaded (meta device).
     """
+    digests = weight_digests(model, with_adapters=with_adapters)
+    return combine(getattr(model, "config", None), {name: digest.stored for name, digest in digests.items()})
+
+
+def weight_digests(model: nn.Module, *, with_adapters: bool = False, bfloat16: bool = False) -> dict[str, TensorDigest]:
+    """Digest of every stored tensor by its name in the unwrapped model; see [`model_fingerprint`].
+
+    `bfloat16`: also what a copy of the model in bfloat16 has, which tells the same weights in another dtype.
+    """
     special = {
         name: "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
         for name, module in model.named_modules()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     }
-    seen: dict[tuple[Any, ...], str] = {}
-    digest = hashlib.sha256(json.dumps(_relevant(model), sort_keys=True, default=str).encode())
-    entries = {}
-    for key, value in model.state_dict(keep_vars=True).items():
+    seen: dict[tuple[Any, ...], TensorDigest] = {}
+    digests = {}
+    entries = model.state_dict(keep_vars=True).items()
+    for key, value in tqdm(entries, desc="Hashing the weights", disable=None, delay=5, leave=False):
         name = key if with_adapters else _name_in_base(key, special)
         if name is not None:
-            entries[name] = _digest(name, value, seen)
-    for name in sorted(entries):
-        digest.update(f"{name}\0{entries[name]}\n".encode())
+            digests[name] = _digest(name, value, seen, bfloat16)
+    return digests
+
+
+def combine(config: Any, digests: Mapping[str, str]) -> str:
+    """SHA-256 (hex) over a model's config (None: left out) and the digests of its tensors by name."""
+    relevant = None if config is None else _without_neutral(config.to_dict())
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode())
+    for name in sorted(digests):
+        digest.update(f"{name}\0{digests[name]}\n".encode())
     return digest.hexdigest()
 
 
@@ -89,9 +114,9 @@ def _name_in_base(key: str, special: dict[str, str]) -> str | None:
     return ".".join(kept)
 
 
-def _digest(name: str, value: Any, seen: dict[tuple[Any, ...], str]) -> str:
+def _digest(name: str, value: Any, seen: dict[tuple[Any, ...], TensorDigest], bfloat16: bool) -> TensorDigest:
     if not isinstance(value, Tensor):
-        return repr(value)
+        return TensorDigest(repr(value), repr(value), "none")
     if value.device.type == "meta":
         raise ValueError(
             f"teacher_cache needs the teacher's weights to know them again, but {name} is not loaded on this process "
@@ -103,11 +128,19 @@ def _digest(name: str, value: Any, seen: dict[tuple[Any, ...], str]) -> str:
     if known is not None and value.numel() and known in seen:
         return seen[known]
     with _whole(value) as tensor:
-        stored = tensor.detach().cpu().contiguous().reshape(-1)
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(stored.view(torch.uint8).numpy().data)
+        stored = tensor.detach().cpu().contiguous()
+        exact = rounded = _sha256(stored)
+        if bfloat16 and stored.dtype in (torch.float64, torch.float32, torch.float16):
+            rounded = _sha256(stored.bfloat16())
+    digest = TensorDigest(exact, rounded, str(stored.dtype).removeprefix("torch."))
     if known is not None:
-        seen[known] = digest.hexdigest()
+        seen[known] = digest
+    return digest
+
+
+def _sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\0".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -123,11 +156,6 @@ def _whole(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.full_tensor()
     else:
         yield tensor
-
-
-def _relevant(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    return _without_neutral(config.to_dict()) if config is not None else None
 
 
 def _without_neutral(value: Any) -> Any:

@@ -39,8 +39,11 @@ def open_cache(
     own: bool,
     tokenizer: Any = None,
     mixed_precision: str = "no",
+    base: str | None = None,
 ) -> TeacherCache:
     """The cache in `directory` for this teacher, before it is sharded; `own`: a second model, with what adapts it.
+
+    `base`: the teacher's fingerprint, where it is known already.
 
     Raises:
         ValueError: the directory holds another teacher's cache, or one that does not serve these (resolved) terms.
@@ -57,7 +60,7 @@ def open_cache(
             temperature=config.temperature or 1.0,
             form=config.consistency or "kl",
         ),
-        base=model_fingerprint(teacher, with_adapters=own),
+        base=base or model_fingerprint(teacher, with_adapters=own),
         tokenizer=tokenizer_fingerprint(tokenizer),
         precision=dtype if mixed_precision == "no" else f"{dtype}, {mixed_precision} autocast",
         attention=str(getattr(teacher.config, "_attn_implementation", "") or ""),

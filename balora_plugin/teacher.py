@@ -30,17 +30,28 @@ class TeacherSwitch:
     @contextmanager
     def off(self) -> Iterator[None]:
         """Inside: adapters off, eval mode, no gradient. Every module's flag is restored as it was."""
-        disabled = [(module, module._disable_adapters) for module in self._adapters]
+        with self._still(disabled=True):
+            yield
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside: adapters on, eval mode, no gradient: the student at rest. Restored likewise."""
+        with self._still(disabled=False):
+            yield
+
+    @contextmanager
+    def _still(self, *, disabled: bool) -> Iterator[None]:
+        before = [(module, module._disable_adapters) for module in self._adapters]
         training = [module for module in self._others if module.training]
         try:
-            for module, _ in disabled:
-                module._disable_adapters = True
+            for module, _ in before:
+                module._disable_adapters = disabled
             for module in training:  # past nn.Module.__setattr__, which costs more than the rest of this
                 module.__dict__["training"] = False
             with torch.no_grad():
                 yield
         finally:
-            for module, was in disabled:
+            for module, was in before:
                 module._disable_adapters = was
             for module in training:
                 module.__dict__["training"] = True

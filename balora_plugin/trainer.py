@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from . import card, provenance
 from .adapter.config import BaLoraConfig
 from .checks import as_regularizers, check_arguments, check_checkpoint, check_regularizers, check_teacher, resolve
 from .config import RegularizerConfig
@@ -118,6 +119,8 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_measured_at = 0
         self._ba_lora_wants_logits = False
         self._ba_lora_warned: set[str] = set()
+        if isinstance(adapter, BaLoraConfig):
+            provenance.prepare(model, _teacher_in_words(config, teacher_model))
         if config.teacher_cache is not None and config.lambda_consistency:
             self._open_teacher_cache(causal_lm, adapter)
         self.add_callback(FiniteGuard(self))
@@ -148,6 +151,7 @@ class BaLoraTrainerMixin(_Base):
             own=teacher is not None,
             tokenizer=getattr(self, "processing_class", None),
             mixed_precision=str(self.accelerator.mixed_precision),
+            base=provenance.base_sha256(self.model) if teacher is None else None,
         )
         cache = self._ba_lora_cache
         cache.choose = lambda: choose_rows(self, cache)
@@ -350,6 +354,12 @@ class BaLoraTrainerMixin(_Base):
     def _record_host_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
         """Hook for hosts: metrics their own compute_loss would keep."""
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the host's, which may write the file anew; then the adapter's section is put back in."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and isinstance(_active_config(self.model), BaLoraConfig):
+            card.update(self.args.output_dir, self.model)
+
     # --- logging
 
     def _judging_step(self) -> int:
@@ -401,6 +411,18 @@ def _teacher_runs(index: int, interval: int, epoch: int) -> bool:
     """
     phase = random.Random(epoch).randrange(interval) if epoch else 0
     return (index + phase) % interval == 0
+
+
+def _teacher_in_words(config: RegularizerConfig, teacher_model: nn.Module | None) -> str:
+    """For the adapter's file and its model card."""
+    if not config.lambda_consistency:
+        return "none: lambda_consistency is 0"
+    if teacher_model is not None:
+        name = getattr(getattr(teacher_model, "config", None), "_name_or_path", "") or type(teacher_model).__name__
+        return f"a second model, {name}"
+    if config.teacher_cache is not None:
+        return "the base itself, adapter switched off, its outputs kept in a teacher_cache"
+    return "the base itself, adapter switched off"
 
 
 def _active_config(model: nn.Module) -> Any:

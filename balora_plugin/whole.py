@@ -22,16 +22,11 @@ def adapter_flaw(
     """What is wrong with an adapter whose ba_lora.json holds `settings`; None if its files are those it names."""
     if settings is None:
         return f"{checkpoint.SETTINGS_FILE}, which is written last, is missing"
-    hashes = settings["sha256"]
-    for name in (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.INIT_FILE):
-        path = checkpoint.find_file(model_id, name, subfolder, **hub)
-        if path is None:
-            if name in hashes:
-                return f"{name} is missing"
-        elif name != checkpoint.CONFIG_FILE and hashes.get(name) != checkpoint.file_digest(
-            path
-        ):  # a config may name a base that has moved
-            return f"{name} is not the file that {checkpoint.SETTINGS_FILE} was written for"
+    if checkpoint.WEIGHTS_FILE not in settings["sha256"]:
+        return f"{checkpoint.SETTINGS_FILE} was written before any weights were"
+    for name, what in checkpoint.changed_files(settings, model_id, subfolder, **hub).items():
+        if name != checkpoint.CONFIG_FILE or what == "is missing":  # a config may name a base that has moved
+            return f"{name} {what}"
     return None
 
 

@@ -750,3 +750,31 @@ def test_packed_epochs_are_served_from_the_teacher_cache(top_k, written, tmp_pat
     for key in ("loss", "grad_norm", "balora/consistency", "balora/loss"):
         assert history(warm, key) == history(cold, key), key
         torch.testing.assert_close(history(cold, key), history(live, key), rtol=3e-2, atol=1e-3, msg=key)
+
+
+def test_the_card_keeps_axolotls_part_and_the_adapter_verifies(workspace, written, tmp_path):
+    from balora_plugin import card
+    from balora_plugin.commands import main
+
+    trainer = run(written(save_strategy="steps", save_steps=2))
+    out = Path(trainer.args.output_dir)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert text.count(card.START) == 1
+    for words in ("Built with", "See axolotl config", "lora_target_linear: true", "### Training hyperparameters"):
+        assert words in text
+    assert card.START in (out / "checkpoint-2" / "README.md").read_text(encoding="utf-8")
+    assert main(["verify", str(out), "--base", str(workspace / "base")]) == 0
+    base_model(workspace)
+    changed = AutoModelForCausalLM.from_pretrained(workspace / "base")
+    changed.model.norm.weight.data[0] += 0.1
+    changed.save_pretrained(tmp_path / "changed")
+    assert main(["verify", str(out), "--base", str(tmp_path / "changed")]) == 1
+    with pytest.raises(ValueError, match="belongs to another base"):
+        run(
+            written(
+                base_model=str(tmp_path / "changed"),
+                lora_model_dir=str(out),
+                output_dir=str(tmp_path / "second"),
+                tokenizer_config=str(workspace / "base"),
+            )
+        )

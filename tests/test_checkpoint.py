@@ -93,7 +93,7 @@ def test_what_stands_in_the_directory(llama, ids, tmp_path):
     model = ba_lora(llama, r=4)
     saved(model, ids, tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    side = {"ba_lora.json", "ba_lora_init.safetensors"}
+    side = {"ba_lora.json", "ba_lora_init.safetensors", "ba_lora_probe.safetensors"}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"} | side
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"], config["peft_type"]) == (8, 8, True, "LORA")
@@ -103,7 +103,7 @@ def test_what_stands_in_the_directory(llama, ids, tmp_path):
     assert len(weights) == 2 * 14
     settings = json.loads((tmp_path / "ba_lora.json").read_text())
     assert (settings["format_version"], settings["start"], settings["delta_form"]) == (1, "pissa", True)
-    assert settings["sha256"].keys() == {"adapter_config.json", "adapter_model.safetensors", "ba_lora_init.safetensors"}
+    assert settings["sha256"].keys() == files - {"ba_lora.json", "README.md"}
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     d_a, d_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

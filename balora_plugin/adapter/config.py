@@ -21,7 +21,7 @@ _REFUSAL = (
 )
 
 # LoRA options that replace the function or the teacher; name -> what its neutral value is
-_NEUTRAL: dict[str, Any] = {
+NEUTRAL_OPTIONS: dict[str, Any] = {
     "use_dora": False,
     "lora_bias": False,
     "bias": "none",
@@ -97,7 +97,7 @@ class BaLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not a BA-LoRA start: write 'pissa', 'pissa_fast' "
                 "(faster, same step-0 model), True (ordinary LoRA) or False (random, for tests)."
             )
-        for key, neutral in _NEUTRAL.items():
+        for key, neutral in NEUTRAL_OPTIONS.items():
             if getattr(self, key, neutral) not in (neutral, None, False):
                 raise ValueError(f"{key}={getattr(self, key)!r} does not work with BA-LoRA: leave it at {neutral!r}.")
         if not isinstance(self.compile, bool):

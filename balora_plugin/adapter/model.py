@@ -19,7 +19,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from .. import checkpoint, whole
+from .. import card, checkpoint, provenance, whole
+from ..probe import PROBE_FILE, Probe, read_probe
 from ..quantised import is_quantised_linear, protect_weights
 from .config import BaLoraConfig
 from .delta import FROZEN, attach_delta, is_delta, is_supported_layer
@@ -158,6 +159,14 @@ class BaLoraModelMixin(_Base):
             if ours:
                 directory = str(save_directory) if name == "default" else f"{save_directory}/{name}"
                 checkpoint.write_side_files(directory, self, name, state_dict)
+        card.update(str(save_directory), self)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's card, with our section in it: also what a host calls after it has written a card of its own."""
+        tags = card.tags_of(output_dir)
+        super().create_or_update_model_card(output_dir)
+        card.add_tags(output_dir, tags)
+        card.update(output_dir, self)
 
     # --- loading
 
@@ -232,6 +241,8 @@ class BaLoraModelMixin(_Base):
                     f"{'is missing' if settings is None else 'says so'}), but adapter {adapter_name!r} here is: "
                     "load it under another adapter_name, or with peft.PeftModel.from_pretrained."
                 )
+            if is_trainable:
+                self._check_base(settings, str(model_id), hub)
             return super().load_adapter(
                 model_id,
                 adapter_name,
@@ -252,6 +263,8 @@ class BaLoraModelMixin(_Base):
             )
         checkpoint.check_settings(settings, self.peft_config[adapter_name], str(model_id))
         whole.check_adapter(settings, str(model_id), **hub)
+        if is_trainable:
+            self._check_base(settings, str(model_id), hub)
         init_path = checkpoint.find_file(str(model_id), checkpoint.INIT_FILE, **hub)
         if init_path is None:
             raise ValueError(
@@ -269,6 +282,16 @@ class BaLoraModelMixin(_Base):
         if not is_trainable:
             self.eval()
         return result
+
+    def _check_base(self, settings: dict[str, Any] | None, model_id: str, hub: dict[str, Any]) -> None:
+        """Training goes on only on the base that the adapter was trained on."""
+
+        def stored_probe() -> Probe | None:
+            path = checkpoint.find_file(model_id, PROBE_FILE, **hub)
+            return None if path is None else read_probe(path)
+
+        if settings is not None:
+            provenance.check_base(self, settings, model_id, stored_probe)
 
     # --- several adapters
 

@@ -1,0 +1,95 @@
+"""What the subcommands share: loading a base model, sizes for people."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def torch_dtype(name: str) -> Any:
+    """ "bfloat16" -> torch.bfloat16."""
+    import torch
+
+    return getattr(torch, name)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside: our own lines are what a user reads; errors of the libraries still show."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def load_base(name: str, dtype: str, quantization: dict[str, Any] | None = None) -> Any:
+    """The causal language model `name` (a directory or a hub id) on the CPU or, if quantised, where it loads.
+
+    `dtype`: of DTYPES, or "auto": as its files are. `quantization`: a recorded quantisation to load it with.
+
+    Raises:
+        ValueError: names --base and what was wrong.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(f"{name}/config.json"):
+        raise ValueError(f"--base {name} is an adapter: give the model it was trained on.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
+        if quantization is not None and getattr(config, "quantization_config", None) is None:
+            settings |= _as_quantised(quantization)
+        return AutoModelForCausalLM.from_pretrained(name, **settings).eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--base {name} does not load as a causal language model: {error}") from None
+
+
+def is_quantised(name: str) -> bool:
+    """Whether the model's files are a quantised one's."""
+    from transformers import AutoConfig
+
+    try:
+        return getattr(AutoConfig.from_pretrained(name), "quantization_config", None) is not None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--base {name} is no model: {error}") from None
+
+
+def _as_quantised(values: dict[str, Any]) -> dict[str, Any]:
+    """Loading arguments for bitsandbytes' quantisation as ba_lora.json recorded it; other methods live in the files."""
+    from importlib.util import find_spec
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if values.get("quant_method") != "bitsandbytes":
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "the adapter was trained on a base quantised by bitsandbytes, which is not installed: pip install "
+            "bitsandbytes, or compare with the full-precision base by --dtype float32."
+        )
+    known = {key: value for key, value in values.items() if not key.startswith("_") and key != "quant_method"}
+    device = {"": torch.accelerator.current_device_index()} if torch.accelerator.is_available() else {"": "cpu"}
+    return {"quantization_config": BitsAndBytesConfig.from_dict(known), "device_map": device}
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"

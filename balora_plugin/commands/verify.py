@@ -1,0 +1,187 @@
+"""Check an adapter against its base: the files' hashes, the base's hash, and the logits of a stored probe.
+
+Exit code 0: nothing differs; 1: something does; 2: the command line or a file cannot be used.
+
+  balora verify outputs/ba-lora --base Qwen/Qwen2.5-0.5B
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ._models import DTYPES, load_base, quiet
+
+if TYPE_CHECKING:
+    from ..identity import BaseIdentity
+    from ..probe import Probe
+
+HELP = "check an adapter's files and whether a model is the base it was trained on"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    subject: str
+    text: str
+    mismatch: bool = False
+    compared: bool = True  # False: a remark
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="directory of the adapter")
+    parser.add_argument("--base", metavar="MODEL", required=True, help="the base model: a directory or a hub id")
+    parser.add_argument(
+        "--dtype", choices=[*DTYPES, "auto"], help="load the base in this dtype (default: as it was trained on)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    with quiet():
+        checks = verify(args.adapter, args.base, args.dtype)
+    width = max(len(check.subject) for check in checks)
+    for check in checks:
+        print(f"{'MISMATCH' if check.mismatch else '':8}  {check.subject:{width}}  {check.text}")
+    if any(check.mismatch for check in checks):
+        print("This adapter and this base do not belong together, or files were changed.")
+        return 1
+    compared = any(check.compared for check in checks)
+    print("OK" if compared else "Nothing is recorded to compare with: not verified.")
+    return 0
+
+
+def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
+    """All checks of an adapter directory against the base model `base`.
+
+    Raises:
+        ValueError: no adapter, no model, or one that does not load.
+    """
+    from .. import checkpoint, portable
+    from ..identity import BaseIdentity
+    from ..raw_pissa import RAW_STARTS
+
+    settings = checkpoint.read_settings(adapter)
+    checks = _files(adapter, settings)
+    if any(check.mismatch for check in checks):
+        return [*checks, Check("not loaded", "because its files are not those that were saved", compared=False)]
+    config, _ = portable.read_config(adapter)
+    if str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM") != "CAUSAL_LM":
+        raise ValueError(f"task_type={config.task_type!r} in {adapter!r}: only causal language models are verified.")
+    origin = settings
+    if settings is None:
+        exported = portable.read_adapter(adapter).metadata.get("balora")
+        origin = json.loads(exported) if exported else None
+        start = str(config.init_lora_weights).lower()
+        if origin is None and start.startswith(RAW_STARTS):
+            text = (
+                f"a raw {start} adapter belongs to a residual base: balora export {adapter} --initial DIR converts it"
+            )
+            return [*checks, Check("not loaded", text, compared=False)]
+    recorded = BaseIdentity.from_settings(origin)
+    quantization = recorded.quantization if recorded is not None and dtype is None else None
+    model = load_base(base, dtype or (recorded.dtype if recorded is not None else "auto"), quantization)
+    path = checkpoint.find_file(adapter, "ba_lora_probe.safetensors") if settings is not None else None
+    delta = settings is not None and settings["delta_form"]
+    return [*checks, *_model(adapter, model, recorded, _probe(path), delta, (settings or {}).get("probe"))]
+
+
+def _files(adapter: str, settings: dict[str, Any] | None) -> list[Check]:
+    from .. import checkpoint
+
+    if settings is None:
+        text = "no ba_lora.json: the adapter's own files cannot be checked"
+        return [Check("files", text, compared=False)]
+    if not settings["sha256"]:
+        raise ValueError(f"{adapter!r} holds settings and no weights yet: its training has not saved.")
+    changed = checkpoint.changed_files(settings, adapter)
+    if not changed:
+        return [Check("files", f"{len(settings['sha256'])} files as they were saved")]
+    return [Check(name, what, mismatch=True) for name, what in changed.items()]
+
+
+def _probe(path: str | None) -> Probe | None:
+    from ..probe import read_probe
+
+    return None if path is None else read_probe(path)
+
+
+def _model(
+    adapter: str,
+    model: Any,
+    recorded: BaseIdentity | None,
+    stored: Probe | None,
+    delta: bool,
+    about: dict[str, Any] | None,
+) -> list[Check]:
+    """The base's hash, then logits: base, adapter through unmodified PEFT, adapter through our own class."""
+    from peft import PeftModel
+
+    from .. import probe
+    from ..adapter.model import BaLoraModel
+    from ..identity import base_identity, compare
+
+    here = base_identity(model)
+    verdict = compare(recorded, here)
+    checks = [_base(verdict, recorded, here)]
+    if stored is not None and stored.vocabulary != probe.vocabulary_of(model):
+        text = f"has {probe.vocabulary_of(model)} entries here, {stored.vocabulary} when the adapter was trained"
+        return [*checks, Check("vocabulary", text, mismatch=True)]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            stock = PeftModel.from_pretrained(model, adapter)
+        except (RuntimeError, ValueError) as error:
+            text = f"does not fit this model: {' '.join(str(error).split())[:200]}"
+            return [*checks, Check("adapter", text, mismatch=True)]
+    missing = [str(w.message) for w in heard if "missing adapter keys" in str(w.message)]
+    if missing:
+        checks.append(Check("adapter", f"lacks tensors for this model: {missing[0][:200]}", mismatch=True))
+    quantised = recorded is not None and recorded.quantization != here.quantization
+    allowed = probe.tolerance(here.dtype, recorded.dtype if recorded else here.dtype, quantised=quantised)
+    base_logits = probe.base_logits(stock.get_base_model())
+    adapted = probe.adapted_logits(stock, "default")
+    if stored is None or base_logits is None or adapted is None:
+        why = (about or {}).get("note") or "none is stored"
+        checks.append(Check("probe", f"{why}: logits cannot be compared", compared=False))
+        return checks
+    if stored.base is not None:
+        checks.append(_logits("base's logits", base_logits, stored.base, allowed))
+    if stored.adapted is None:
+        text = f"not stored with the adapter ({(about or {}).get('note')}): only its base is checked"
+        return [*checks, Check("adapter's logits", text, compared=False)]
+    checks.append(_logits("adapter in stock PEFT", adapted, stored.adapted, allowed))
+    if delta:
+        again = BaLoraModel.from_pretrained(stock.unload(), adapter)
+        logits = probe.adapted_logits(again, "default")
+        assert logits is not None
+        checks.append(_logits("adapter in BA-LoRA", logits, stored.adapted, allowed))
+    moved = probe.discrepancy(stored.adapted, stored.base) if stored.base is not None else 0.0
+    checks.append(Check("for scale", f"the adapter moves these logits by {moved:.2g}", compared=False))
+    return checks
+
+
+def _base(verdict: str, recorded: BaseIdentity | None, here: BaseIdentity) -> Check:
+    texts = {
+        "same": f"is the recorded one, {here}",
+        "config": f"has the recorded weights under another config or release of transformers, {here}: see its logits",
+        "dtype": f"is the recorded one in another dtype: recorded {recorded}, here {here}",
+        "unclear": f"is quantised otherwise, or float16, which hashes cannot tell: recorded {recorded}, here {here}",
+        "other": f"is ANOTHER model: recorded {recorded}, here {here}",
+        "unknown": "cannot be told by its hash: none is recorded",
+    }
+    compared = verdict in ("same", "dtype", "other", "config")
+    return Check("base", texts[verdict], mismatch=verdict == "other", compared=compared)
+
+
+def _logits(what: str, logits: Any, recorded: Any, allowed: float) -> Check:
+    from ..probe import discrepancy
+
+    distance = discrepancy(logits, recorded)
+    far = not distance <= allowed
+    sign = "more than" if far else "at most"
+    text = f"{distance:.1e} from the recorded logits, {sign} the {allowed:g} that rounding explains"
+    return Check(what, text, mismatch=far)
