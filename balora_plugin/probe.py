@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .teacher import TeacherSwitch, quantised_layers_stay_in_training_mode
+from .quantised import quantised_layers_stay_in_training_mode
+from .teacher import TeacherSwitch
 
 PROBE_FILE = "ba_lora_probe.safetensors"
 TOKENS = 16
