@@ -7,6 +7,9 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# tests: one process a core, one thread a process; a file's tests share their fixtures
+PYTEST = -m pytest -n $(shell nproc 2>/dev/null || echo 2) --dist loadfile
+THREADS = OMP_NUM_THREADS=1
 
 QUICK = .venv/bin/python
 PINS = .venv-axolotl/bin/python
@@ -28,13 +31,12 @@ lint: .venv-axolotl/.ready
 	$(PINS) -m mypy
 
 test-pins: .venv-axolotl/.ready
-	$(PINS) -m pytest tests
-	$(PINS) -m pytest integration
+	$(THREADS) $(PINS) $(PYTEST) tests integration
 
 # pure maths does not depend on the hosts: only what touches PEFT, TRL and transformers runs again
 test-newest: .venv-newest/.ready
-	$(NEWEST) -m pytest tests/test_adapter.py tests/test_checkpoint.py tests/test_head.py tests/test_experts.py tests/test_quantised.py tests/test_teacher_cache.py tests/test_package.py tests/test_whole.py tests/test_starts.py tests/test_export.py tests/test_verify.py tests/test_card.py
-	$(NEWEST) -m pytest integration -m "not slow"
+	$(THREADS) $(NEWEST) $(PYTEST) tests/test_adapter.py tests/test_checkpoint.py tests/test_head.py tests/test_experts.py tests/test_quantised.py tests/test_teacher_cache.py tests/test_package.py tests/test_whole.py tests/test_starts.py tests/test_export.py tests/test_verify.py tests/test_card.py
+	$(THREADS) $(NEWEST) $(PYTEST) integration -m "not slow"
 
 .venv/.ready: requirements/quickstart.txt pyproject.toml
 	$(call environment,.venv,-r requirements/quickstart.txt)

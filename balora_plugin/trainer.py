@@ -210,7 +210,7 @@ class BaLoraTrainerMixin(_Base):
         report = meter.report(
             compiled=self._ba_lora_compiled is not None,
             teacher_interval=self.ba_lora.teacher_interval if self.ba_lora is not None else 1,
-            device=torch.cuda.get_device_name(self.args.device) if meter.cuda else platform.processor() or "cpu",
+            device=torch.cuda.get_device_name(self.args.device) if meter.cuda else platform.machine() or "cpu",
             torch=torch.__version__,
         )
         write_report(report, self.args.output_dir)
