@@ -408,6 +408,36 @@ def test_a_failed_compilation_falls_back_once():
     assert "goes on without it" in said[0][1]
 
 
+@pytest.fixture
+def options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        backend, "lower", lambda module, inputs, options: (seen.append(options or {}), module.forward)[1]
+    )
+    return seen
+
+
+def test_a_mode_is_inductors(options):
+    for mode in ("max-autotune", "reduce-overhead", "default"):
+        torch._dynamo.reset()
+        torch.compile(lambda x: x * 2, backend="ba_lora", mode=mode)(torch.ones(3))
+        assert options.pop() == torch._inductor.list_mode_options(mode)
+    assert torch._inductor.list_mode_options("max-autotune")["max_autotune"]
+
+
+def test_options_are_inductors(options):
+    torch.compile(lambda x: x * 2, backend="ba_lora", options={"max-autotune": True})(torch.ones(3))
+    assert options == [{"max_autotune": True}]
+
+
+def test_an_unknown_mode_or_setting_is_refused():
+    graph = torch.fx.symbolic_trace(lambda x: x * 2)
+    with pytest.raises(RuntimeError, match=r"fastest.*max-autotune"):
+        compile_backend(graph, [torch.ones(3)], mode="fastest")
+    with pytest.raises(TypeError, match="dynamic"):
+        compile_backend(graph, [torch.ones(3)], dynamic=True)
+
+
 def test_errors_of_the_function_itself_are_not_swallowed(graphs):
     def function(x):
         return x @ torch.ones(5, 5)

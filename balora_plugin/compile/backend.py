@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor import list_mode_options
 from torch._inductor.exc import InductorError
 from torch.fx import GraphModule
 
@@ -23,20 +24,29 @@ def transform(module: GraphModule) -> int:
     return sum(apply(graph) for graph in graphs for apply in PASSES)
 
 
-def ba_lora(module: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+def ba_lora(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
     """A dynamo backend, found by PyTorch under this name through the entry point `torch_dynamo_backends`.
 
     Args:
         module: Dynamo's graph of torch calls, before autograd: what the passes change gets its gradients from autograd.
         example_inputs: As dynamo gives them.
+        mode: Inductor's, as in torch.compile(..., mode=...): a set of its options.
         options: Inductor's own, as in torch.compile(..., options=...).
     """
+    settings = dict(list_mode_options(mode)) if mode else {}
+    settings |= {key.replace("-", "_"): value for key, value in (options or {}).items()}
     replaced = transform(module)
     logger.debug("ba_lora: %d groups of adapter layers stacked", replaced)
-    return lower(module, list(example_inputs), options.get("options"))
+    return lower(module, list(example_inputs), settings)
 
 
-def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any] | None) -> Any:
+def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any]) -> Any:
     """Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
