@@ -439,9 +439,16 @@ def test_an_unknown_mode_or_setting_is_refused():
 
 
 def test_errors_of_the_function_itself_are_not_swallowed(graphs):
+    """Dynamo raises them as its own: that is no reason to go on without compilation."""
+    said = []
+
     def function(x):
         return x @ torch.ones(5, 5)
 
-    passed = Compiled(function, lambda key, message: None)
-    with pytest.raises(RuntimeError):
+    passed = Compiled(function, lambda key, message: said.append(key))
+    with pytest.raises(RuntimeError) as raised:
         passed(torch.ones(2, 3))
+    assert not isinstance(raised.value, torch._dynamo.exc.TorchDynamoException)
+    assert not said
+    assert passed(torch.ones(2, 5)).shape == (2, 5)
+    assert graphs  # still compiled

@@ -69,7 +69,8 @@ class Compiled:
         try:
             return self.compiled(*args, **kwargs)
         except (TorchDynamoException, InductorError) as error:
-            self.compiled = None
-            reason = str(error).strip().splitlines()[0][:300]
-            self.warn("compile", f"compile: true does not work here, so training goes on without it: {reason}")
-            return self.function(*args, **kwargs)
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
+        result = self.function(*args, **kwargs)  # dynamo raises the function's own errors as its own: not beyond here
+        self.compiled = None
+        self.warn("compile", f"compile: true does not work here, so training goes on without it: {reason}")
+        return result
