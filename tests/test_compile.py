@@ -408,6 +408,51 @@ def test_a_failed_compilation_falls_back_once():
     assert "goes on without it" in said[0][1]
 
 
+def test_a_failed_backward_falls_back_too(monkeypatch):
+    """AOTAutograd compiles the backward pass when it is first called: then it is too late to go on without."""
+    from functorch.compile import nop
+    from torch._dynamo.backends.common import aot_autograd
+
+    def out_of_resources(module, inputs):
+        raise RuntimeError("out of resources in a backward kernel")
+
+    monkeypatch.setattr(
+        backend,
+        "lower",
+        lambda module, inputs, options: aot_autograd(fw_compiler=nop, bw_compiler=out_of_resources)(module, inputs),
+    )
+    said = []
+    passed = Compiled(lambda x: (x * x).sin(), lambda key, message: said.append((key, message)))
+    x = torch.randn(3, requires_grad=True)
+    passed(x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach() * (x.detach() ** 2).cos())
+    assert [key for key, _ in said] == ["compile"]
+    assert "out of resources" in said[0][1]
+
+
+def test_inductors_backward_is_compiled_at_once(monkeypatch):
+    """As above with what inductor itself calls."""
+    from torch._inductor import compile_fx
+
+    seen = []
+
+    def inner(module, inputs, **options):
+        seen.append(bool(options.get("is_backward")))
+        return module.forward
+
+    def lower(module, inputs, options):
+        return compile_fx.compile_fx(module, inputs, inner_compile=inner)
+
+    monkeypatch.setattr(backend, "lower", lower)
+    passed = Compiled(lambda x: (x * x).sin(), lambda key, message: pytest.fail(message))
+    x = torch.randn(3, requires_grad=True)
+    passed(x)
+    assert seen == [False, True]
+    with torch.no_grad():  # the teacher's pass has no backward
+        passed(x)
+    assert seen == [False, True, False]
+
+
 @pytest.fixture
 def options(monkeypatch):
     seen = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as functorch_config
 from torch._inductor import list_mode_options
 from torch._inductor.exc import InductorError
 from torch.fx import GraphModule
@@ -53,15 +54,24 @@ def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any
     return compile_fx(module, example_inputs, config_patches=options or None)
 
 
+def with_backward(module: GraphModule, example_inputs: Sequence[Any]) -> Any:
+    """[`ba_lora`], the backward pass compiled at once: when it is first called it is too late to go on without."""
+    name = "force_non_lazy_backward_lowering"
+    if not hasattr(functorch_config, name):  # older PyTorch: errors of the backward pass end the run there
+        return ba_lora(module, example_inputs)
+    with functorch_config.patch(name, True):
+        return ba_lora(module, example_inputs)
+
+
 class Compiled:
     """A function compiled as one graph by this backend, or as it is where that fails, said once.
 
-    Lengths that vary become dynamic at the second one.
+    Forward and backward pass are compiled in the first call. Lengths that vary become dynamic at the second one.
     """
 
     def __init__(self, function: Callable[..., Any], warn: Callable[[str, str], None]) -> None:
         self.function, self.warn = function, warn
-        self.compiled: Callable[..., Any] | None = torch.compile(function, backend=ba_lora, fullgraph=True)
+        self.compiled: Callable[..., Any] | None = torch.compile(function, backend=with_backward, fullgraph=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.compiled is None:
