@@ -39,7 +39,9 @@ class CostMeter:
         self._finished = 0
         self._events: list[tuple[str, Any, Any]] = []
         self._now: dict[str, float] = {}
-        self._began: float | None = None
+        self._began: float | None = None  # None: the clock stands
+        self._carried = 0.0  # of this step, from before the clock stood
+        self._spoilt = False
         self._measures_memory = False
         self._open: list[str] = []
 
@@ -59,7 +61,7 @@ class CostMeter:
             self._leave()
 
     def begin(self) -> None:
-        """Before the first micro-batch of training; later steps begin where the last one ended."""
+        """Before the first micro-batch of a step. It counts from where the last one ended, unless the clock stands."""
         if self._began is None:
             self._began = time.perf_counter()
 
@@ -69,16 +71,17 @@ class CostMeter:
         if self._began is None:
             self._began = now
             return
-        total, self._began = now - self._began, now
+        total, self._began, self._carried = self._carried + now - self._began, now, 0.0
         if self.cuda and self._events:
             self._events[-1][2].synchronize()
             for name, start, end in self._events:
                 self._now[name] = self._now.get(name, 0.0) + start.elapsed_time(end) / 1e3
         self._events = []
         found, self._now = self._now, {}
+        spoilt, self._spoilt = self._spoilt, False
         self._finished += 1
         self._measures_memory = self._finished == MEMORY_STEP
-        if self._finished <= WARM_UP:
+        if spoilt or self._finished <= WARM_UP:
             return
         named = {name: found.get(name, 0.0) for name in ("teacher", "token_terms", "spectrum")}
         student = max(found.get("micro", 0.0) - sum(named.values()), 0.0)
@@ -86,6 +89,20 @@ class CostMeter:
             self.seconds[name] += value
         self.seconds["rest"] += max(total - found.get("micro", 0.0), 0.0)
         self.steps += 1
+
+    def pause(self) -> None:
+        """Stops the clock between two steps: what follows, an evaluation or a checkpoint, is no step's."""
+        if self._began is None:
+            return
+        if self.cuda:  # the last step's kernels still run
+            torch.cuda.synchronize(self.device)
+        self._carried += time.perf_counter() - self._began
+        self._began = None
+
+    def resume(self) -> None:
+        """After an evaluation or a checkpoint; one that nobody announced, inside a step, makes that step not count."""
+        self._began = time.perf_counter()
+        self._spoilt = bool(self._open or self._now or self._events)
 
     def report(self, **facts: Any) -> dict[str, Any]:
         """Seconds an optimizer step and GiB by part; `facts` are added as they are."""
@@ -141,7 +158,7 @@ class CostMeter:
 
 
 class CostCallback(TrainerCallback):
-    """Tells a trainer's meter where optimizer steps end."""
+    """Tells a trainer's meter where optimizer steps end, and what between them is none of theirs."""
 
     def __init__(self, meter: CostMeter) -> None:
         self.meter = meter
@@ -149,8 +166,19 @@ class CostCallback(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.meter.begin()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.step()
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_evaluate or control.should_save:
+            self.meter.pause()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.meter.resume()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.meter.resume()
 
 
 def format_report(report: dict[str, Any]) -> str:

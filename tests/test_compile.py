@@ -161,6 +161,225 @@ def test_other_layers_are_left_alone(graphs):
     assert [(before - after, replaced) for before, after, replaced in graphs] == [(0, 0)]
 
 
+@torch.library.custom_op("balora_tests::double", mutates_args={"x"})
+def double(x: torch.Tensor) -> None:
+    x.mul_(2.0)
+
+
+class Doubling(torch.autograd.Function):
+    """Writes into its second input."""
+
+    @staticmethod
+    def forward(ctx, x, other):
+        other.mul_(2.0)
+        ctx.mark_dirty(other)
+        return x + 1.0, other
+
+    @staticmethod
+    def backward(ctx, one, other):
+        return one, 2.0 * other
+
+
+class Reading(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x + 1.0
+
+    @staticmethod
+    def backward(ctx, one):
+        return one
+
+
+@pytest.fixture
+def factors():
+    torch.manual_seed(2)
+    return torch.nn.ModuleDict({name: torch.nn.Linear(4, 2, bias=False) for name in ("lora_A", "frozen_A")})
+
+
+def check_traps(function, x, parameters):
+    """The same values, requires_grad and gradients compiled and not, by every leaf."""
+    results = []
+    for call in (function, torch.compile(function, backend=compile_backend, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        for p in parameters:
+            p.grad = None
+        value = call(leaf)
+        if value.requires_grad:
+            value.double().square().sum().backward()
+        gradients = [None if p.grad is None else p.grad.clone() for p in (leaf, *parameters)]
+        results.append((value.detach(), value.requires_grad, gradients))
+    (value, differentiable, gradients), (other, other_differentiable, other_gradients) = results
+    assert other_differentiable == differentiable
+    torch.testing.assert_close(other, value, rtol=1e-5, atol=1e-6)
+    for found, expected in zip(other_gradients, gradients, strict=True):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def doubled(x):
+    x.mul_(2.0)
+
+
+def doubled_through_a_view(x):
+    x.view(-1)[1:].add_(1.0)
+
+
+def doubled_by_an_operator(x):
+    x *= 2.0
+
+
+def doubled_by_an_item(x):
+    x[0] = 2.0
+
+
+def doubled_by_a_keyword(x):
+    F.relu(x, inplace=True)
+
+
+def doubled_by_a_position(x):
+    F.relu(x, True)
+
+
+def doubled_by_an_out(x):
+    torch.add(x, 1.0, out=x)
+
+
+def doubled_by_a_custom_operator(x):
+    double(x)
+
+
+WRITES = [value for name, value in list(globals().items()) if name.startswith("doubled")]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_a_source_that_is_written_into_is_read_where_it_stands(write, graphs, factors):
+    def function(x):
+        x = x.detach() * 1.0
+        with torch.no_grad():
+            one = factors["lora_A"](x)
+            write(x)
+            return one + factors["frozen_A"](x)
+
+    check_traps(function, torch.randn(3, 4), [])
+    assert graphs[0][2] == 0
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_a_cast_that_is_written_into_is_nobodys_but_its_own(write, graphs, factors):
+    def function(x):
+        with torch.no_grad():
+            one = x.to(torch.float32)
+            two = x.to(torch.float32)
+            write(one)
+            return factors["lora_A"](one) + factors["frozen_A"](two)
+
+    check_traps(function, torch.randn(3, 4).double(), [])
+    assert graphs[0][2] == 0
+
+
+def test_a_cast_before_and_after_its_source_is_written_into(graphs, factors):
+    def function(x):
+        x = x.detach() + 0
+        one = x.to(torch.float32)
+        x.mul_(2.0)
+        return factors["lora_A"](one) + factors["frozen_A"](x.to(torch.float32))
+
+    check_traps(function, torch.randn(3, 4).bfloat16(), list(factors.parameters()))
+
+
+def test_writes_inside_a_graph_that_is_called_are_seen(graphs, factors, monkeypatch):
+    monkeypatch.setattr(backend, "lower", lambda module, inputs, options: module.forward)
+
+    def function(x, write):
+        x = x * 1.0
+        one = factors["lora_A"](x)
+        other = Doubling.apply(one, x)[1] if write else Reading.apply(x)
+        return one + factors["frozen_A"](x) + other.sum()
+
+    for write in (True, False):
+        leaf = torch.randn(3, 4, requires_grad=True)
+        torch.compile(function, backend=compile_backend, fullgraph=True)(leaf, write)
+    assert [replaced for _, _, replaced in graphs] == [0, 1]
+
+
+def test_a_result_that_is_written_into_is_its_own(graphs, factors):
+    def function(x):
+        one, two = factors["lora_A"](x), factors["frozen_A"](x)
+        one.mul_(2.0)
+        return one + two
+
+    check_traps(function, torch.randn(3, 4), list(factors.parameters()))
+    assert graphs[0][2] == 0
+
+
+def test_idle_dropout_of_what_is_written_into_stays(graphs, factors):
+    """PyTorch's compiler takes its result for a copy, eager PyTorch for the input itself: here it is the compiler's."""
+
+    def function(x):
+        x = x.detach() * 1.0
+        with torch.no_grad():
+            one = factors["lora_A"](x)
+            same = F.dropout(x, 0.5, False)
+            same.mul_(2.0)
+            return one + factors["frozen_A"](x) + factors["frozen_A"](same)
+
+    x = torch.randn(3, 4)
+    expected = torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(function, backend=compile_backend, fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "autocast"])
+@pytest.mark.parametrize("first", [True, False])
+def test_nothing_moves_over_a_switch_of_mode(first, mode, graphs, factors):
+    def inside(x):
+        with torch.no_grad() if mode == "no_grad" else torch.autocast("cpu", dtype=torch.bfloat16):
+            return factors["frozen_A"](x)
+
+    def function(x):
+        if first:
+            return inside(x).float() * factors["lora_A"](x)
+        return factors["lora_A"](x) * inside(x).float()
+
+    check_traps(function, torch.randn(3, 4), list(factors.parameters()))
+    assert graphs[0][2] == 0
+
+
+def test_casts_on_both_sides_of_no_grad(graphs, factors):
+    def function(x):
+        with torch.no_grad():
+            scale = x.to(torch.float32).abs().amax()
+            frozen = factors["frozen_A"](x.to(torch.float32))
+        return factors["lora_A"](x.to(torch.float32)) * frozen / scale
+
+    check_traps(function, torch.randn(3, 4).bfloat16(), list(factors.parameters()))
+
+
+def test_casts_of_others_are_left_alone(graphs):
+    def function(x):
+        with torch.no_grad():
+            scale = x.to(torch.float32).abs().amax()
+        return (x.to(torch.float32) / scale).sin().sum()
+
+    check_traps(function, torch.randn(5).bfloat16(), [])
+
+
+def test_siblings_inside_one_region_are_stacked(graphs, factors):
+    """Neither the switches around them nor a write into something else keeps them apart."""
+
+    def function(x):
+        buffer = torch.zeros(2)
+        with torch.autocast("cpu", enabled=False):
+            one = factors["lora_A"](x.to(torch.float32))
+            buffer.add_(1.0)
+            x = F.relu(one + factors["frozen_A"](x.to(torch.float32)) + buffer)
+        return (x * 1.0).mul_(2.0)
+
+    check_traps(function, torch.randn(3, 4).double(), list(factors.parameters()))
+    assert graphs[0][2] == 1
+
+
 def test_pytorch_finds_the_backend_by_name():
     entries = importlib.metadata.entry_points(group="torch_dynamo_backends")
     assert [entry.value for entry in entries if entry.name == "ba_lora"] == ["balora_plugin.compile:ba_lora"]
@@ -189,10 +408,92 @@ def test_a_failed_compilation_falls_back_once():
     assert "goes on without it" in said[0][1]
 
 
+def test_a_failed_backward_falls_back_too(monkeypatch):
+    """AOTAutograd compiles the backward pass when it is first called: then it is too late to go on without."""
+    from functorch.compile import nop
+    from torch._dynamo.backends.common import aot_autograd
+
+    def out_of_resources(module, inputs):
+        raise RuntimeError("out of resources in a backward kernel")
+
+    monkeypatch.setattr(
+        backend,
+        "lower",
+        lambda module, inputs, options: aot_autograd(fw_compiler=nop, bw_compiler=out_of_resources)(module, inputs),
+    )
+    said = []
+    passed = Compiled(lambda x: (x * x).sin(), lambda key, message: said.append((key, message)))
+    x = torch.randn(3, requires_grad=True)
+    passed(x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach() * (x.detach() ** 2).cos())
+    assert [key for key, _ in said] == ["compile"]
+    assert "out of resources" in said[0][1]
+
+
+def test_inductors_backward_is_compiled_at_once(monkeypatch):
+    """As above with what inductor itself calls."""
+    from torch._inductor import compile_fx
+
+    seen = []
+
+    def inner(module, inputs, **options):
+        seen.append(bool(options.get("is_backward")))
+        return module.forward
+
+    def lower(module, inputs, options):
+        return compile_fx.compile_fx(module, inputs, inner_compile=inner)
+
+    monkeypatch.setattr(backend, "lower", lower)
+    passed = Compiled(lambda x: (x * x).sin(), lambda key, message: pytest.fail(message))
+    x = torch.randn(3, requires_grad=True)
+    passed(x)
+    assert seen == [False, True]
+    with torch.no_grad():  # the teacher's pass has no backward
+        passed(x)
+    assert seen == [False, True, False]
+
+
+@pytest.fixture
+def options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        backend, "lower", lambda module, inputs, options: (seen.append(options or {}), module.forward)[1]
+    )
+    return seen
+
+
+def test_a_mode_is_inductors(options):
+    for mode in ("max-autotune", "reduce-overhead", "default"):
+        torch._dynamo.reset()
+        torch.compile(lambda x: x * 2, backend="ba_lora", mode=mode)(torch.ones(3))
+        assert options.pop() == torch._inductor.list_mode_options(mode)
+    assert torch._inductor.list_mode_options("max-autotune")["max_autotune"]
+
+
+def test_options_are_inductors(options):
+    torch.compile(lambda x: x * 2, backend="ba_lora", options={"max-autotune": True})(torch.ones(3))
+    assert options == [{"max_autotune": True}]
+
+
+def test_an_unknown_mode_or_setting_is_refused():
+    graph = torch.fx.symbolic_trace(lambda x: x * 2)
+    with pytest.raises(RuntimeError, match=r"fastest.*max-autotune"):
+        compile_backend(graph, [torch.ones(3)], mode="fastest")
+    with pytest.raises(TypeError, match="dynamic"):
+        compile_backend(graph, [torch.ones(3)], dynamic=True)
+
+
 def test_errors_of_the_function_itself_are_not_swallowed(graphs):
+    """Dynamo raises them as its own: that is no reason to go on without compilation."""
+    said = []
+
     def function(x):
         return x @ torch.ones(5, 5)
 
-    passed = Compiled(function, lambda key, message: None)
-    with pytest.raises(RuntimeError):
+    passed = Compiled(function, lambda key, message: said.append(key))
+    with pytest.raises(RuntimeError) as raised:
         passed(torch.ones(2, 3))
+    assert not isinstance(raised.value, torch._dynamo.exc.TorchDynamoException)
+    assert not said
+    assert passed(torch.ones(2, 5)).shape == (2, 5)
+    assert graphs  # still compiled

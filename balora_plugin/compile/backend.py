@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as functorch_config
+from torch._inductor import list_mode_options
 from torch._inductor.exc import InductorError
 from torch.fx import GraphModule
 
@@ -23,35 +25,53 @@ def transform(module: GraphModule) -> int:
     return sum(apply(graph) for graph in graphs for apply in PASSES)
 
 
-def ba_lora(module: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+def ba_lora(
+    module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
     """A dynamo backend, found by PyTorch under this name through the entry point `torch_dynamo_backends`.
 
     Args:
         module: Dynamo's graph of torch calls, before autograd: what the passes change gets its gradients from autograd.
         example_inputs: As dynamo gives them.
+        mode: Inductor's, as in torch.compile(..., mode=...): a set of its options.
         options: Inductor's own, as in torch.compile(..., options=...).
     """
+    settings = dict(list_mode_options(mode)) if mode else {}
+    settings |= {key.replace("-", "_"): value for key, value in (options or {}).items()}
     replaced = transform(module)
     logger.debug("ba_lora: %d groups of adapter layers stacked", replaced)
-    return lower(module, list(example_inputs), options.get("options"))
+    return lower(module, list(example_inputs), settings)
 
 
-def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any] | None) -> Any:
+def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any]) -> Any:
     """Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(module, example_inputs, config_patches=options or None)
 
 
+def with_backward(module: GraphModule, example_inputs: Sequence[Any]) -> Any:
+    """[`ba_lora`], the backward pass compiled at once: when it is first called it is too late to go on without."""
+    name = "force_non_lazy_backward_lowering"
+    if not hasattr(functorch_config, name):  # older PyTorch: errors of the backward pass end the run there
+        return ba_lora(module, example_inputs)
+    with functorch_config.patch(name, True):
+        return ba_lora(module, example_inputs)
+
+
 class Compiled:
     """A function compiled as one graph by this backend, or as it is where that fails, said once.
 
-    Lengths that vary become dynamic at the second one.
+    Forward and backward pass are compiled in the first call. Lengths that vary become dynamic at the second one.
     """
 
     def __init__(self, function: Callable[..., Any], warn: Callable[[str, str], None]) -> None:
         self.function, self.warn = function, warn
-        self.compiled: Callable[..., Any] | None = torch.compile(function, backend=ba_lora, fullgraph=True)
+        self.compiled: Callable[..., Any] | None = torch.compile(function, backend=with_backward, fullgraph=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.compiled is None:
@@ -59,7 +79,8 @@ class Compiled:
         try:
             return self.compiled(*args, **kwargs)
         except (TorchDynamoException, InductorError) as error:
-            self.compiled = None
-            reason = str(error).strip().splitlines()[0][:300]
-            self.warn("compile", f"compile: true does not work here, so training goes on without it: {reason}")
-            return self.function(*args, **kwargs)
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
+        result = self.function(*args, **kwargs)  # dynamo raises the function's own errors as its own: not beyond here
+        self.compiled = None
+        self.warn("compile", f"compile: true does not work here, so training goes on without it: {reason}")
+        return result

@@ -1,7 +1,8 @@
 """Graph pass: adapter layers that read the same input share one stacked down-projection.
 
 q, k and v (or gate and up) each multiply the same x by a frozen A0 and a trained dA of a few rows: six GEMMs, each too
-small to fill a GPU, become one. The pass works on dynamo's graph, so autograd differentiates what it made.
+small to fill a GPU, become one. The pass works on dynamo's graph, so autograd differentiates what it made. Nothing
+moves over a switch of grad mode or autocast; tensors that anything writes into are left alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from .effects import Effects
+
 DOWN_PROJECTIONS = ("lora_a", "frozen_a")  # parts of the parameters' names, in small letters
 
 
@@ -20,15 +23,17 @@ def stack_siblings(module: GraphModule) -> int:
     """Replaces every group of at least two such layers in `module`'s graph; how many groups it replaced.
 
     It declines where a pattern does not hold: dropout gives every layer an input of its own; a bias, another dtype or
-    another device of a factor leaves that layer alone.
+    another device of a factor leaves that layer alone; so does an in-place operation on input, factor or result.
     """
-    _drop_idle_dropout(module)
-    _share_casts(module)
+    effects = Effects(module)
+    _drop_idle_dropout(module, effects)
+    _share_casts(module, effects)
     groups: dict[Any, list[Node]] = {}
     for node in module.graph.nodes:
-        if (weight := _down_projection(node)) is not None:
+        weight = _down_projection(node)
+        if weight is not None and effects.unwritten(node, node.args[0], weight):
             value = weight.meta["example_value"]
-            groups.setdefault((node.args[0], value.dtype, value.device), []).append(node)
+            groups.setdefault((node.args[0], effects.region[node], value.dtype, value.device), []).append(node)
     replaced = 0
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     for (source, *_), nodes in groups.items():
@@ -75,19 +80,19 @@ def _down_projection(node: Node) -> Node | None:
     return weight if is_factor else None
 
 
-def _drop_idle_dropout(module: GraphModule) -> None:
+def _drop_idle_dropout(module: GraphModule, effects: Effects) -> None:
     """Dropout that is off (evaluation, or p = 0) gives its input: take it out, so that its readers are siblings."""
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target is not F.dropout:
+        if node.op != "call_function" or node.target is not F.dropout or not node.args:
             continue
         p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-        if training is False or p == 0.0:
+        if (training is False or p == 0.0) and effects.unwritten(node, node.args[0]):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
 
 
-def _share_casts(module: GraphModule) -> None:
+def _share_casts(module: GraphModule, effects: Effects) -> None:
     """One cast of a tensor to a dtype where several adapters cast it alike (float32 adapters on a bfloat16 base)."""
     seen: dict[Any, Node] = {}
     for node in list(module.graph.nodes):
@@ -95,7 +100,10 @@ def _share_casts(module: GraphModule) -> None:
             continue
         if not all(isinstance(arg, (Node, torch.dtype)) for arg in node.args):
             continue
-        key = (node.target, node.args)
+        feeds_adapter = any(user.args[0] is node for user in node.users if _down_projection(user) is not None)
+        if not feeds_adapter or not effects.unwritten(node, node.args[0]):
+            continue
+        key = (effects.region[node], node.target, node.args)
         if key in seen:
             node.replace_all_uses_with(seen[key])
             module.graph.erase_node(node)
