@@ -23,6 +23,7 @@ import numpy as np
 FORMAT_VERSION = 1
 HEADER = "cache.json"
 STALE_SECONDS = 3600.0
+RETRIES = (0.1, 1.0, 5.0)  # seconds before a file that cannot be read is tried again
 
 _INDEX = np.dtype([("key", "u1", (16,)), ("start", "<i8"), ("rows", "<i8"), ("crc", "<u4")])
 _OURS = re.compile(r"[0-9a-f]{32}(\.index)?\.npy(\.tmp)?|cache\.json\.[0-9a-f]{32}\.tmp")
@@ -57,7 +58,13 @@ class CacheFiles:
         directory, path = self.directory, self.directory / HEADER
         if directory.exists() and not directory.is_dir():
             raise ValueError(f"teacher_cache={directory} is a file: name a directory.")
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            os.listdir(directory)
+        except OSError as error:
+            raise ValueError(
+                f"teacher_cache={directory} cannot be used ({error.strerror}): name a directory that can be written."
+            ) from None
         if not path.exists():
             foreign = [entry.name for entry in directory.iterdir() if not _OURS.fullmatch(entry.name)]
             if not path.exists():  # another process may have been faster
@@ -81,7 +88,12 @@ class CacheFiles:
         """Writes it if no other process has meanwhile."""
         path = self.directory / HEADER
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
+        try:
+            temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"teacher_cache={self.directory} cannot be written ({error.strerror}): name a directory that can."
+            ) from None
         try:
             os.link(temporary, path)  # unlike a rename it never replaces what another process has written
         except FileExistsError:
@@ -143,14 +155,28 @@ class CacheFiles:
         return places
 
     def read(self, place: Place, *, verify: bool) -> np.ndarray | None:
-        """(rows, *shape); None if the file does not hold what its index says: the pair is then given up."""
+        """(rows, *shape); None if the file does not hold what its index says: the pair is then given up.
+
+        Raises:
+            OSError: the file cannot be read just now (too many open files, a network file system); names the directory.
+        """
         rows = np.empty((place.rows, *self.shape), dtype=self.dtype)
-        try:
-            with open(self.directory / f"{place.shard}.npy", "rb") as file:  # not a memory map: a cut file is no crash
-                file.seek(place.offset)
-                whole = file.readinto(_bytes(rows)) == rows.nbytes
-        except OSError:
-            whole = False
+        path = self.directory / f"{place.shard}.npy"
+        for wait in (*RETRIES, None):
+            try:
+                with open(path, "rb") as file:  # not a memory map: a cut file is no crash
+                    file.seek(place.offset)
+                    whole = file.readinto(_bytes(rows)) == rows.nbytes
+                break
+            except FileNotFoundError:
+                whole = False
+                break
+            except OSError as error:  # what cannot be read now is not broken
+                if wait is None:
+                    raise OSError(
+                        error.errno, f"teacher_cache={self.directory}: {path.name} cannot be read: {error.strerror}"
+                    ) from error
+                time.sleep(wait)
         if whole and (not verify or zlib.crc32(_bytes(rows)) == place.crc):
             return rows
         with suppress(OSError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -31,6 +32,8 @@ from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, sp
 
 if TYPE_CHECKING:
     from .adapter.config import BaLoraConfig
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 SETTINGS_FILE = "ba_lora.json"
@@ -330,7 +333,15 @@ def read_config(model_id: str, subfolder: str | None = None, **hub: Any) -> BaLo
             f"{model_id!r} was saved with {unknown[0]}={values[unknown[0]]!r}, which this release of PEFT "
             f"({peft.__version__}) does not know: pip install -U peft."
         )
-    return BaLoraConfig(**values)
+    config = BaLoraConfig(**values)
+    cache = config.regularizers.teacher_cache
+    if cache is not None and not os.path.isdir(cache):  # somebody else's path is not made here
+        logger.warning(
+            f"{model_id} was trained with teacher_cache={cache}, which is not here: going on without; name one of your "
+            "own to have it again."
+        )
+        config.regularizers = dataclasses.replace(config.regularizers, teacher_cache=None, teacher_cache_top_k=None)
+    return config
 
 
 def check_settings(settings: dict[str, Any], config: BaLoraConfig, model_id: str) -> None:

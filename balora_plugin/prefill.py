@@ -62,10 +62,22 @@ def open_cache(
         ),
         base=base or model_fingerprint(teacher, with_adapters=own),
         tokenizer=tokenizer_fingerprint(tokenizer),
-        precision=dtype if mixed_precision == "no" else f"{dtype}, {mixed_precision} autocast",
+        precision=", ".join([dtype, *_computing(teacher, mixed_precision)]),
         attention=str(getattr(teacher.config, "_attn_implementation", "") or ""),
         rope_limit=_rope_limit(teacher.config.get_text_config()),
     )
+
+
+def _computing(teacher: PreTrainedModel, mixed_precision: str) -> list[str]:
+    """What changes a teacher's states beside its weights."""
+    found = [] if mixed_precision == "no" else [f"{mixed_precision} autocast"]
+    quantisation = getattr(teacher.config, "quantization_config", None)
+    values = quantisation if isinstance(quantisation, dict) else getattr(quantisation, "__dict__", {})
+    if values.get("load_in_4bit", values.get("_load_in_4bit")):
+        found.append(f"4-bit weights in {str(values.get('bnb_4bit_compute_dtype')).removeprefix('torch.')}")
+    if values.get("load_in_8bit", values.get("_load_in_8bit")):
+        found.append(f"int8 with outliers from {values.get('llm_int8_threshold')}")
+    return found
 
 
 def _rope_limit(config: Any) -> int | None:
@@ -103,15 +115,23 @@ class TeacherCacheCallback(TrainerCallback):
 def prefill(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
     """Computes the missing documents of the training data, every process a part of them.
 
-    Data without a length (iterable, streaming) is filled as training goes. Training itself is the same to the bit: the
-    loaders are its own, and random states are as before. In full fine-tuning the weights are the teacher only now: the
-    evaluation data is filled too, and what is missing later is an error.
+    Data without a length (iterable, streaming), or of which less than an epoch is read, is filled as training goes.
+    Training itself is the same to the bit: the loaders are its own, and random states are as before. In full
+    fine-tuning the weights are the teacher only now: the evaluation data is filled too, and what is missing later is an
+    error.
 
     Raises:
         ValueError: full fine-tuning on data without a length.
         RuntimeError: full fine-tuning that resumes, with an incomplete cache.
     """
     whole = trainer.train_dataset is not None and has_length(trainer.train_dataset)
+    full = trainer._ba_lora_initial_head is not None
+    if whole and not full and _part_of_an_epoch(trainer):
+        logger.info(
+            f"teacher_cache={cache.directory}: max_steps={trainer.args.max_steps} reads less than one epoch, so it is "
+            "filled as training goes, without a pass over all data before."
+        )
+        whole = False
     if trainer._ba_lora_initial_head is not None and not whole:
         raise ValueError(
             "teacher_cache in full fine-tuning without teacher_model needs a training set with a length, which it can "
@@ -151,6 +171,15 @@ def prefill(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> None:
         cache.on_miss = lambda: _say_late(trainer, cache)
     if trainer._ba_lora_initial_head is not None:
         cache.frozen = "in full fine-tuning the weights are no longer the teacher's"
+
+
+def _part_of_an_epoch(trainer: BaLoraTrainerMixin) -> bool:
+    """Whether training ends before it has read its data once: a pass before would compute what nobody reads."""
+    args = trainer.args
+    if args.max_steps <= 0 or trainer.train_dataset is None:
+        return False
+    examples = args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+    return examples < len(trainer.train_dataset)
 
 
 def choose_rows(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> tuple[Rows, str]:

@@ -247,25 +247,31 @@ class TeacherCache:
 
     @torch.compiler.disable
     def _read(self, documents: list[Document]) -> np.ndarray | None:
-        """The counted rows of these documents, one after the other; None if one is missing."""
+        """The counted rows of these documents, one after the other; None if one is missing or damaged.
+
+        All of them are looked at before that is said: what is computed then is everything that has to be.
+        """
         if self.rows is None or any(d.key not in self._places and d.key not in self._pending for d in documents):
             return None
-        out = np.empty((sum(int(d.wanted.sum()) for d in documents), *self.rows.shape), dtype=self.rows.dtype)
-        at = 0
-        for document in documents:
+        sizes = [int(d.wanted.sum()) for d in documents]
+        out = np.empty((sum(sizes), *self.rows.shape), dtype=self.rows.dtype)
+        at, whole = 0, True
+        for document, n in zip(documents, sizes, strict=True):
             rows = self._pending.get(document.key)
             if rows is None:
                 rows = self._read_place(document.key)
             if rows is None:
-                return None
-            n = int(document.wanted.sum())
-            out[at : at + n] = rows[document.wanted]
+                whole = False
+                continue
+            out[at : at + n] = rows if n == len(rows) else rows[document.wanted]
             at += n
-        return out
+        return out if whole else None
 
     def _read_place(self, key: bytes) -> np.ndarray | None:
         """One document's rows; None if the file does not hold what its index says."""
-        place = self._places[key]
+        place = self._places.get(key)
+        if place is None:  # given up with another document of its file
+            return None
         rows = self._files.read(place, verify=key not in self._verified)
         if rows is None:
             self._places = {k: p for k, p in self._places.items() if p.shard != place.shard}

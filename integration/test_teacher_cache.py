@@ -19,7 +19,7 @@ from models import VOCABULARY, character_tokenizer, tiny_llama, tiny_mixtral
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
-from balora_plugin import BaLoraTrainer, RegularizerConfig, objective, teacher_rows
+from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig, objective, teacher_rows
 from balora_plugin.fused import TopLogProbs, top_log_probs
 from balora_plugin.prefill import logger as prefill_logger
 from integration.test_distributed import free_port
@@ -598,3 +598,15 @@ def test_the_checkpoint_says_which_directory(tmp_path, tokenizer):
     settings = json.loads((tmp_path / "adapter" / "ba_lora.json").read_text())
     assert settings["regularizers"]["teacher_cache"] == str(tmp_path / "cache")
     assert fresh(terms(tmp_path / "cache")) == terms(str(tmp_path / "cache"))
+    assert BaLoraConfig.from_pretrained(tmp_path / "adapter").regularizers.teacher_cache == str(tmp_path / "cache")
+    (tmp_path / "cache").rename(tmp_path / "elsewhere")  # as on somebody else's machine
+    assert BaLoraConfig.from_pretrained(tmp_path / "adapter").regularizers.teacher_cache is None
+    assert not (tmp_path / "cache").exists()
+
+
+def test_less_than_an_epoch_is_not_passed_over_before(tmp_path, tokenizer):
+    short = trainer(tmp_path, tokenizer, tmp_path / "cache", max_steps=2)
+    assert 2 * short.args.train_batch_size < len(short.train_dataset)
+    short.train()
+    assert short._ba_lora_cache.runs <= 2 + 1  # a pass each, and the comparison with a document on its own
+    assert len(short._ba_lora_cache) <= 2 * short.args.train_batch_size

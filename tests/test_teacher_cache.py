@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -315,6 +316,49 @@ def test_what_is_broken_is_computed_again_and_nothing_else(case, tmp_path):
     BROKEN[case](tmp_path)
     assert 0 < completed(tmp_path) <= 2  # one batch, and the comparison with a document on its own
     assert completed(tmp_path) == 0
+
+
+@both
+def test_damage_in_every_file_at_once_is_computed_again(tmp_path):
+    """The first file is given up at its first document; the others must not surprise the second reading."""
+    filled(tmp_path)
+    for path in payloads(tmp_path):
+        flip(path)
+    batch = padded([TEN[0], TEN[3], TEN[6]])  # one of each file
+    assert_kept(opened(tmp_path).states(*batch, Teacher()), expected(*batch))
+    assert completed(tmp_path) > 0
+    assert completed(tmp_path) == 0
+
+
+@both
+def test_a_file_that_cannot_be_read_just_now_is_not_given_up(tmp_path, monkeypatch):
+    cache = opened_after_flush(filled(tmp_path))
+    batch = padded(TEN[:3])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(cache_files, "RETRIES", (0.0, 0.0))
+    left = [1]
+
+    def busy(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open(*args, **kwargs)
+
+    monkeypatch.setattr(cache_files, "open", busy, raising=False)
+    assert_kept(cache.states(*batch, refused), expected(*batch))  # read at the second try
+    left[0] = 10**6
+    with pytest.raises(OSError, match=f"teacher_cache={tmp_path}.*Too many open files"):
+        cache.states(*batch, refused)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def refused(inputs):
+    raise AssertionError("the teacher ran")
+
+
+def test_a_directory_that_cannot_be_made_is_named():
+    with pytest.raises(ValueError, match="teacher_cache=/proc/nowhere cannot be used"):
+        cache_files.CacheFiles("/proc/nowhere").read_header()
 
 
 @both
