@@ -142,7 +142,7 @@ class RowChoice:
     """
 
     hidden_size: int
-    vocabulary: int = 0
+    vocabulary: int
     top_k: int | None = None
     temperature: float = 1.0
     form: str = "kl"

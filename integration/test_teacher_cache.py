@@ -341,6 +341,19 @@ def test_a_trained_head_and_a_plain_lora(kept, tmp_path, tokenizer):
     assert found[1]._ba_lora_cache.runs == 0  # one base, one cache
 
 
+@forms
+def test_what_joins_late_is_the_initial_heads(kept, tmp_path, tokenizer):
+    """Evaluation data is computed when the student's head has moved already."""
+    found = []
+    for values in ({}, {"cache": tmp_path / "cache", **kept}):
+        config = adapter(modules_to_save=["lm_head"], regularizers=terms(**values))
+        trained = trainer(tmp_path, tokenizer, peft_config=config)
+        trained.train()
+        extra = trainer(tmp_path, tokenizer, rows=PROMPT_COMPLETION[8:]).train_dataset
+        found.append(trained.evaluate(extra)["eval_balora/consistency"])
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
+
+
 def test_experts(tmp_path, tokenizer):
     config = adapter(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"], regularizers=terms())
     found = []

@@ -11,7 +11,7 @@ from models import tiny_llama
 
 from balora_plugin.cost import CostMeter
 from balora_plugin.documents import counted_positions
-from balora_plugin.fused import HeadFactor, spectral_term, spectrum, token_terms
+from balora_plugin.fused import HeadFactor, TopLogProbs, spectral_term, spectrum, token_terms, top_log_probs
 from balora_plugin.objective import StepRequest, install
 from balora_plugin.schedules import Lambdas
 from balora_plugin.teacher_cache import TeacherCache
@@ -54,6 +54,26 @@ def test_token_terms_are_the_cpus(dtype, tolerance, form):
     assert relative(gpu_gradient, gradient) < tolerance
     if dtype != torch.bfloat16:
         assert gpu_correct.item() == correct.item()
+
+
+@pytest.mark.parametrize("form", ["kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 3e-2)]
+)
+def test_token_terms_from_log_probabilities_are_the_cpus(dtype, tolerance, form):
+    hidden, teacher, weight, labels = inputs(300, 64, 1000, "cpu", torch.float64)
+    top = top_log_probs(teacher, weight, k=20, temperature=2.0)
+    assert relative(top_log_probs(teacher.cuda(), weight.cuda(), k=20, temperature=2.0).log_tail, top.log_tail) < 1e-12
+    options = {"lambda_consistency": 0.5, "lambda_diversity": 0.2, "form": form, "temperature": 2.0}
+    results = []
+    for device, precision in (("cpu", torch.float64), ("cuda", dtype)):
+        hidden, _, weight, labels = inputs(300, 64, 1000, device, precision)
+        here = TopLogProbs(*(x.to(device) for x in top))
+        terms = token_terms(hidden, None, weight, labels, teacher_top=here, **options)
+        results.append((terms.loss, torch.autograd.grad(terms.loss, hidden)[0]))
+    (loss, gradient), (gpu_loss, gpu_gradient) = results
+    assert gpu_loss.item() == pytest.approx(loss.item(), rel=tolerance)
+    assert relative(gpu_gradient, gradient) < tolerance
 
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=["float64", "weak float64"])

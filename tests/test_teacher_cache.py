@@ -675,7 +675,7 @@ def test_the_tokenizers_fingerprint_is_its_vocabulary(tokenizer):
 @pytest.mark.parametrize("model", [tiny_llama, tiny_gpt2])
 def test_a_real_models_documents_packed_and_alone(model, tmp_path):
     base = model(attn_implementation="sdpa").eval()
-    cache = TeacherCache(tmp_path, RowChoice(32), base="a" * 64)
+    cache = TeacherCache(tmp_path, RowChoice(32, VOCABULARY), base="a" * 64)
 
     def run(inputs):
         with torch.no_grad():

@@ -123,6 +123,9 @@ class Bench:
             "PiSSA, TRL's loss": self.step(self.trainer(SFTTrainer, self.pissa())),
             "BA-LoRA": self.ba_lora(),
             "BA-LoRA, teacher cached": self.ba_lora(teacher_cache=str(self.folder / "cache")),
+            "BA-LoRA, 128 log-probabilities cached": self.ba_lora(
+                teacher_cache=str(self.folder / "top"), teacher_cache_top_k=128
+            ),
             "BA-LoRA, without SVD": self.ba_lora(lambda_svd=0.0),
             "BA-LoRA, no terms": self.ba_lora(lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=0.0),
             "paper: second model, dense": self.papers(),
