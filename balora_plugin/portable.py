@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -137,10 +138,16 @@ def read_adapter(directory: str) -> Adapter:
 
 
 def read_config(directory: str) -> tuple[LoraConfig, dict[str, Any] | None]:
-    if find_file(directory, CONFIG_FILE) is None:
+    path = find_file(directory, CONFIG_FILE)
+    if path is None:
         checkpoints = sorted(Path(directory).glob(f"checkpoint-*/{CONFIG_FILE}"), key=lambda p: p.stat().st_mtime)
         hint = f"; its last checkpoint is {checkpoints[-1].parent}" if checkpoints else ""
         raise ValueError(f"{directory!r} holds no {CONFIG_FILE}: it is no adapter{hint}.")
+    if json.loads(Path(path).read_text(encoding="utf-8")).get("init_lora_weights") == "loftq":  # PEFT asks for scipy
+        raise ValueError(
+            f"init_lora_weights='loftq' in {directory!r}: it replaces the base by a quantised one, to which the "
+            "adapter belongs; it cannot become an adapter of the original base."
+        )
     config = PeftConfig.from_pretrained(directory)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_type={config.peft_type.value!r} in {directory!r} is no LoRA: only LoRAs are read.")

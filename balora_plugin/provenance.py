@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -84,6 +85,7 @@ def write(directory: str, model: PeftModel, adapter_name: str) -> tuple[dict[str
     if found.base_logits is not None and note is None:
         adapted, note = _attempt(lambda: probe.adapted_logits(model, adapter_name))
     files = []
+    Path(directory, probe.PROBE_FILE).unlink(missing_ok=True)  # of an earlier save
     if found.base_logits is not None:
         vocabulary = probe.vocabulary_of(model.get_base_model())
         assert vocabulary is not None

@@ -16,7 +16,7 @@ from .adapter.delta import PEFT_PREFIX, stack_factors
 from .export import relative
 from .portable import Adapter, shown
 
-RAW_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+RAW_STARTS = ("pissa", "olora", "corda", "lora_ga")
 NOT_A_START = 0.1  # rounding to bfloat16 leaves a hundredth
 
 

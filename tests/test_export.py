@@ -252,6 +252,18 @@ def test_rank_auto_is_the_smallest_that_meets_the_error_cast_included(ids, tmp_p
     assert "max_error=0.001" in line and "bfloat16" in line and "float32" in line
 
 
+def test_rank_auto_counts_what_the_cast_loses():
+    """Truncation alone would do with three directions, but not beside the rounding to bfloat16."""
+    values = torch.tensor([1.0, 0.1, 0.02, 0.0025, 0.0002, 0.0001], dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64)).Q for _ in range(2))
+    update = portable.Update(v.T.float(), (u * values).float(), 1.0)
+    adapter = portable.Adapter("made up", LoraConfig(r=6, lora_alpha=6), {"layer": update})
+    cut, errors = portable.smallest(adapter, 0.0027)
+    assert (cut.rank, errors.total <= 0.0027) == (3, True)
+    cut, errors = portable.smallest(adapter, 0.0027, torch.bfloat16)
+    assert (cut.rank, errors.total <= 0.0027) == (4, True)
+
+
 def test_a_plain_lora_is_read_too(ids, tmp_path, capsys):
     changes = {"use_rslora": True, "alpha_pattern": {"k_proj": 9}, "init_lora_weights": False}
     expected = trained(stock(tiny_llama(), **changes), ids, tmp_path / "adapter")

@@ -144,12 +144,14 @@ def test_a_merged_base_is_not_hashed(base, tmp_path):
 
 def test_a_model_sharded_before_it_was_hashed_says_so(base, ids, tmp_path, monkeypatch, capsys):
     model = ba_lora(loaded(base))
+    ba_lora(tiny_llama()).save_pretrained(tmp_path / "sharded")  # whose probe must not be taken for this one's
     with monkeypatch.context() as patch:
         patch.setattr("balora_plugin.identity.is_sharded", lambda model: True)
         model.save_pretrained(tmp_path / "sharded")
     settings = settings_of(tmp_path / "sharded")
     assert settings["base_sha256"] is None
     assert settings["probe"] == {"base": False, "adapted": False, "note": "the model is sharded over processes"}
+    assert not (tmp_path / "sharded" / "ba_lora_probe.safetensors").exists()
     code, out = verify(capsys, tmp_path / "sharded", "--base", base)
     assert code == 0
     assert "cannot be told by its hash" in out and "sharded over processes: logits cannot be compared" in out
@@ -223,6 +225,13 @@ def test_bases_are_told_apart(wrong):
     assert compare(recorded, base_identity(tiny_llama().half())) == "unclear"
     assert compare(recorded, base_identity(tiny_llama(rms_norm_eps=1e-3))) == "config"
     assert compare(recorded, None) == compare(None, recorded) == "unknown"
+
+
+def test_a_change_below_bfloat16_is_another_base_in_float32():
+    recorded, changed = (tiny_llama().bfloat16().float() for _ in range(2))
+    changed.model.layers[0].mlp.up_proj.weight.data *= 1 + 1e-5
+    assert compare(base_identity(recorded), base_identity(changed)) == "other"
+    assert compare(base_identity(recorded), base_identity(changed.bfloat16())) == "dtype"  # nothing is left of it
 
 
 def test_a_release_that_renames_weights_is_no_other_base():

@@ -287,7 +287,8 @@ class BaLoraModelMixin(_Base):
         """Training goes on only on the base that the adapter was trained on."""
 
         def stored_probe() -> Probe | None:
-            path = checkpoint.find_file(model_id, PROBE_FILE, **hub)
+            assert settings is not None
+            path = checkpoint.find_file(model_id, PROBE_FILE, **hub) if PROBE_FILE in settings["sha256"] else None
             return None if path is None else read_probe(path)
 
         if settings is not None:

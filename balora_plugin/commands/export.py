@@ -78,11 +78,6 @@ def _read(args: argparse.Namespace) -> Adapter:
     adapter = portable.read_adapter(args.adapter)
     start = raw_pissa.raw_start(adapter)
     print(f"reads    {args.adapter}: {_describe(adapter, start)}")
-    if start == "loftq":
-        raise ValueError(
-            f"{args.adapter!r} started as loftq, which replaces the base by a quantised one that the adapter belongs "
-            "to: it cannot become an adapter of the original base."
-        )
     if args.initial is None:
         if start is not None:
             raise ValueError(
@@ -114,6 +109,7 @@ def _describe(adapter: Adapter, start: str | None) -> str:
 
 def _export(args: argparse.Namespace, adapter: Adapter) -> None:
     from .. import portable
+    from ..card import VLLM_DEFAULT_RANK
 
     dtype = None if args.dtype is None else torch_dtype(args.dtype)
     if args.base is not None:
@@ -130,8 +126,8 @@ def _export(args: argparse.Namespace, adapter: Adapter) -> None:
     written = size(portable.size_of(portable.state_dict(changed).values()))
     print(f"writes   {args.output}: plain LoRA, rank {rank}, {_name(changed.dtype)}, {written}")
     _print_errors(errors)
-    if rank > 16:
-        print(f"note     vLLM takes ranks up to 16 unless it is told --max-lora-rank {rank} or the next it knows")
+    if rank > VLLM_DEFAULT_RANK:
+        print(f"note     vLLM takes ranks up to {VLLM_DEFAULT_RANK} unless it is told --max-lora-rank, here {rank}")
     if changed.others:
         print("note     vLLM takes no modules_to_save: for it, use --merge")
     if args.dry_run:
@@ -185,7 +181,8 @@ def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = 
     here = base_identity(model)
     verdict = compare(recorded, here)
     distance = None
-    path = checkpoint.find_file(args.adapter, probe.PROBE_FILE) if adapter.settings is not None else None
+    listed = probe.PROBE_FILE in (adapter.settings or {"sha256": {}})["sha256"]
+    path = checkpoint.find_file(args.adapter, probe.PROBE_FILE) if listed else None
     if verdict in ("unclear", "config") and path is not None:
         stored, logits = probe.read_probe(path).base, probe.base_logits(model)
         distance = None if stored is None or logits is None else probe.discrepancy(logits, stored)

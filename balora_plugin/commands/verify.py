@@ -62,6 +62,7 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
     """
     from .. import checkpoint, portable
     from ..identity import BaseIdentity
+    from ..probe import PROBE_FILE
     from ..raw_pissa import RAW_STARTS
 
     settings = checkpoint.read_settings(adapter)
@@ -84,7 +85,8 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
     recorded = BaseIdentity.from_settings(origin)
     quantization = recorded.quantization if recorded is not None and dtype is None else None
     model = load_base(base, dtype or (recorded.dtype if recorded is not None else "auto"), quantization)
-    path = checkpoint.find_file(adapter, "ba_lora_probe.safetensors") if settings is not None else None
+    listed = settings is not None and PROBE_FILE in settings["sha256"]
+    path = checkpoint.find_file(adapter, PROBE_FILE) if listed else None
     delta = settings is not None and settings["delta_form"]
     return [*checks, *_model(adapter, model, recorded, _probe(path), delta, (settings or {}).get("probe"))]
 
