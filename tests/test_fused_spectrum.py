@@ -367,6 +367,26 @@ def test_all_zero_rows_give_zero_with_a_zero_gradient(name):
         assert (hidden.grad == 0).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("m", [4, 9])
+@pytest.mark.parametrize("name", [*TERMS, "training head", "flattened"])
+def test_what_is_not_finite_gives_nan_with_a_nan_gradient(name, m, bad):
+    """As the token terms do, for the loss scaler and the guard to see; eigh would raise an error of its own."""
+    hidden, weight = random(m, 5), WEIGHT.clone().requires_grad_(name == "training head")
+    hidden[1, 2] = bad
+    hidden = (hidden.unsqueeze(1) if name == "flattened" else hidden).requires_grad_()
+    term = TERMS.get(name, TERMS["factor"])
+    if name == "training head":
+        term = lambda x, **options: head_spectral_term(x, weight, **options)  # noqa: E731
+    with torch.no_grad():
+        assert term(hidden, k=2).isnan()
+    value = term(hidden, k=2)
+    assert value.isnan()
+    value.backward()
+    assert hidden.grad.isnan().all()
+    assert weight.grad is None or weight.grad.isnan().all()
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("m", [4, 9])
 @pytest.mark.parametrize("name", TERMS)

@@ -6,6 +6,7 @@ products with the vocabulary have the precision of spectrum.py's with the factor
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -93,11 +94,14 @@ class _HeadRatio(torch.autograd.Function):
         size = gram.trace().item()
         if size == 0.0:  # no rows, or logits of zero: 0 with a gradient of 0
             return gram.new_zeros(())
-        s, vectors = gram_eigen(gram)
-        if not differentiate:
-            return -singular_value_ratio(s, k, norm)
-        value, weights = value_and_weights(s, k, norm)
-        core = ((vectors * weights) @ vectors.T).to(precision)  # d value / dZ = core @ (Z - mean)
+        if math.isfinite(size):
+            s, vectors = gram_eigen(gram)
+            if not differentiate:
+                return -singular_value_ratio(s, k, norm)
+            value, weights = value_and_weights(s, k, norm)
+            core = ((vectors * weights) @ vectors.T).to(precision)  # d value / dZ = core @ (Z - mean)
+        else:  # eigh would raise: see _ratio_and_gradient
+            value, core = gram.new_full((), math.nan), h.new_full((m, m), math.nan)
         offset = mean.to(precision).unsqueeze(1)
         for part in parts if any(wants) else ():
             z, slope = chunk(part)

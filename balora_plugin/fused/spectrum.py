@@ -8,6 +8,7 @@ Gram matrices and eigenvalues are float64: a float32 Gram is 30 % off in the gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -290,6 +291,8 @@ def _ratio_and_gradient(y: Tensor, k: int, norm: str, want: bool) -> tuple[Tenso
     size = gram.trace().item()  # the one wait for the device
     if size == 0.0:
         return None
+    if not math.isfinite(size):  # eigh would raise: the host's own guards, and ours, know what to do with NaN
+        return y.new_full((), math.nan), torch.full_like(y, math.nan) if want else None
     s, vectors = gram_eigen(gram)
     if not want:
         return -singular_value_ratio(s, k, norm), None
