@@ -519,13 +519,37 @@ def test_too_many_rows_are_drawn_by_the_seed():
     assert spectral_ratio(hidden, None, None, k=2, max_rows=40).value == spectral_ratio(hidden, None, None, k=2).value
 
 
+LAYOUTS = {
+    "rows": lambda: random(8, 4),
+    "transposed": lambda: random(4, 8).T,
+    "strided": lambda: random(8, 8)[:, ::2],
+    "float16": lambda: random(8, 4, dtype=torch.float16),
+    "flattened": lambda: random(8, 3, 4),
+    "flattened, transposed": lambda: random(8, 4, 3).transpose(1, 2),
+}
+
+
 @pytest.mark.parametrize("want", [True, False])
-@pytest.mark.parametrize("counted", [None, torch.tensor([True] * 5 + [False] * 3)])
-def test_the_operator_is_registered_right(counted, want):
-    hidden = random(8, 4).requires_grad_(want)
-    factor = HeadFactor.from_weight(random(20, 4), random(20, seed=1)).plain
-    inputs = (hidden, counted, factor, True, 0.5, 2, "nuclear", True, 6, torch.tensor(3), want)
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_operator_is_registered_right(layout, some, want):
+    hidden = LAYOUTS[layout]().requires_grad_(want)
+    bias = hidden.ndim == 2
+    factor = HeadFactor.from_weight(random(20, 4), random(20, seed=1) if bias else None).plain
+    counted = (torch.arange(hidden[..., 0].numel()) % 3 > 0).view(hidden.shape[:-1]) if some else None
+    inputs = (hidden, counted, factor, bias, 0.5, 2, "nuclear", True, 6 if some else 0, torch.tensor(3), want)
     torch.library.opcheck(spectrum.spectral_ratio_op, inputs)
+
+
+def test_a_float16_gradient_survives_until_the_loss_scale():
+    hidden = (random(64, 16) * 3e3).half()  # gradients about 1e-7: float16's smallest number is 6e-8
+    exact = hidden.double().requires_grad_()
+    factor = HeadFactor.from_weight(random(40, 16))
+    scaled = hidden.clone().requires_grad_()
+    (spectral_term(scaled, factor, k=2) * 2.0**16).backward()
+    (spectral_term(exact, factor, k=2) * 2.0**16).backward()
+    assert (exact.grad / 2.0**16).abs().max() < 1e-6
+    assert relative_error(scaled.grad, exact.grad) < 1e-3
 
 
 def test_a_head_that_trains_costs_its_gradient_in_float32():
