@@ -182,19 +182,20 @@ def test_autocast_changes_nothing(precision, monkeypatch):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_float32_products_on_a_gpu_take_no_tf32(allowed):
+def test_float32_products_on_a_gpu_take_no_tf32():
     """A user's tf32=True is not for these; it is as it was afterwards."""
     settings = torch.backends.cuda.matmul
-    before = settings.allow_tf32
+    if not hasattr(settings, "fp32_precision"):
+        pytest.skip("an older torch")
+    before = settings.fp32_precision
     on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     try:
-        settings.allow_tf32 = allowed
+        settings.fp32_precision = "tf32"
         with spectrum._without_tf32(on_gpu):
-            assert not settings.allow_tf32
-        assert settings.allow_tf32 is allowed
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "tf32"
     finally:
-        settings.allow_tf32 = before
+        settings.fp32_precision = before
 
 
 # ---- flattened: one row a sample ----
