@@ -27,7 +27,7 @@ from .fused import head_spectral_term, spectral_ratio
 from .fused.project import project
 from .fused.spectrum import drawn_rows, usable_k
 from .fused.tokens import IGNORED, weighted_token_terms
-from .head import FactorCache, Head, read_head
+from .head import FactorCache, Head, check_head_now, read_head
 from .schedules import Lambdas
 from .teacher import TeacherSwitch
 from .teacher_cache import TeacherCache
@@ -159,11 +159,12 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
 
     if request.compiled is not None:
         drop_input_hooks(model)
+    check_head_now(model, inputs["input_ids"].device)
     head = read_head(model)
     teacher_hidden = teacher_head = None
     if lambdas.consistency:
         with request.part("teacher"):
-            teacher_hidden, teacher_head = _teacher_pass(model, request, inputs, needed)
+            teacher_hidden, teacher_head = _teacher_pass(model, request, inputs, needed, head)
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
     extra = {"output_router_logits": True} if router else {}
@@ -385,7 +386,7 @@ def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _teacher_pass(
-    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None
+    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None, head: Head
 ) -> tuple[Tensor, Head | None]:
     """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's.
 
@@ -406,7 +407,9 @@ def _teacher_pass(
         hidden = run(inputs)
     if request.teacher_head is not None:
         return hidden, request.teacher_head
-    return hidden, read_head(model, teacher=True) if request.teacher is None else read_head(request.teacher)
+    if request.teacher is not None:
+        return hidden, read_head(request.teacher)
+    return hidden, read_head(model, teacher=True, student=head)
 
 
 def _wants_router_logits(model: PreTrainedModel) -> bool:
