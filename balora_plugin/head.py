@@ -66,7 +66,7 @@ def read_head(model: PreTrainedModel, *, teacher: bool = False, student: Head | 
     if dequantised:
         weight = _dequantised(layer)
     elif hasattr(weight, "full_tensor"):  # FSDP2, the head a unit of its own
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
     whole = weight is not None and weight.ndim == 2 and weight.dtype in _DTYPES
     if weight is None or not (whole or hasattr(weight, "ds_id")):  # ZeRO-3 has it whole inside training alone
         found = "no weight" if weight is None else f"a weight of {weight.dtype}, shape {tuple(weight.shape)}"
@@ -90,6 +90,13 @@ def _dequantised(layer: Any) -> Tensor:
             "the LM head is quantised and sharded: leave it unquantised (llm_int8_skip_modules=['lm_head'])."
         )
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """A DTensor, whole; its gradient is the mean over the ranks, as FSDP's is."""
+    from torch.distributed.tensor import Partial
+
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _logit_scale(config: Any) -> float:
@@ -167,13 +174,23 @@ class FactorCache:
     """The head's spectral factor, computed once and again only when the head changed."""
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
+        self._state: tuple[Any, ...] = ()
+        self._sources: list[weakref.ref[Tensor]] = []
         self._factor: HeadFactor | None = None
 
     def get(self, head: Head) -> HeadFactor:
-        # not the address of the data: a gathered (sharded) weight has another one at every step
-        source = head.sources[0]
-        key = (id(source), source._version, tuple(head.weight.shape), head.weight.device)  # type: ignore[union-attr]
-        if self._factor is None or key != self._key:
-            self._factor, self._key = HeadFactor.from_weight(head.weight.detach(), head.bias), key
+        """The factor of head.weight and head.bias, which must not train."""
+        state: tuple[Any, ...]
+        # not the data's address, which a gathered weight has anew at every step; nor, under FSDP1, the tensor, which is
+        # a new view at every step of a parameter that stays
+        given = [x for x in (head.sources or (head.weight, head.bias)) if x is not None]
+        sources = [x if x._base is None else x._base for x in given]
+        state = (head.weight.shape, head.weight.device)
+        state += tuple((s._version, x.storage_offset(), x.shape) for s, x in zip(sources, given, strict=True))
+        same = len(sources) == len(self._sources) and all(
+            ref() is x for ref, x in zip(self._sources, sources, strict=True)
+        )
+        if self._factor is None or not same or state != self._state:
+            self._factor = HeadFactor.from_weight(head.weight.detach(), head.bias)
+            self._sources, self._state = [weakref.ref(x) for x in sources], state
         return self._factor

@@ -8,7 +8,7 @@ from models import VOCABULARY, tiny_gpt2, tiny_llama
 
 from balora_plugin import RegularizerConfig
 from balora_plugin.fused.project import project
-from balora_plugin.head import FactorCache, check_head, read_head
+from balora_plugin.head import FactorCache, Head, check_head, read_head
 from balora_plugin.objective import StepRequest, install
 from balora_plugin.schedules import Lambdas
 
@@ -156,6 +156,40 @@ def test_the_factor_is_cached_and_renewed_when_the_head_changes():
     torch.testing.assert_close(second.plain.square().sum(), 4 * first.plain.square().sum())
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert cache.get(read_head(model)) is not second
+
+
+def test_the_factor_stays_where_a_sharded_parameter_gives_new_views():
+    """FSDP1: at every micro-batch another view of a flat parameter; its weight was factorised every time."""
+    flat, cache = torch.nn.Parameter(torch.randn(5 + 20 * 4 + 20), requires_grad=False), FactorCache()
+
+    def head():
+        weight, bias = flat[5:85].view(20, 4), flat[85:]
+        return Head(weight, bias, sources=(weight, bias))
+
+    first = cache.get(head())
+    assert cache.get(head()) is first
+    with torch.no_grad():
+        flat.mul_(2.0)
+    assert cache.get(head()) is not first
+    weight = flat[4:84].view(20, 4)
+    other = cache.get(Head(weight, None, sources=(weight, None)))
+    torch.testing.assert_close(other.plain @ other.plain.T, weight.double().T @ weight.double())
+
+
+def test_the_factor_is_renewed_when_the_bias_changes():
+    head, cache = Head(torch.randn(20, 4), torch.randn(20)), FactorCache()
+    first = cache.get(head)
+    head.bias.add_(1.0)
+    assert cache.get(head) is not first
+
+
+def test_the_factor_of_a_head_that_is_gone_is_not_another_heads():
+    """An identity of freed memory comes back: by id() the second head would have got the first one's factor."""
+    cache = FactorCache()
+    for scale in range(1, 20):
+        weight = torch.eye(4) * scale
+        assert cache.get(Head(weight, None)).plain.square().sum().item() == pytest.approx(4 * scale**2)
+        del weight
 
 
 # --- a head whose parameters are not there when the trainer is built
