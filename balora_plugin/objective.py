@@ -185,7 +185,7 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
             ratio = spectrum_of(hidden, targets, plan)
     loss, task, consistency, diversity, entropy, correct, count = sums
     result: dict[str, Any] = {
-        "loss": loss,
+        "loss": loss.clone(),  # a view of the operator's sums otherwise: FSDP2 warns that hooks on it may be lost
         "task": task,
         "consistency": consistency if lambdas.consistency else None,
         "diversity": diversity,
