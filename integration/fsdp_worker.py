@@ -22,6 +22,10 @@ ROWS = [{"input_ids": [5 + i, 6, 7 + i, 8, *range(9, 12 + i % 4)]} for i in rang
 ROWS = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in ROWS]
 
 
+class OwnUnit(torch.nn.Linear):
+    """An LM head under a name of its own, for a wrap policy that makes it a unit."""
+
+
 class Keep(TrainerCallback):
     """Remembers the whole gradients of the first optimizer step, whatever shards them."""
 
@@ -114,8 +118,10 @@ def main(directory: str, kind: str, units: str, modules_to_save: str = "") -> No
         assert args.device.type == "cpu"  # builds the state
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         PartialState._shared_state["device"] = torch.device("cpu")  # without the index that FSDP1 does not know
+    model = tiny_llama()
+    model.lm_head.__class__ = OwnUnit
     trainer = BaLoraTrainer(
-        model=tiny_llama(),
+        model=model,
         args=args,
         train_dataset=Dataset.from_list(ROWS),
         data_collator=DataCollatorForSeq2Seq(character_tokenizer()),

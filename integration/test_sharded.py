@@ -71,8 +71,8 @@ def alone(tmp_path_factory):
         ("fsdp1", LAYERS, ""),
         ("fsdp2", LAYERS, ""),
         ("fsdp2", LAYERS, "lm_head"),
-        ("fsdp2", f"{LAYERS},Linear", ""),  # the head a unit of its own: gathered for the terms
-        ("fsdp2", f"{LAYERS},Linear", "lm_head"),
+        ("fsdp2", f"{LAYERS},OwnUnit", ""),  # the head a unit of its own: gathered for the terms
+        ("fsdp2", f"{LAYERS},OwnUnit", "lm_head"),
     ],
 )
 def test_sharding_changes_nothing(kind, units, modules_to_save, alone, tmp_path):
