@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -110,8 +111,11 @@ def task_of(model: PreTrainedModel, regularizers: RegularizerConfig) -> str:
     )
 
 
-def check_teacher(adapter: Any, teacher_model: nn.Module | None, *, cached: bool = False) -> None:
-    """`cached`: a teacher_cache is filled before the weights move, which is enough in full fine-tuning.
+def check_teacher(
+    adapter: Any, teacher_model: nn.Module | None, *, cached: bool = False, model: nn.Module | None = None
+) -> None:
+    """`cached`: a teacher_cache is filled before the weights move, which is enough in full fine-tuning. `model`: the
+    base model with its adapters, where there is one already.
 
     Raises:
         ValueError: there is no pre-trained model to be had; names the setting and what to pass.
@@ -126,6 +130,8 @@ def check_teacher(adapter: Any, teacher_model: nn.Module | None, *, cached: bool
         )
     if getattr(adapter, "is_prompt_learning", False):
         raise ValueError(f"{type(adapter).__name__} cannot be switched off for the teacher: pass teacher_model=...")
+    if model is not None:
+        _check_frozen_base(model)
     if isinstance(adapter, BaLoraConfig):
         return
     start = str(getattr(adapter, "init_lora_weights", "")).lower()
@@ -140,6 +146,31 @@ def check_teacher(adapter: Any, teacher_model: nn.Module | None, *, cached: bool
                 f"{key}={getattr(adapter, key)!r} trains base parameters that the teacher shares: leave it at "
                 f"{neutral!r}, or pass teacher_model=..."
             )
+
+
+def _check_frozen_base(model: nn.Module) -> None:
+    """Refuses base parameters that train beside the adapter: the teacher, which shares them, would move with them.
+
+    Adapters, and the copies that modules_to_save trains, are switched off for the teacher; what they stand on is not.
+    """
+    switched_off: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            kept = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            kept = module.original_module
+        else:
+            continue
+        switched_off |= {id(p) for p in module.parameters()} - {id(p) for p in kept.parameters()}
+    moving = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in switched_off]
+    if moving:
+        more = f" and {len(moving) - 1} more" if len(moving) > 1 else ""
+        owner = moving[0].rpartition(".")[0].removesuffix(".base_layer").rpartition(".")[2]
+        raise ValueError(
+            f"{moving[0]}{more} trains beside the adapter: with the adapter switched off the model would not be the "
+            f"pre-trained one any more. Freeze it (requires_grad_(False)), train a copy of its module "
+            f"(modules_to_save=[{owner!r}]), pass teacher_model=..., or set lambda_consistency=0."
+        )
 
 
 def check_model(model: PreTrainedModel, config: RegularizerConfig, *, adapter_follows: bool = False) -> None:

@@ -27,7 +27,7 @@ from .fused import TopLogProbs, head_spectral_term, spectral_ratio
 from .fused.project import project
 from .fused.spectrum import drawn_rows, usable_k
 from .fused.tokens import IGNORED, weighted_token_terms
-from .head import FactorCache, Head, read_head
+from .head import FactorCache, Head, check_head_now, read_head
 from .schedules import Lambdas
 from .teacher import TeacherSwitch
 from .teacher_cache import TeacherCache
@@ -160,11 +160,12 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
 
     if request.compiled is not None:
         drop_input_hooks(model)
+    check_head_now(model, inputs["input_ids"].device)
     head = read_head(model)
     teacher = teacher_head = None
     if lambdas.consistency:
         with request.part("teacher"):
-            teacher, teacher_head = _teacher_pass(model, request, inputs, needed)
+            teacher, teacher_head = _teacher_pass(model, request, inputs, needed, head)
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
     extra = {"output_router_logits": True} if router else {}
@@ -185,7 +186,7 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
             ratio = spectrum_of(hidden, targets, plan)
     loss, task, consistency, diversity, entropy, correct, count = sums
     result: dict[str, Any] = {
-        "loss": loss,
+        "loss": loss.clone(),  # a view of the operator's sums otherwise: FSDP2 warns that hooks on it may be lost
         "task": task,
         "consistency": consistency if lambdas.consistency else None,
         "diversity": diversity,
@@ -397,7 +398,7 @@ def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _teacher_pass(
-    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None
+    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None, student_head: Head
 ) -> tuple[Teacher, Head | None]:
     """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's.
 
@@ -416,7 +417,9 @@ def _teacher_pass(
     def head() -> Head:
         if request.teacher_head is not None:
             return request.teacher_head
-        return read_head(model, teacher=True) if request.teacher is None else read_head(request.teacher)
+        if request.teacher is not None:
+            return read_head(request.teacher)
+        return read_head(model, teacher=True, student=student_head)
 
     if request.cache is None or needed is None:
         return run(inputs), head()

@@ -95,7 +95,7 @@ class BaLoraTrainerMixin(_Base):
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         config = resolve(causal_lm, regularizers)
         if config.lambda_consistency:
-            check_teacher(adapter, teacher_model, cached=config.teacher_cache is not None)
+            check_teacher(adapter, teacher_model, cached=config.teacher_cache is not None, model=causal_lm)
         if not self._ba_lora_head_checked:
             check_head(causal_lm)
         protect_weights(causal_lm)  # a base under another adapter too

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from helpers import TERMS, assert_base_untouched, ba_lora, base_parameters, fresh, logits
+from helpers import TERMS, assert_base_untouched, ba_lora, base_parameters, fresh, logits, stock
 from models import tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel
 from transformers import (
@@ -61,6 +61,41 @@ def build(tmp_path, tokenizer, model=None, cls=BaLoraTrainer, **changes):
 
 def history(trainer, key):
     return [row[key] for row in trainer.state.log_history if key in row]
+
+
+@pytest.mark.parametrize("kind", ["ba_lora", "lora"])
+@pytest.mark.parametrize(
+    ("trains", "owner"), [("model.norm.weight", "norm"), ("lm_head.weight", "lm_head"), ("0.mlp.up_proj", "up_proj")]
+)
+def test_a_base_parameter_that_trains_beside_the_adapter_is_refused(trains, owner, kind, tmp_path, tokenizer):
+    """The teacher shares it: consistency would be measured against a moving model, and a teacher cache poisoned."""
+    extra = {} if kind == "ba_lora" else {"regularizers": TERMS}
+
+    def adapted():
+        model = ba_lora(tiny_llama(), regularizers=TERMS) if kind == "ba_lora" else stock(tiny_llama())
+        for name, p in model.named_parameters():
+            if trains in name and "lora_" not in name and "frozen_" not in name:
+                p.requires_grad_(True)
+        return model
+
+    with pytest.raises(ValueError, match=rf"trains beside the adapter.*modules_to_save=\['{owner}'\].*teacher_model"):
+        build(tmp_path, tokenizer, model=adapted(), **extra)
+    assert build(tmp_path, tokenizer, model=adapted(), teacher_model=tiny_llama(), **extra).ba_lora is not None
+    terms = RegularizerConfig(lambda_consistency=0.0, lambda_diversity=0.1, lambda_svd=0.0)
+    assert build(tmp_path, tokenizer, model=adapted(), regularizers=terms).ba_lora is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"modules_to_save": ["norm", "lm_head"], "target_modules": ["q_proj"]}, {"target_modules": "all-linear"}],
+)
+@pytest.mark.parametrize("kind", ["ba_lora", "lora"])
+def test_what_is_switched_off_with_the_adapter_may_train(kind, changes, tmp_path, tokenizer):
+    config = adapter(**changes)
+    if kind == "lora":
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", **changes)
+    trainer = build(tmp_path, tokenizer, peft_config=config, regularizers=TERMS)
+    assert trainer.ba_lora.lambda_consistency
 
 
 @pytest.mark.parametrize("model", [tiny_llama, tiny_gpt2])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from balora_plugin import regularizers as reg
@@ -160,12 +163,39 @@ def test_scale_matters_without_a_norm_only():
         assert values[1] == pytest.approx(values[0] * (0.25 if norm == "none" else 1.0))
 
 
-def test_autocast_changes_nothing():
-    hidden, weight = random(8, 5, dtype=torch.float32), random(20, 5, dtype=torch.float32)
-    plain = [spectral_term(hidden, HeadFactor.from_weight(weight), k=2), head_spectral_term(hidden, weight, k=2)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = [spectral_term(hidden, HeadFactor.from_weight(weight), k=2), head_spectral_term(hidden, weight, k=2)]
-    assert mixed == plain
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])
+def test_autocast_changes_nothing(precision, monkeypatch):
+    monkeypatch.setattr(spectrum, "product_precision", lambda device: precision)
+    hidden = random(8, 5, dtype=torch.float32).requires_grad_()
+    weight = random(20, 5, dtype=torch.float32).requires_grad_()
+    for term, leaves in (
+        (lambda: spectral_term(hidden, HeadFactor.from_weight(weight), k=2), [hidden]),
+        (lambda: head_spectral_term(hidden, weight, k=2), [hidden, weight]),
+        (lambda: head_spectral_term(hidden, weight, k=2, softcap=2.0), [hidden, weight]),
+    ):
+        plain = term()
+        expected = torch.autograd.grad(plain, leaves)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = term()
+        assert mixed == plain
+        for a, b in zip(torch.autograd.grad(mixed, leaves), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_float32_products_on_a_gpu_take_no_tf32():
+    """A user's tf32=True is not for these; it is as it was afterwards."""
+    settings = torch.backends.cuda.matmul
+    if not hasattr(settings, "fp32_precision"):
+        pytest.skip("an older torch")
+    before = settings.fp32_precision
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    try:
+        settings.fp32_precision = "tf32"
+        with spectrum._without_tf32(on_gpu):
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "tf32"
+    finally:
+        settings.fp32_precision = before
 
 
 # ---- flattened: one row a sample ----
@@ -338,6 +368,26 @@ def test_all_zero_rows_give_zero_with_a_zero_gradient(name):
         assert (hidden.grad == 0).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("m", [4, 9])
+@pytest.mark.parametrize("name", [*TERMS, "training head", "flattened"])
+def test_what_is_not_finite_gives_nan_with_a_nan_gradient(name, m, bad):
+    """As the token terms do, for the loss scaler and the guard to see; eigh would raise an error of its own."""
+    hidden, weight = random(m, 5), WEIGHT.clone().requires_grad_(name == "training head")
+    hidden[1, 2] = bad
+    hidden = (hidden.unsqueeze(1) if name == "flattened" else hidden).requires_grad_()
+    term = TERMS.get(name, TERMS["factor"])
+    if name == "training head":
+        term = lambda x, **options: head_spectral_term(x, weight, **options)  # noqa: E731
+    with torch.no_grad():
+        assert term(hidden, k=2).isnan()
+    value = term(hidden, k=2)
+    assert value.isnan()
+    value.backward()
+    assert hidden.grad.isnan().all()
+    assert weight.grad is None or weight.grad.isnan().all()
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("m", [4, 9])
 @pytest.mark.parametrize("name", TERMS)
@@ -470,27 +520,86 @@ def test_too_many_rows_are_drawn_by_the_seed():
     assert spectral_ratio(hidden, None, None, k=2, max_rows=40).value == spectral_ratio(hidden, None, None, k=2).value
 
 
+LAYOUTS = {
+    "rows": lambda: random(8, 4),
+    "transposed": lambda: random(4, 8).T,
+    "strided": lambda: random(8, 8)[:, ::2],
+    "float16": lambda: random(8, 4, dtype=torch.float16),
+    "flattened": lambda: random(8, 3, 4),
+    "flattened, transposed": lambda: random(8, 4, 3).transpose(1, 2),
+}
+
+
 @pytest.mark.parametrize("want", [True, False])
-@pytest.mark.parametrize("counted", [None, torch.tensor([True] * 5 + [False] * 3)])
-def test_the_operator_is_registered_right(counted, want):
-    hidden = random(8, 4).requires_grad_(want)
-    factor = HeadFactor.from_weight(random(20, 4), random(20, seed=1)).plain
-    inputs = (hidden, counted, factor, True, 0.5, 2, "nuclear", True, 6, torch.tensor(3), want)
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_operator_is_registered_right(layout, some, want):
+    hidden = LAYOUTS[layout]().requires_grad_(want)
+    bias = hidden.ndim == 2
+    factor = HeadFactor.from_weight(random(20, 4), random(20, seed=1) if bias else None).plain
+    counted = (torch.arange(hidden[..., 0].numel()) % 3 > 0).view(hidden.shape[:-1]) if some else None
+    inputs = (hidden, counted, factor, bias, 0.5, 2, "nuclear", True, 6 if some else 0, torch.tensor(3), want)
     torch.library.opcheck(spectrum.spectral_ratio_op, inputs)
 
 
+def test_a_float16_gradient_survives_until_the_loss_scale():
+    hidden = (random(64, 16) * 3e3).half()  # gradients about 1e-7: float16's smallest number is 6e-8
+    exact = hidden.double().requires_grad_()
+    factor = HeadFactor.from_weight(random(40, 16))
+    scaled = hidden.clone().requires_grad_()
+    (spectral_term(scaled, factor, k=2) * 2.0**16).backward()
+    (spectral_term(exact, factor, k=2) * 2.0**16).backward()
+    assert (exact.grad / 2.0**16).abs().max() < 1e-6
+    assert relative_error(scaled.grad, exact.grad) < 1e-3
+
+
+def test_a_head_that_trains_costs_its_gradient_in_float32():
+    """And no second copy of it: the head of a large vocabulary is the largest matrix there is."""
+    hidden = random(6, 16, dtype=torch.float32).requires_grad_()
+    weight = random(5000, 16, dtype=torch.bfloat16).requires_grad_()
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape == weight.shape and not out._is_view():
+                sizes.append(out.dtype)
+            return out
+
+    with Sizes():
+        value = head_spectral_term(hidden, weight, k=2)
+        assert set(sizes) == {torch.float32}
+        sizes.clear()
+        value.backward()
+    assert set(sizes) <= {torch.bfloat16}
+    assert weight.grad.dtype == torch.bfloat16
+    exact = weight.detach().double().requires_grad_()
+    reg.spectral(hidden.detach().double() @ exact.T, k=2).backward()
+    assert relative_error(weight.grad, exact.grad) < 5e-3
+
+
+PRECISE = {
+    "factor": lambda x, w: spectral_term(x, HeadFactor.from_weight(w), k=5),
+    "head": lambda x, w: head_spectral_term(x, w, k=5),
+    "centered": lambda x, w: head_spectral_term(x, w, k=5, centered=True),
+    "softcap": lambda x, w: head_spectral_term(x, w, k=5, softcap=3.0),
+}
+
+
+@pytest.mark.parametrize("name", PRECISE)
 @pytest.mark.parametrize("condition", [1e2, 1e4])
-def test_products_in_float32_are_accurate_enough(condition, monkeypatch):
+def test_products_in_float32_are_accurate_enough(condition, name, monkeypatch):
     """Where a GPU has little float64; the Gram matrix and its eigenvalues stay in it."""
     hidden, weight = conditioned(64, 48, condition).float(), random(200, 48, seed=3, dtype=torch.float32)
-    factor = HeadFactor.from_weight(weight)
     results = []
     for precision in (torch.float64, torch.float32):
         monkeypatch.setattr(spectrum, "product_precision", lambda device, precision=precision: precision)
-        leaf = hidden.clone().requires_grad_()
-        value = spectral_term(leaf, factor, k=5)
-        results.append((value.item(), torch.autograd.grad(value, leaf)[0]))
-    (exact, reference), (value, gradient) = results
+        leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = PRECISE[name](leaf, head)
+        results.append((value.item(), *torch.autograd.grad(value, [leaf, head], allow_unused=True)))
+    (exact, *references), (value, *gradients) = results
     assert value == pytest.approx(exact, rel=2e-6)
-    assert value != exact or not torch.equal(gradient, reference)  # the path was taken
-    assert (gradient - reference).norm() < 5e-5 * reference.norm()
+    assert value != exact or not torch.equal(gradients[0], references[0])  # the path was taken
+    for gradient, reference, bound in zip(gradients, references, (5e-5, 2e-4), strict=True):
+        if reference is not None:  # a factor gives the head no gradient
+            assert (gradient - reference).norm() < bound * reference.norm()

@@ -6,8 +6,11 @@ import pytest
 import torch
 from models import VOCABULARY, tiny_gpt2, tiny_llama
 
+from balora_plugin import RegularizerConfig
 from balora_plugin.fused.project import project
-from balora_plugin.head import FactorCache, check_head, read_head
+from balora_plugin.head import FactorCache, Head, check_head, read_head
+from balora_plugin.objective import StepRequest, install
+from balora_plugin.schedules import Lambdas
 
 
 def granite():
@@ -153,3 +156,144 @@ def test_the_factor_is_cached_and_renewed_when_the_head_changes():
     torch.testing.assert_close(second.plain.square().sum(), 4 * first.plain.square().sum())
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert cache.get(read_head(model)) is not second
+
+
+def test_the_factor_stays_where_a_sharded_parameter_gives_new_views():
+    """FSDP1: at every micro-batch another view of a flat parameter; its weight was factorised every time."""
+    flat, cache = torch.nn.Parameter(torch.randn(5 + 20 * 4 + 20), requires_grad=False), FactorCache()
+
+    def head():
+        weight, bias = flat[5:85].view(20, 4), flat[85:]
+        return Head(weight, bias, sources=(weight, bias))
+
+    first = cache.get(head())
+    assert cache.get(head()) is first
+    with torch.no_grad():
+        flat.mul_(2.0)
+    assert cache.get(head()) is not first
+    weight = flat[4:84].view(20, 4)
+    other = cache.get(Head(weight, None, sources=(weight, None)))
+    torch.testing.assert_close(other.plain @ other.plain.T, weight.double().T @ weight.double())
+
+
+def test_the_factor_is_renewed_when_the_bias_changes():
+    head, cache = Head(torch.randn(20, 4), torch.randn(20)), FactorCache()
+    first = cache.get(head)
+    head.bias.add_(1.0)
+    assert cache.get(head) is not first
+
+
+def test_the_factor_of_a_head_that_is_gone_is_not_another_heads():
+    """An identity of freed memory comes back: by id() the second head would have got the first one's factor."""
+    cache = FactorCache()
+    for scale in range(1, 20):
+        weight = torch.eye(4) * scale
+        assert cache.get(Head(weight, None)).plain.square().sum().item() == pytest.approx(4 * scale**2)
+        del weight
+
+
+# --- a head whose parameters are not there when the trainer is built
+
+
+def one_step(model, ids, **request):
+    config = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.02, lambda_svd=0.02).resolved("nlg")
+    return model(
+        input_ids=ids,
+        labels=ids,
+        ba_lora=StepRequest(config=config, lambdas=Lambdas(0.5, 0.02, 0.02), **request),
+    )
+
+
+def halved(model):
+    """`model` with a scale on its logits that its config does not tell of."""
+    original = model.forward
+
+    def forward(*args, **kwargs):
+        out = original(*args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+    model.forward = forward
+    return model
+
+
+def partitioned(model):
+    """As under ZeRO-3: parameters that say they are gathered later."""
+    model.model.norm.weight.ds_id = 0
+    return model
+
+
+def test_what_could_not_be_checked_is_checked_in_the_first_forward_pass(ids):
+    model = partitioned(halved(tiny_llama()))
+    check_head(model)
+    install(model)
+    with pytest.raises(ValueError, match="logits are not"):
+        one_step(model, ids)
+
+
+def test_a_right_head_is_checked_once(ids):
+    model = partitioned(tiny_llama())
+    passes = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    check_head(model)
+    assert not passes
+    install(model)
+    model.requires_grad_(False)
+    one_step(model, ids)
+    first = len(passes)
+    one_step(model, ids)
+    assert (first, len(passes)) == (3, 5)  # the check, teacher, student; teacher, student
+
+
+def test_a_model_on_the_meta_device_is_checked_when_it_is_there(ids):
+    with torch.device("meta"):
+        model = tiny_llama()
+    check_head(model)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(tiny_llama().state_dict())
+    model.model.rotary_emb = tiny_llama().model.rotary_emb  # its frequencies are in no state dict
+    install(halved(model))
+    with pytest.raises(ValueError, match="logits are not"):
+        one_step(model, ids)
+
+
+# --- a quantised head
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_head_is_dequantised(bits, ids, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from helpers import ba_lora
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(**{f"load_in_{bits}": True}, llm_int8_skip_modules=["nothing"])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how, device_map={"": "cpu"}).train()
+    assert isinstance(base.lm_head, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+    check_head(base)
+    model = ba_lora(base, targets=["q_proj"]).train()
+    install(base)
+    cache = FactorCache()
+    packed = base.lm_head.weight
+    out = one_step(model, ids, factors=cache)
+    assert base.lm_head.weight is packed
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(out.task, expected, rtol=1e-4, atol=0)
+    s = torch.linalg.svdvals(logits.double())
+    assert out.svd.item() == pytest.approx(-(s[:10].sum() / s.sum()).item(), rel=1e-3)
+    factor = cache._factor
+    one_step(model, ids, factors=cache)
+    assert cache._factor is factor
+    out.loss.backward()
+
+
+def test_a_head_that_cannot_be_read_is_refused_by_name():
+    model = tiny_llama()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flatten())  # FSDP1, a unit of its own
+    with pytest.raises(ValueError, match="transformer_layer_cls_to_wrap"):
+        read_head(model)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="llm_int8_skip_modules"):
+        read_head(model)

@@ -1,13 +1,16 @@
 """Singular values of the logits matrix from hidden states, without the logits. Imports torch alone.
 
 With G = W^T W = L L^T (d x d, once a head), sigma(H W^T) = sigma(H L): M x d instead of M x V. A bias is one more
-column; centring rows of logits is centring W over the vocabulary; a scale is a factor. A softcap is not linear: there
-Z Z^T is accumulated over chunks of the vocabulary, which is exact too and also gives the head's own gradient.
+column; centring rows of logits is centring W over the vocabulary; a scale is a factor. A softcap is not linear, and a
+head that trains has another G at every step: see head_spectrum.py.
 Gram matrices and eigenvalues are float64: a float32 Gram is 30 % off in the gradient at condition number 1e4.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -156,7 +159,7 @@ def compute_spectral_ratio(
     if bias:
         y = torch.cat([y, y.new_ones(*y.shape[:-1], 1)], dim=-1)
     if factor is not None:
-        y = y @ factor.to(precision)
+        y = exact_product(y, factor.to(precision))
     y = y.double()  # Gram matrix and eigenvalues always
     if scale != 1.0:
         y = y * scale
@@ -164,21 +167,22 @@ def compute_spectral_ratio(
     y = y.flatten(1)
     used = usable_k(min(y.shape), k, norm) if clamp else k
     narrow = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    used_k = torch.tensor(used, device=hidden.device)
-    empty = hidden.new_empty(0)
-    if not used or y.numel() == 0 or not bool(y.any()):
-        return y.new_zeros((), dtype=narrow), used_k * 0, torch.zeros_like(hidden) if want else empty
-    value, gradient = _ratio_and_gradient(y, used, norm, want)
+    kept = _gradient_dtype(hidden.dtype)
+    full = torch.zeros(hidden.shape if want else 0, dtype=kept, device=hidden.device)  # row by row, as the fake says
+    found = _ratio_and_gradient(y, used, norm, want) if used else None
+    used_k = torch.tensor(used if found else 0, device=hidden.device)
+    if found is None:
+        return y.new_zeros((), dtype=narrow), used_k, full
+    value, gradient = found
     if gradient is None:
-        return value.to(narrow), used_k, empty
+        return value.to(narrow), used_k, full
     gradient = gradient.view(shape) * scale
     if factor is not None:
-        gradient = gradient.to(precision) @ factor.T.to(precision)
-    gradient = gradient[..., : hidden.shape[-1]].to(hidden.dtype)
-    if flattened:
-        full = gradient.clone() if counted is None else gradient.masked_fill(~counted.unsqueeze(-1), 0.0)
-    else:
-        full = gradient.contiguous() if index is None else torch.zeros_like(hidden).index_copy_(0, index, gradient)
+        gradient = exact_product(gradient.to(precision), factor.T.to(precision))
+    gradient = gradient[..., : hidden.shape[-1]].to(kept)
+    if flattened and counted is not None:
+        gradient = gradient.masked_fill(~counted.unsqueeze(-1), 0.0)
+    full = full.copy_(gradient) if index is None else full.index_copy_(0, index, gradient)
     return value.to(narrow), used_k, full
 
 
@@ -190,6 +194,32 @@ def product_precision(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) not in _STRONG_IN_FLOAT64:
         return torch.float32
     return torch.float64
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype: autocast or TF32 would round float32 factors to 8 or 10 bits of a spectrum."""
+    with torch.autocast(a.device.type, enabled=False), _without_tf32(a):
+        return a @ b
+
+
+@contextmanager
+def _without_tf32(a: Tensor) -> Iterator[None]:
+    if a.device.type != "cuda" or a.dtype != torch.float32:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    key = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"  # torch refuses a mix of the two
+    was = getattr(settings, key)
+    setattr(settings, key, "ieee" if key == "fp32_precision" else False)
+    try:
+        yield
+    finally:
+        setattr(settings, key, was)
+
+
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the gradient that waits for backward: float16 underflows before the loss scale has reached it."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def drawn_rows(rows: int, count: int, seed: Tensor | None) -> Tensor:
@@ -223,7 +253,7 @@ def _(
     want: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     narrow = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    gradient = torch.empty_like(hidden) if want else hidden.new_empty(0)
+    gradient = hidden.new_empty(hidden.shape if want else 0, dtype=_gradient_dtype(hidden.dtype))
     return hidden.new_empty((), dtype=narrow), hidden.new_empty((), dtype=torch.int64), gradient
 
 
@@ -243,29 +273,6 @@ def _scale_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, 
 spectral_ratio_op.register_autograd(_scale_gradient, setup_context=_keep_gradient)
 
 
-def head_spectral_term(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    k: int,
-    norm: str = "nuclear",
-    centered: bool = False,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    chunk_size: int = 4096,
-) -> Tensor:
-    """[`spectral_term`] without a factor: Z Z^T over chunks of `chunk_size` vocabulary columns, two passes.
-
-    For a softcapped head, where no factor exists, and for a head that trains: the gradient reaches hidden (M, d),
-    weight (V, d) and bias (V,). Costs O(M^2 V) instead of O(M d^2).
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        options = (k, norm, centered, scale, softcap, chunk_size, torch.is_grad_enabled())
-        value = _HeadRatio.apply(hidden, weight, bias, *options)
-    return value.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-
-
 def ratio_gradient(s: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
     """Minus the ratio and its derivative by each singular value: s (n,) descending -> (), (n,).
 
@@ -282,92 +289,29 @@ def ratio_gradient(s: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
     return -ratio, torch.where(s > 0, -gradient, torch.zeros_like(gradient))
 
 
-def _ratio_and_gradient(y: Tensor, k: int, norm: str, want: bool) -> tuple[Tensor, Tensor | None]:
-    """Minus the ratio of a float64 matrix and its gradient, by the Gram matrix of its smaller side."""
+def _ratio_and_gradient(y: Tensor, k: int, norm: str, want: bool) -> tuple[Tensor, Tensor | None] | None:
+    """Minus the ratio of a float64 matrix and its gradient, by the Gram matrix of its smaller side; None for zeros."""
     tall = y.shape[0] > y.shape[1]
-    s, vectors = _gram_eigen(y.T @ y if tall else y @ y.T)
+    gram = y.T @ y if tall else y @ y.T
+    size = gram.trace().item()  # the one wait for the device
+    if size == 0.0:
+        return None
+    if not math.isfinite(size):  # eigh would raise: the host's own guards, and ours, know what to do with NaN
+        return y.new_full((), math.nan), torch.full_like(y, math.nan) if want else None
+    s, vectors = gram_eigen(gram)
     if not want:
         return -singular_value_ratio(s, k, norm), None
-    value, gradient = ratio_gradient(s, k, norm)
-    weights = torch.where(gradient != 0, gradient / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
+    value, weights = value_and_weights(s, k, norm)
     return value, (y @ vectors) * weights @ vectors.T if tall else (vectors * weights) @ (vectors.T @ y)
 
 
-class _HeadRatio(torch.autograd.Function):
-    """The same from hidden states and a head that may be softcapped or training."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        k: int,
-        norm: str,
-        centered: bool,
-        scale: float,
-        softcap: float | None,
-        chunk_size: int,
-        differentiate: bool,
-    ) -> Tensor:
-        h = hidden.double()
-        m, vocabulary = h.shape[0], weight.shape[0]
-        wants = ctx.needs_input_grad[:3]
-
-        def chunk(start: int) -> tuple[Tensor, Tensor]:
-            """(M, C) logits of one vocabulary chunk and their derivative by hidden @ W^T."""
-            part = slice(start, start + chunk_size)
-            z = h @ weight[part].double().T
-            if bias is not None:
-                z = z + bias[part].double()
-            z = z * scale
-            if softcap is None:
-                return z, torch.full_like(z, scale)
-            tanh = torch.tanh(z / softcap)
-            return softcap * tanh, scale * (1.0 - tanh.square())
-
-        gram = h.new_zeros(m, m)
-        total = h.new_zeros(m)
-        for start in range(0, vocabulary, chunk_size):
-            z, _ = chunk(start)
-            gram += z @ z.T
-            total += z.sum(dim=1)
-        mean = total / vocabulary if centered else torch.zeros_like(total)
-        gram -= vocabulary * torch.outer(mean, mean)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        grad_hidden = torch.zeros_like(h)
-        grad_weight = torch.zeros_like(weight, dtype=h.dtype) if wants[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=h.dtype) if bias is not None and wants[2] else None
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        if not bool(gram.any()):  # no rows, or logits of zero: 0 with a gradient of 0
-            return h.new_zeros(())
-        s, vectors = _gram_eigen(gram)
-        if not differentiate:
-            return -singular_value_ratio(s, k, norm)
-        value, gradient = ratio_gradient(s, k, norm)
-        weights = torch.where(gradient != 0, gradient / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
-        core = (vectors * weights) @ vectors.T  # d value / dZ = core @ (Z - mean)
-        for start in range(0, vocabulary, chunk_size):
-            part = slice(start, start + chunk_size)
-            z, slope = chunk(start)
-            inner = core @ (z - mean[:, None]) * slope
-            grad_hidden += inner @ weight[part].double()
-            if grad_weight is not None:
-                grad_weight[part] = inner.T @ h
-            if grad_bias is not None:
-                grad_bias[part] = inner.sum(dim=0)
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [
-            None if g is None else (g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*grads, *([None] * 7))
+def value_and_weights(s: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
+    """Minus the ratio (), and its derivative by each singular value over that value (n,); 0 at zeros."""
+    value, gradient = ratio_gradient(s, k, norm)
+    return value, torch.where(gradient != 0, gradient / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
 
 
-def _gram_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+def gram_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Descending singular values (n,) and vectors (n, n) from a Gram matrix (n, n)."""
     eigenvalues, vectors = torch.linalg.eigh(gram)
     s = eigenvalues.flip(0).clamp_min(0.0).sqrt()

@@ -1,0 +1,104 @@
+"""Two ranks under FSDP1 or FSDP2 (gloo, on a CPU) give one process's loss and gradients, and save its adapter."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_llama
+from peft import PeftModel
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+LAYERS = "LlamaDecoderLayer"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def work(directory, kind, units=LAYERS, modules_to_save=""):
+    """The worker's exit code and what it said."""
+    directory.mkdir()
+    launcher = [sys.executable]
+    if kind != "alone":
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
+    env["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(
+        [*launcher, "integration/fsdp_worker.py", str(directory), kind, units, modules_to_save],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def step(directory, *how):
+    code, said = work(directory, *how)
+    assert code == 0, said[-4000:]
+    return torch.load(directory / "result.pt"), load_file(directory / "adapter_model.safetensors"), said
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, by what is trained beside the adapter."""
+    results = {}
+
+    def result(modules_to_save):
+        if modules_to_save not in results:
+            directory = tmp_path_factory.mktemp("alone") / "run"
+            results[modules_to_save] = step(directory, "alone", LAYERS, modules_to_save)
+        return results[modules_to_save]
+
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "units", "modules_to_save"),
+    [
+        ("fsdp1", LAYERS, ""),
+        ("fsdp2", LAYERS, ""),
+        ("fsdp2", LAYERS, "lm_head"),
+        ("fsdp2", f"{LAYERS},OwnUnit", ""),  # the head a unit of its own: gathered for the terms
+        ("fsdp2", f"{LAYERS},OwnUnit", "lm_head"),
+    ],
+)
+def test_sharding_changes_nothing(kind, units, modules_to_save, alone, tmp_path):
+    one, one_adapter, _ = alone(modules_to_save)
+    two, two_adapter, said = step(tmp_path / "two", kind, units, modules_to_save)
+    assert two["wrapped"].startswith("FullySharded" if kind == "fsdp1" else "FSDP")
+    assert "returned a view tensor" not in said
+    assert one["gradients"].keys() == two["gradients"].keys()
+    scale = max(g.abs().max() for g in one["gradients"].values())
+    for name, gradient in one["gradients"].items():
+        assert (gradient - two["gradients"][name]).abs().max() < 1e-5 * scale, name
+    for ours, theirs in zip(two["logs"], one["logs"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert abs(ours[key] - value) < 1e-5 * max(abs(value), 1e-3), key
+    assert two["factors"] == one["factors"] == (0 if modules_to_save else 1)  # of a frozen head, once a run
+    assert one_adapter.keys() == two_adapter.keys()
+    for key, value in one_adapter.items():
+        torch.testing.assert_close(two_adapter[key], value, rtol=0, atol=1e-5)
+    stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / "two")
+    assert stock.peft_config["default"].r == 8
+
+
+@pytest.mark.slow
+def test_a_training_head_that_fsdp1_shards_on_its_own_is_refused(tmp_path):
+    """PEFT's policy makes every layer that trains a unit of its own: FSDP1 gives its weight to its forward alone."""
+    code, said = work(tmp_path / "run", "fsdp1", LAYERS, "lm_head")
+    assert code != 0
+    assert "use fsdp_version: 2" in said
