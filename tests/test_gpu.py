@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import TERMS, ba_lora
-from models import tiny_llama
+from helpers import TERMS, ba_lora, quantised_layers, train
+from models import load_quantised, tiny_llama
 
 from balora_plugin.fused import HeadFactor, spectral_term, token_terms
 from balora_plugin.objective import StepRequest, install
 from balora_plugin.schedules import Lambdas
+from balora_plugin.teacher import teacher_mode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,3 +85,19 @@ def test_a_step_from_a_zero_consistency(dtype, compile):
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(torch.isfinite(g).all() for g in gradients)
     assert any(g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("kind", ["nf4_double", "int8"])
+def test_a_quantised_base(kind, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1)).cuda()
+    base = load_quantised(tmp_path, kind, device="cuda")
+    before = base(input_ids=ids).logits.detach()
+    model = ba_lora(base, start_from=tmp_path).train()
+    assert len(quantised_layers(model)) == 14
+    assert torch.equal(model(input_ids=ids).logits, before)
+    losses = train(model, ids, steps=4)
+    assert losses[-1] < losses[0]
+    with teacher_mode(model):
+        assert torch.equal(model(input_ids=ids).logits, before)
