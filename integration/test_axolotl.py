@@ -24,8 +24,6 @@ from axolotl.cli.preprocess import do_cli as preprocess
 from axolotl.cli.utils import load_model_and_tokenizer
 from axolotl.common.datasets import load_datasets
 from axolotl.core.trainers.base import AxolotlTrainer
-from axolotl.integrations.base import PluginManager
-from axolotl.train import train
 from datasets import Dataset
 from helpers import assert_base_untouched, base_parameters, logits
 from models import character_tokenizer, tiny_llama
@@ -37,6 +35,7 @@ from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, get
 from balora_plugin.hosts.axolotl import checks
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin, adapter_config
 from balora_plugin.hosts.axolotl.trainer import AxolotlBaLoraTrainer
+from integration.axolotl_run import history, run
 from integration.quickstart import measure, settings, tiny_model, with_axolotl
 from integration.quickstart.corpus import Corpus, Instruction
 from integration.quickstart.methods import METHODS
@@ -44,77 +43,6 @@ from integration.quickstart.run import check_reload
 
 ROOT = Path(__file__).parent.parent
 TERMS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.02}
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    """A tiny base model with its tokenizer, and a dataset."""
-    path = tmp_path_factory.mktemp("axolotl")
-    tiny_llama().save_pretrained(path / "base")
-    character_tokenizer().save_pretrained(path / "base")
-    rows = [
-        {"instruction": f"What is {i} + {i}?", "input": "", "output": f"It is {2 * i}" + " ok" * (i % 3)}
-        for i in range(12)
-    ]
-    (path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.fixture
-def written(workspace, tmp_path, monkeypatch):
-    """Writes a YAML: the working one with `changes` (None removes a key); returns its path."""
-    monkeypatch.setattr(sys, "argv", ["axolotl"])
-    # the manager is a singleton that keeps every plug-in it has seen
-    monkeypatch.setattr(PluginManager.get_instance(), "plugins", type(PluginManager.get_instance().plugins)())
-
-    def write(name="config.yml", **changes):
-        values = {
-            "base_model": str(workspace / "base"),
-            "plugins": ["balora_plugin.BaLoraPlugin"],
-            "adapter": "ba_lora",
-            "lora_r": 4,
-            "lora_alpha": 4,
-            "lora_target_linear": True,
-            "ba_lora": TERMS,
-            "datasets": [{"path": str(workspace / "data.jsonl"), "ds_type": "json", "type": "alpaca"}],
-            "dataset_prepared_path": str(workspace / "prepared"),
-            "output_dir": str(tmp_path / "out"),
-            "sequence_len": 256,
-            "micro_batch_size": 2,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 3,
-            "num_epochs": 1,
-            "learning_rate": 0.01,
-            "lr_scheduler": "constant",
-            "optimizer": "adamw_torch",
-            "bf16": False,
-            "fp16": False,
-            "tf32": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "seed": 1,
-            "special_tokens": {"pad_token": "<pad>"},
-            "dataset_num_proc": 1,
-            "dataloader_num_workers": 0,
-            "device_map": {"": "cpu"},
-        }
-        values.update(changes)
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-        return path
-
-    return write
-
-
-def run(path):
-    """What `axolotl train` does with a YAML, returning its trainer."""
-    cfg = load_cfg(str(path))
-    _, _, trainer = train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg, cli_args=TrainerCliArgs()))
-    return trainer
-
-
-def history(trainer, key):
-    return [row[key] for row in trainer.state.log_history if key in row]
 
 
 def base_model(workspace):
@@ -389,8 +317,6 @@ WRONG = {
     "mlp_kernel": ({"lora_mlp_kernel": True}, "lora_mlp_kernel"),
     "qkv_kernel": ({"lora_qkv_kernel": True}, "lora_qkv_kernel"),
     "o_kernel": ({"lora_o_kernel": True}, "lora_o_kernel"),
-    "four_bit": ({"load_in_4bit": True}, "load_in_4bit"),
-    "eight_bit": ({"load_in_8bit": True}, "load_in_8bit"),
     "rl": ({"rl": "dpo"}, "rl: dpo"),
     "reward_model": ({"reward_model": True}, "reward_model"),
     "flash_in_float32": ({"flash_attention": True}, "flash_attention"),
@@ -529,7 +455,7 @@ def test_a_wrong_yaml_gives_one_clear_line_before_the_model_loads(case, written)
 
 
 def test_a_wrong_yaml_is_a_value_error_for_code(written):
-    for case in ("no_rank", "misspelt_field", "negative", "four_bit"):
+    for case in ("no_rank", "misspelt_field", "negative", "rl"):
         changes, words = WRONG[case]
         with pytest.raises(ValueError, match=re.escape(words)):
             load_cfg(str(written(**changes)))

@@ -53,6 +53,32 @@ def assert_base_untouched(model, before):
         assert torch.equal(after[name], value), name
 
 
+def quantised_layers(model):
+    """The bitsandbytes layers by their name in the base model."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): module
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("bitsandbytes.")
+    }
+
+
+def stored_weights(model):
+    """Copies of everything that makes up the quantised weights, by layer."""
+    return {
+        name: {key: value.clone() for key, value in layer.state_dict().items() if isinstance(value, torch.Tensor)}
+        for name, layer in quantised_layers(model).items()
+    }
+
+
+def assert_stored_weights(model, before):
+    """Every quantised weight, scales included, is bit-equal to `before`."""
+    after = stored_weights(model)
+    assert after.keys() == before.keys()
+    for name, values in before.items():
+        assert after[name].keys() == values.keys()
+        assert all(torch.equal(after[name][key], value) for key, value in values.items()), name
+
+
 def logits(model, ids):
     with torch.no_grad():
         return model(input_ids=ids).logits

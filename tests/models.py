@@ -57,6 +57,25 @@ def tiny_mixtral(**changes):
     return MixtralForCausalLM(MixtralConfig(**{**values, **changes}))
 
 
+FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+QUANTISED = {
+    "nf4": {**FOUR_BIT, "bnb_4bit_quant_type": "nf4"},
+    "nf4_double": {**FOUR_BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {**FOUR_BIT, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def load_quantised(path, kind, device="cpu", **changes):
+    """A saved model through bitsandbytes, in training mode: in eval mode it is another function on a CPU."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(**{**QUANTISED[kind], **changes})
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config, dtype=torch.float32, device_map={"": device}
+    ).train()
+
+
 def character_tokenizer():
     """One token a printable ASCII character, with a chat template that marks the assistant's tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

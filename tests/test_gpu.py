@@ -6,14 +6,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import TERMS, ba_lora, trainable
-from models import tiny_llama
+from helpers import TERMS, ba_lora, quantised_layers, train, trainable
+from models import load_quantised, tiny_llama
 
 from balora_plugin.cost import CostMeter
 from balora_plugin.documents import counted_positions
 from balora_plugin.fused import HeadFactor, TopLogProbs, spectral_term, spectrum, token_terms, top_log_probs
 from balora_plugin.objective import StepRequest, install
 from balora_plugin.schedules import Lambdas
+from balora_plugin.teacher import teacher_mode
 from balora_plugin.teacher_cache import TeacherCache
 
 DEVICE = "cuda"
@@ -257,3 +258,19 @@ def test_memory_of_parts_is_the_devices():
     peaks = report["peak_gib"]
     assert peaks["token_terms"] - peaks["teacher"] == pytest.approx(0.25, abs=0.01)
     assert peaks["token_terms"] - peaks["student"] == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["nf4_double", "int8"])
+def test_a_quantised_base(kind, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1)).cuda()
+    base = load_quantised(tmp_path, kind, device="cuda")
+    before = base(input_ids=ids).logits.detach()
+    model = ba_lora(base, start_from=tmp_path).train()
+    assert len(quantised_layers(model)) == 14
+    assert torch.equal(model(input_ids=ids).logits, before)
+    losses = train(model, ids, steps=4)
+    assert losses[-1] < losses[0]
+    with teacher_mode(model):
+        assert torch.equal(model(input_ids=ids).logits, before)

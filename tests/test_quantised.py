@@ -7,27 +7,18 @@ import shutil
 
 import pytest
 import torch
-from helpers import ba_lora, logits, train, trainable
-from models import tiny_gpt2, tiny_llama
+from helpers import assert_stored_weights, ba_lora, logits, quantised_layers, stored_weights, train, trainable
+from models import QUANTISED, load_quantised, tiny_gpt2, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from balora_plugin import BaLoraConfig, BaLoraModel
 from balora_plugin.adapter import source
 from balora_plugin.adapter.delta import delta_layers_of
-from balora_plugin.quantised import is_quantised_linear
 from balora_plugin.teacher import teacher_mode
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
-KINDS = {
-    "nf4": {**FOUR_BIT, "bnb_4bit_quant_type": "nf4"},
-    "nf4_double": {**FOUR_BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {**FOUR_BIT, "bnb_4bit_quant_type": "fp4"},
-    "int8": {"load_in_8bit": True},
-}
 LAYERS = {"llama": 14, "gpt2": 8}
 
 
@@ -50,37 +41,13 @@ def bases(tmp_path_factory):
 def quantise(bases):
     """Builds a truly quantised model, again and again from the same files, in training mode."""
 
-    def build(kind="nf4_double", name="llama"):
-        config = BitsAndBytesConfig(**KINDS[kind])
-        model = AutoModelForCausalLM.from_pretrained(
-            bases / name, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-        )
-        assert len(quantised(model)) == LAYERS[name]
-        return model.train()
+    def build(kind="nf4_double", name="llama", **changes):
+        model = load_quantised(bases / name, kind, **changes)
+        if not changes:
+            assert len(quantised_layers(model)) == LAYERS[name]
+        return model
 
     return build
-
-
-def quantised(model):
-    return {name: m for name, m in model.named_modules() if is_quantised_linear(m)}
-
-
-def stored(model):
-    """Copies of everything that makes the quantised weights, by name of the layer."""
-    found = {}
-    for name, layer in quantised(model).items():
-        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        values = layer.state_dict()
-        found[name] = {key: value.clone() for key, value in values.items() if isinstance(value, torch.Tensor)}
-    return found
-
-
-def assert_stored(model, before):
-    after = stored(model)
-    assert after.keys() == before.keys()
-    for name, values in before.items():
-        assert after[name].keys() == values.keys()
-        assert all(torch.equal(after[name][key], value) for key, value in values.items()), name
 
 
 def best(weight, rank=4):
@@ -97,12 +64,12 @@ def started(model):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_exact_over_a_quantised_base(kind, name, quantise, ids, tmp_path):
     base = quantise(kind, name)
     floats = quantise(kind, name).dequantize()
     floats = {key: m.weight.detach() for key, m in floats.named_modules() if isinstance(m, torch.nn.Linear)}
-    before, bytes_before = logits(base, ids), stored(base)
+    before, bytes_before = logits(base, ids), stored_weights(base)
     model = ba_lora(base).train()
     targets = delta_layers_of(model)
     assert len(targets) == LAYERS[name]
@@ -115,7 +82,7 @@ def test_exact_over_a_quantised_base(kind, name, quantise, ids, tmp_path):
     assert losses[-1] < losses[0]
     with teacher_mode(model):
         assert torch.equal(model(input_ids=ids).logits, before)  # and after any step
-    assert_stored(model, bytes_before)
+    assert_stored_weights(model, bytes_before)
     expected = logits(model, ids)
     assert (expected - before).abs().max() > 0.01
     model.save_pretrained(tmp_path / "adapter")
@@ -136,7 +103,7 @@ def gradients(model, ids):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_gradients_are_those_of_the_dequantised_model_after_evaluations_too(kind, quantise, ids):
     """In eval mode bitsandbytes repacks 4-bit weights of a CPU; ours must not, whoever calls model.eval()."""
     model = ba_lora(quantise(kind))
@@ -258,12 +225,9 @@ def test_a_start_from_the_full_precision_weights(layout, name, bases, quantise, 
     torch.testing.assert_close(logits(plain, ids), expected, rtol=0, atol=1e-5)
 
 
-def test_layers_that_stay_unquantised_keep_their_own_weights(bases, ids):
-    config = BitsAndBytesConfig(**KINDS["nf4_double"], llm_int8_skip_modules=["lm_head", "down_proj"])
-    base = AutoModelForCausalLM.from_pretrained(
-        bases / "llama", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    model = ba_lora(base.train(), start_from=bases / "llama")
+def test_layers_that_stay_unquantised_keep_their_own_weights(bases, quantise):
+    model = ba_lora(quantise(llm_int8_skip_modules=["lm_head", "down_proj"]), start_from=bases / "llama")
+    assert len(quantised_layers(model)) == 12
     floats = dict(full_precision("llama").named_modules())
     for key, update in started(model).items():
         torch.testing.assert_close(update, best(floats[key].weight.detach()), rtol=1e-3, atol=1e-5)

@@ -274,7 +274,12 @@ class BaLoraModelMixin(_Base):
         weights = load_peft_weights(str(model_id), device=torch_device or "cpu", **hub)
         split, factors = checkpoint.read_factors(self, adapter_name, weights, init_path)
         result = set_peft_model_state_dict(self, split, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        # an existing adapter keeps the dtype that a host gave it (TRL: bfloat16 over quantised bases), or a resumed run
+        # would go on in another one; with low_cpu_mem_usage the file's dtype came with its tensors
+        if low_cpu_mem_usage:
+            self.base_model._cast_adapter_dtype(
+                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+            )
         checkpoint.copy_factors(self, adapter_name, factors)
         if os.path.isdir(str(model_id)):
             checkpoint.init_files(self)[adapter_name] = init_path

@@ -76,6 +76,12 @@ class BaLoraBlock(BaseModel):
         default=100, ge=0, description="Measure each term's share of the gradient every n steps; 0: never."
     )
     compile: bool = Field(default=False, description="Compile teacher, student and terms with the backend ba_lora.")
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="With load_in_4bit or load_in_8bit: the full-precision model (directory, .safetensors file or hub "
+        "id) whose weights give A0 and B0, read one at a time; null: the dequantised weights.",
+    )
     apply_to: Literal["lora", "full"] | None = Field(
         default=None,
         description="Put the terms on `adapter: lora`, or on full fine-tuning (with teacher_cache, or "
@@ -112,7 +118,7 @@ class BaLoraBlock(BaseModel):
 
     def regularizers(self) -> RegularizerConfig:
         """The settings as the core takes them."""
-        return RegularizerConfig.from_dict(self.model_dump(exclude={"compile", "apply_to"}))
+        return RegularizerConfig.from_dict(self.model_dump(exclude={"compile", "start_from", "apply_to"}))
 
 
 class BaLoraArgs(BaseModel):

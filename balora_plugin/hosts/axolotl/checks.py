@@ -46,10 +46,29 @@ def _one_line_for_settings(kind: type[BaseException], error: BaseException, trac
         print(f"Error: {error}", file=sys.stderr)
 
 
+_FLOATS = ("float32", "bfloat16", "float16")
+_BNB_OPTIONS: dict[str, tuple[Any, ...] | None] = {  # of a BitsAndBytesConfig -> what it may be, None: anything
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
+    "bnb_4bit_compute_dtype": _FLOATS,
+    "bnb_4bit_quant_storage": ("uint8", "int8", *_FLOATS),
+    "llm_int8_skip_modules": None,
+    "llm_int8_threshold": None,
+    "llm_int8_enable_fp32_cpu_offload": (True, False),
+    "llm_int8_has_fp16_weight": (True, False),
+}
 STARTS = ("pissa", "pissa_fast", True, None)
 
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
-_BLOCK_ONLY = ("preset", "schedule", "temperature", "apply_to", "compile", "task")  # refused where ba_lora is in use
+_BLOCK_ONLY = (
+    "preset",
+    "schedule",
+    "temperature",
+    "apply_to",
+    "compile",
+    "task",
+    "start_from",
+)  # refused where ba_lora is in use
 _OURS = [
     field.name
     for field in dataclasses.fields(RegularizerConfig)
@@ -74,9 +93,8 @@ _REFUSED: dict[str, str] = {
     "use_eaft": _LOGITS,
     "kd_trainer": _LOGITS,
     "orpo_alpha": _LOGITS,
-    "load_in_4bit": "is not supported with adapter: ba_lora yet: remove it, or use adapter: qlora without the terms.",
-    "load_in_8bit": "is not supported with adapter: ba_lora yet: remove it, or use adapter: lora without the terms.",
-    "gptq": "is not supported with adapter: ba_lora: use the full-precision base model.",
+    "gptq": "is not supported with adapter: ba_lora: use the full-precision base model (with load_in_4bit: true).",
+    "quantize_moe_experts": "is not supported with adapter: ba_lora: remove it (the experts stay as they are stored).",
     "rl": _OTHER_LOSS,
     "reward_model": _OTHER_LOSS,
     "process_reward_model": _OTHER_LOSS,
@@ -99,6 +117,7 @@ _REFUSED: dict[str, str] = {
 }
 
 
+LOAD_IN = {4: "load_in_4bit", 8: "load_in_8bit"}
 KERNELS = tuple(key for key, why in _REFUSED.items() if why is _KERNELS)
 
 
@@ -114,7 +133,7 @@ def nearest_field(key: str) -> str | None:
     for name, others in _TERMS.items():
         if key.lower() in others:
             return name
-    names = [field.name for field in dataclasses.fields(RegularizerConfig)] + ["compile", "apply_to"]
+    names = [field.name for field in dataclasses.fields(RegularizerConfig)] + ["compile", "start_from", "apply_to"]
     near = difflib.get_close_matches(key, names, n=1)
     if near and key.startswith("lambda") and difflib.SequenceMatcher(None, key, near[0]).ratio() < 0.8:
         return "lambda_consistency, lambda_diversity or lambda_svd"
@@ -163,6 +182,7 @@ def check_raw(data: dict[str, Any]) -> None:
         return
     check_refused(data)
     _check_adapter(data)
+    _check_quantised(data, block if isinstance(block, dict) else {})
     _check_terms(data, block if isinstance(block, dict) else {})
     _check_engine(data)
 
@@ -242,6 +262,60 @@ def _check_adapter(data: dict[str, Any]) -> None:
                 f"lora_target_modules: {name} cannot be adapted (the terms read the head's weight): remove it; "
                 "lora_modules_to_save trains such a module whole."
             )
+
+
+def _check_quantised(data: dict[str, Any], block: dict[str, Any]) -> None:
+    """4-bit and 8-bit loading, and what says how or needs it."""
+    on = [key for key in LOAD_IN.values() if data.get(key)]
+    if len(on) > 1:
+        raise ValueError("load_in_4bit: true beside load_in_8bit: true contradict each other: remove one of the two.")
+    if on and block.get("apply_to"):
+        raise ValueError(
+            f"{on[0]}: true with ba_lora.apply_to: {block['apply_to']} is not supported: write adapter: ba_lora, with "
+            "peft_init_lora_weights: true for a plain LoRA."
+        )
+    if on and data.get("fp8"):
+        raise ValueError(f"fp8: {data['fp8']} beside {on[0]}: true would quantise the model twice: remove one of them.")
+    given = (data.get("overrides_of_model_kwargs") or {}).get("quantization_config")
+    if given and given not in [{key: True} for key in LOAD_IN.values()]:  # what the plug-in itself writes
+        raise ValueError(
+            "overrides_of_model_kwargs.quantization_config: would leave out Axolotl's preparation of quantised models: "
+            "write load_in_4bit: true with bnb_config_kwargs, or load_in_8bit: true."
+        )
+    merging = data.get("merge_lora")  # merge-lora switches both keys off
+    options = dict(data.get("bnb_config_kwargs") or {})
+    if options and not data.get("load_in_4bit") and not merging:
+        raise ValueError(f"bnb_config_kwargs: {options} needs load_in_4bit: true, which alone reads it: remove it.")
+    for key, value in options.items():
+        if key not in _BNB_OPTIONS:
+            near = difflib.get_close_matches(str(key), _BNB_OPTIONS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_BNB_OPTIONS)}."
+            raise ValueError(f"bnb_config_kwargs.{key}: {value!r} is no option of bitsandbytes: {hint}")
+        allowed = _BNB_OPTIONS[key]
+        if allowed is not None and value not in allowed:
+            raise ValueError(
+                f"bnb_config_kwargs.{key}: {value!r} is not known: write one of {', '.join(map(str, allowed))}."
+            )
+    _check_start_from(data, block.get("start_from"), bool(on or merging))
+
+
+def _check_start_from(data: dict[str, Any], start: Any, quantised: bool) -> None:
+    if start is None:
+        return
+    if data.get("peft_init_lora_weights") is True:
+        raise ValueError(
+            f"ba_lora.start_from: {start!r} with peft_init_lora_weights: true, which has no A0 and B0: remove one of "
+            "the two."
+        )
+    if not quantised:
+        raise ValueError(
+            f"ba_lora.start_from: {start!r} is for a quantised base: write load_in_4bit: true, or remove it (an "
+            "unquantised base starts from its own weights)."
+        )
+    if str(start).startswith((".", "/", "~")) and not os.path.exists(start):
+        raise ValueError(
+            f"ba_lora.start_from: {start!r} does not exist: write a directory, a .safetensors file or a hub id."
+        )
 
 
 def _check_engine(data: dict[str, Any]) -> None:

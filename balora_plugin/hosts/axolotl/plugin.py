@@ -22,6 +22,7 @@ from ...checks import resolve
 from ...config import RegularizerConfig
 from ...head import check_head
 from ...whole import STATE_FILE, check_whole
+from . import kbit
 from .args import BaLoraBlock
 from .checks import (
     ADAPTER,
@@ -41,6 +42,8 @@ logger = logging.getLogger("axolotl.balora_plugin")  # below Axolotl's own, whos
 class BaLoraPlugin(BasePlugin):
     """`plugins: [balora_plugin.BaLoraPlugin]`, `adapter: ba_lora`, and a `ba_lora:` block or none."""
 
+    _inference = False  # `axolotl inference` says so at register alone: validation drops its key
+
     def register(self, cfg: Any) -> None:
         """Called with the YAML as written, before validation."""
         one_line_errors()
@@ -53,6 +56,9 @@ class BaLoraPlugin(BasePlugin):
                     BaLoraBlock.model_validate(values["ba_lora"])
                 except ValidationError as error:
                     raise SettingError(_one_line(error)) from None
+            if values.get("adapter") == ADAPTER:
+                kbit.arrange(cfg)
+        self._inference = bool(cfg.get("inference"))
         if active(cfg):
             for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
                 if cfg.get(key) is None:
@@ -71,6 +77,12 @@ class BaLoraPlugin(BasePlugin):
                 check_refused(cfg)
             if cfg.adapter:
                 check_resumed(cfg)
+            if cfg.adapter == ADAPTER:
+                kbit.configure(cfg, inference=self._inference)
+
+    def pre_lora_load(self, cfg: Any, model: PreTrainedModel) -> None:
+        if cfg.adapter == ADAPTER and not cfg.merge_lora:
+            kbit.prepare(cfg, model)
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
@@ -90,6 +102,8 @@ class BaLoraPlugin(BasePlugin):
             if cfg.peft_autocast_adapter_dtype is None
             else {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}
         )
+        if cfg.merge_lora and getattr(model, "is_quantized", False):
+            model = kbit.dequantise(model)
         if cfg.lora_model_dir:
             wrapped = BaLoraModel.from_pretrained(
                 model, str(cfg.lora_model_dir), is_trainable=not inference, **autocast
@@ -104,6 +118,8 @@ class BaLoraPlugin(BasePlugin):
             with torch.random.fork_rng():  # Axolotl seeds later: a random start would differ from run to run
                 torch.manual_seed(cfg.seed if cfg.seed is not None else 42)
                 wrapped = get_ba_lora_model(model, config, **autocast)
+        if not cfg.merge_lora:
+            kbit.check_quantised(cfg, wrapped, inference=self._inference)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             wrapped.print_trainable_parameters()
         return wrapped, config
@@ -205,6 +221,7 @@ def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
         task_type=TaskType.CAUSAL_LM,
         regularizers=regularizers_of(cfg),
         compile=bool((cfg.get("ba_lora") or {}).get("compile")),
+        start_from=(cfg.get("ba_lora") or {}).get("start_from"),
         **{key: _plain(value) for key, value in optional.items() if value},
     )
 
