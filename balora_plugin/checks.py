@@ -46,6 +46,21 @@ def check_arguments(args: Any) -> None:
             raise ValueError(f"parallelism_config.{key}=True does not work with BA-LoRA yet: use DDP or FSDP.")
 
 
+def check_saving(accelerator: Any) -> None:
+    """Ways to save under FSDP that leave no adapter behind, and say nothing.
+
+    Raises:
+        ValueError: names the key and what to write.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    kind = str(getattr(plugin, "state_dict_type", ""))
+    if "SHARDED" in kind or "LOCAL" in kind:
+        raise ValueError(
+            f"fsdp_state_dict_type={kind.rpartition('.')[2]}: save_model would write no adapter. Write "
+            "fsdp_state_dict_type: FULL_STATE_DICT (the adapter alone is gathered)."
+        )
+
+
 def as_regularizers(value: Any) -> RegularizerConfig:
     """`value` as a RegularizerConfig; a dict of its fields works too."""
     if isinstance(value, dict):

@@ -16,7 +16,15 @@ from transformers.utils import logging
 
 from . import card, provenance
 from .adapter.config import BaLoraConfig
-from .checks import as_regularizers, check_arguments, check_checkpoint, check_regularizers, check_teacher, resolve
+from .checks import (
+    as_regularizers,
+    check_arguments,
+    check_checkpoint,
+    check_regularizers,
+    check_saving,
+    check_teacher,
+    resolve,
+)
 from .config import RegularizerConfig
 from .cost import CostCallback, CostMeter, format_report, write_report
 from .guard import FiniteGuard
@@ -90,6 +98,8 @@ class BaLoraTrainerMixin(_Base):
             )
         check_regularizers(regularizers)
         check_arguments(self.args)
+        if isinstance(adapter, BaLoraConfig):
+            check_saving(self.accelerator)
         if getattr(self, "compute_loss_func", None) is not None:
             raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model

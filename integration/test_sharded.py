@@ -102,3 +102,31 @@ def test_a_training_head_that_fsdp1_shards_on_its_own_is_refused(tmp_path):
     code, said = work(tmp_path / "run", "fsdp1", LAYERS, "lm_head")
     assert code != 0
     assert "use fsdp_version: 2" in said
+
+
+@pytest.mark.parametrize(("kind", "works"), [("FULL", True), ("SHARDED", False), ("LOCAL", False)])
+def test_ways_to_save_that_leave_no_adapter_are_refused(kind, works):
+    from types import SimpleNamespace
+
+    from torch.distributed.fsdp import StateDictType
+
+    from balora_plugin.checks import check_saving
+
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=getattr(StateDictType, f"{kind}_STATE_DICT")))
+    if works:
+        check_saving(SimpleNamespace(state=state))
+        check_saving(SimpleNamespace(state=SimpleNamespace()))
+    else:
+        with pytest.raises(ValueError, match=f"fsdp_state_dict_type={kind}_STATE_DICT.*FULL_STATE_DICT"):
+            check_saving(SimpleNamespace(state=state))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+def test_the_example_launch_configs_are_accelerates(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "example_configs" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    assert config.distributed_type.value == kinds[name]
+    assert config.num_processes == 8
