@@ -57,7 +57,7 @@ def dense_loss(hidden: Tensor, teacher: Tensor, weight: Tensor, labels: Tensor) 
     return F.cross_entropy(z, labels, reduction="sum") + CONSISTENCY * kl - DIVERSITY * entropy
 
 
-def ours(case: Case) -> Callable[[], None]:
+def ours(case: Case, *, compiled: bool = False) -> Callable[[], None]:
     def run() -> None:
         terms = token_terms(
             case.hidden,
@@ -66,10 +66,16 @@ def ours(case: Case) -> Callable[[], None]:
             case.labels,
             lambda_consistency=CONSISTENCY,
             lambda_diversity=DIVERSITY,
+            compiled=compiled,
         )
         case.backward(terms.loss)
 
     return run
+
+
+def ours_compiled(case: Case) -> Callable[[], None]:
+    """With the passes over the logits as compiled loops."""
+    return ours(case, compiled=True)
 
 
 def dense(case: Case) -> Callable[[], None]:
@@ -139,6 +145,7 @@ def torch_linear_cross_entropy(case: Case) -> Callable[[], None]:
 CONTENDERS: dict[str, Callable[[Case], Callable[[], None]]] = {
     "bare GEMMs": gemms,
     "ours": ours,
+    "ours, compiled passes": ours_compiled,
     "dense, as in the paper": dense,
     "dense, torch.compile": compiled_dense,
     "Liger distillation (no entropy)": liger,
