@@ -450,7 +450,7 @@ def test_a_wrong_yaml_gives_one_clear_line_before_the_model_loads(case, written)
     lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1, result.output
     assert words in lines[0]
-    assert len(lines[0]) < 300
+    assert len(lines[0]) < 350  # the longest lists every field of the block
     assert "Traceback" not in result.output
 
 

@@ -210,14 +210,15 @@ def test_merge_lora_gives_the_trained_model(kind, method, written, tmp_path, ids
 
 
 def test_merging_into_the_full_precision_base_is_asked_for(written, base, tmp_path, ids):
-    trainer = run(written(**FOUR))
-    path = str(written(**FOUR))
+    changes = {"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}, "ba_lora": {"start_from": str(base)}}
+    trainer = run(written(**FOUR, **changes))
+    path = str(written(**FOUR, **changes))
     with pytest.raises(ValueError, match=r"merge_method: memory_efficient .* --no-load-in-4bit"):
         merge_lora(path, merge_method="memory_efficient")
     assert CliRunner().invoke(cli, ["merge-lora", path, "--no-load-in-4bit"]).exit_code == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", dtype=torch.float32).eval()
-    base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    expected = PeftModel.from_pretrained(base, trainer.args.output_dir).eval()
+    full = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(full, trainer.args.output_dir).eval()
     torch.testing.assert_close(logits(merged, ids), logits(expected, ids), rtol=0, atol=1e-5)
 
 

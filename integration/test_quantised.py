@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -164,6 +165,20 @@ def test_resuming_equals_the_uninterrupted_run(host, kind, build):
     ends = [{k: v for k, v in t.model.state_dict().items() if "lora_" in k or "frozen_" in k} for t in (whole, resumed)]
     assert len(ends[0]) == 14 * 4
     assert all(torch.equal(ends[1][key], value) for key, value in ends[0].items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_cache_over_a_quantised_base(kind, build, tmp_path):
+    cached = {"regularizers": dataclasses.replace(TERMS, teacher_cache=tmp_path / "cache")}
+    runs = []
+    for peft in (None, cached, cached):
+        runs.append(build("transformers", kind, peft=peft))
+        runs[-1].train()
+    live, cold, warm = runs
+    assert warm._ba_lora_cache.runs == 0 < cold._ba_lora_cache.runs
+    for key in LOGGED:
+        assert history(warm, key) == history(cold, key), key
+        torch.testing.assert_close(history(cold, key), history(live, key), rtol=3e-2, atol=1e-3, msg=key)
 
 
 def test_a_model_by_name_with_a_quantization_config(build, base):

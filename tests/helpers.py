@@ -63,9 +63,13 @@ def quantised_layers(model):
 
 
 def stored_weights(model):
-    """Copies of everything that makes up the quantised weights, by layer."""
+    """The bytes of everything that makes up the quantised weights, by layer (as floats some would be NaN)."""
     return {
-        name: {key: value.clone() for key, value in layer.state_dict().items() if isinstance(value, torch.Tensor)}
+        name: {
+            key: value.detach().reshape(-1).view(torch.uint8).clone()
+            for key, value in layer.state_dict().items()
+            if isinstance(value, torch.Tensor)
+        }
         for name, layer in quantised_layers(model).items()
     }
 

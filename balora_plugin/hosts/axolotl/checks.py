@@ -60,15 +60,8 @@ _BNB_OPTIONS: dict[str, tuple[Any, ...] | None] = {  # of a BitsAndBytesConfig -
 STARTS = ("pissa", "pissa_fast", True, None)
 
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
-_BLOCK_ONLY = (
-    "preset",
-    "schedule",
-    "temperature",
-    "apply_to",
-    "compile",
-    "task",
-    "start_from",
-)  # refused where ba_lora is in use
+# (refused where ba_lora is in use)
+_BLOCK_ONLY = ("preset", "schedule", "temperature", "apply_to", "compile", "task", "start_from")
 _OURS = [
     field.name
     for field in dataclasses.fields(RegularizerConfig)
@@ -282,9 +275,10 @@ def _check_quantised(data: dict[str, Any], block: dict[str, Any]) -> None:
             "overrides_of_model_kwargs.quantization_config: would leave out Axolotl's preparation of quantised models: "
             "write load_in_4bit: true with bnb_config_kwargs, or load_in_8bit: true."
         )
-    merging = data.get("merge_lora")  # merge-lora switches both keys off
+    # merge-lora switches both keys off, and a written `false` (--no-load-in-4bit) leaves the rest of the YAML idle
+    idle = data.get("merge_lora") or (not on and any(data.get(key) is False for key in LOAD_IN.values()))
     options = dict(data.get("bnb_config_kwargs") or {})
-    if options and not data.get("load_in_4bit") and not merging:
+    if options and not data.get("load_in_4bit") and not idle:
         raise ValueError(f"bnb_config_kwargs: {options} needs load_in_4bit: true, which alone reads it: remove it.")
     for key, value in options.items():
         if key not in _BNB_OPTIONS:
@@ -296,7 +290,7 @@ def _check_quantised(data: dict[str, Any], block: dict[str, Any]) -> None:
             raise ValueError(
                 f"bnb_config_kwargs.{key}: {value!r} is not known: write one of {', '.join(map(str, allowed))}."
             )
-    _check_start_from(data, block.get("start_from"), bool(on or merging))
+    _check_start_from(data, block.get("start_from"), bool(on or idle))
 
 
 def _check_start_from(data: dict[str, Any], start: Any, quantised: bool) -> None:

@@ -17,6 +17,7 @@ PLUGIN = "balora_plugin.BaLoraPlugin"
 STARTER = """\
 # BA-LoRA with Axolotl: axolotl train {name}
 base_model: Qwen/Qwen2.5-0.5B        # any causal language model
+# load_in_4bit: true                 # a quantised base, as with adapter: qlora
 
 plugins:
   - balora_plugin.BaLoraPlugin       # Axolotl discovers no plug-ins by itself
