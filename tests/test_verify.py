@@ -320,14 +320,14 @@ def test_a_changed_or_missing_file_is_named(name, base, adapter, capsys):
 
 def test_factors_that_compute_something_else_are_caught_even_with_their_hash(base, adapter, capsys):
     """The probe, not the hash: what was written is not what was trained."""
-    from balora_plugin.checkpoint import _sha256
+    from balora_plugin.checkpoint import file_digest
 
     path = adapter / "adapter_model.safetensors"
     weights = load_file(path)
     key = next(key for key in weights if "lora_B" in key)
     save_file({**weights, key: -weights[key]}, path, {"format": "pt"})
     settings = settings_of(adapter)
-    settings["sha256"][path.name] = _sha256(str(path))
+    settings["sha256"][path.name] = file_digest(str(path))
     (adapter / "ba_lora.json").write_text(json.dumps(settings))
     code, out = verify(capsys, adapter, "--base", base)
     assert code == 1
