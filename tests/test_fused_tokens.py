@@ -568,14 +568,14 @@ def test_float16_keeps_a_small_term_alone():
 
 
 def test_large_gradients_are_scaled_in_pieces(monkeypatch):
-    from balora_plugin.fused import ops
+    from balora_plugin.fused import kept
 
     torch.manual_seed(6)
     hidden = torch.randn(10, 8, dtype=torch.bfloat16)
     weight, labels = torch.randn(20, 8, dtype=torch.bfloat16), torch.randint(0, 20, (10,))
     found = []
     for piece in (2**22, 24):
-        monkeypatch.setattr(ops, "_PIECE", piece)
+        monkeypatch.setattr(kept, "PIECE", piece)
         leaf = hidden.clone().requires_grad_()
         loss = token_terms(leaf, None, weight, labels).loss / 7
         loss.backward(retain_graph=True)

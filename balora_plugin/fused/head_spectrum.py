@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..regularizers import singular_value_ratio
 from . import spectrum
+from .kept import scaled
 from .spectrum import exact_product, gram_eigen, value_and_weights
 
 
@@ -118,15 +119,7 @@ class _HeadRatio(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
-            None if kept is None else _scaled(kept, grad, dtype)
+            None if kept is None else scaled(kept, grad.to(kept.dtype), dtype)
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, *([None] * 7))
-
-
-def _scaled(kept: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """kept * grad () in `dtype`, without a second copy in the dtype of `kept`: a head's is several GB."""
-    result = torch.empty_like(kept, dtype=dtype)
-    for out, part in zip(result.split(4096), kept.split(4096), strict=True):
-        out.copy_(part * grad)
-    return result

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunk import Weights, compiled_chunk, subtract_targets, token_chunk
+from .kept import kept_dtype, scaled
 from .project import Projection, block_rows
 from .top import TopLogProbs
 
 IGNORED = -100
 SLOPE = 5  # the scratch buffer that no form of the terms uses
-_PIECE = 2**22  # elements
 
 
 def compute_token_terms(
@@ -88,7 +88,7 @@ def compute_token_terms(
     if teacher_weight is not None and not (_same(weight, teacher_weight) and _same(bias, teacher_bias)):
         teacher_head = Projection(teacher_weight, teacher_bias, scale, softcap, dtype, wide)
     sums = torch.zeros(6, dtype=wide, device=device)
-    grad_hidden = torch.empty_like(hidden, dtype=_kept(hidden.dtype)) if wants[0] else hidden.new_empty(0)
+    grad_hidden = torch.empty_like(hidden, dtype=kept_dtype(hidden.dtype)) if wants[0] else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=wide) if wants[1] else weight.new_empty(0, dtype=wide)
     grad_bias = torch.zeros(vocabulary if wants[2] else 0, dtype=wide, device=device)
     for start in range(0, rows, chunk_size):
@@ -140,11 +140,6 @@ def compute_token_terms(
     return sums, grad_hidden, grad_weight, grad_bias
 
 
-def _kept(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient is kept in until the host's factors (a loss scale among them) come: float16 would lose it."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two heads are one, under two names."""
     if a is None or b is None:
@@ -181,7 +176,7 @@ def _(
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return (
         hidden.new_empty(6, dtype=wide),
-        torch.empty_like(hidden, dtype=_kept(hidden.dtype)) if wants[0] else hidden.new_empty(0),
+        torch.empty_like(hidden, dtype=kept_dtype(hidden.dtype)) if wants[0] else hidden.new_empty(0),
         torch.empty_like(weight, dtype=wide) if wants[1] else weight.new_empty(0, dtype=wide),
         hidden.new_empty(weight.shape[0] if wants[2] else 0, dtype=wide),
     )
@@ -199,25 +194,10 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _scale_gradients(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     factor = grad_sums[0]
     grads = [
-        _scaled(g, factor, dtype) if want else None
+        scaled(g, factor, dtype) if want else None
         for g, dtype, want in zip(ctx.saved_tensors, ctx.dtypes, ctx.wants, strict=True)
     ]
     return (*grads, *([None] * 17))
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in `dtype`; the factor (1 / tokens, say) in its own, where bfloat16 would shrink all alike.
-
-    In pieces: whole tensors in a wider type would cost several times the gradient.
-    """
-    wide = torch.promote_types(gradient.dtype, factor.dtype)
-    if wide == gradient.dtype == dtype or gradient.numel() <= _PIECE:
-        return (gradient.to(wide) * factor).to(dtype)
-    out = torch.empty_like(gradient, dtype=dtype)
-    rows = max(_PIECE // max(gradient[0].numel(), 1), 1)
-    for piece, target in zip(gradient.split(rows), out.split(rows), strict=True):
-        target.copy_(piece.to(wide) * factor)
-    return out
 
 
 token_terms_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)

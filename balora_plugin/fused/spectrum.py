@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..regularizers import singular_value_ratio
+from .kept import kept_dtype
 
 _STRONG_IN_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # P100, V100, A100, H100 / H200, B200
 _RELATIVE_ZERO = (
@@ -167,7 +168,7 @@ def compute_spectral_ratio(
     y = y.flatten(1)
     used = usable_k(min(y.shape), k, norm) if clamp else k
     narrow = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    kept = _gradient_dtype(hidden.dtype)
+    kept = kept_dtype(hidden.dtype)
     full = torch.zeros(hidden.shape if want else 0, dtype=kept, device=hidden.device)  # row by row, as the fake says
     found = _ratio_and_gradient(y, used, norm, want) if used else None
     used_k = torch.tensor(used if found else 0, device=hidden.device)
@@ -217,11 +218,6 @@ def _without_tf32(a: Tensor) -> Iterator[None]:
         setattr(settings, key, was)
 
 
-def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the gradient that waits for backward: float16 underflows before the loss scale has reached it."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def drawn_rows(rows: int, count: int, seed: Tensor | None) -> Tensor:
     """`count` of `rows` indices in ascending order, int64 on the CPU, the same for the same seed on every device."""
     generator = torch.Generator().manual_seed(0 if seed is None else int(seed))
@@ -253,7 +249,7 @@ def _(
     want: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     narrow = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    gradient = hidden.new_empty(hidden.shape if want else 0, dtype=_gradient_dtype(hidden.dtype))
+    gradient = hidden.new_empty(hidden.shape if want else 0, dtype=kept_dtype(hidden.dtype))
     return hidden.new_empty((), dtype=narrow), hidden.new_empty((), dtype=torch.int64), gradient
 
 
