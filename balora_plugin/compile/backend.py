@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,16 +14,21 @@ from torch._inductor import list_mode_options
 from torch._inductor.exc import InductorError
 from torch.fx import GraphModule
 
+from .casts import share_casts
+from .dropout import drop_idle_dropout
+from .products import accumulate_products
 from .siblings import stack_siblings
 
 logger = logging.getLogger(__name__)
-PASSES: tuple[Callable[[GraphModule], int], ...] = (stack_siblings,)
+HOOK = "post_grad_custom_pre_pass"  # inductor's setting for a pass on each graph of aten, forward and backward
+# in this order: each makes patterns of the next
+PASSES: tuple[Callable[[GraphModule], int], ...] = (drop_idle_dropout, share_casts, stack_siblings, accumulate_products)
 
 
-def transform(module: GraphModule) -> int:
-    """Runs every pass on a graph and on the graphs inside it (checkpointed layers); how many patterns were replaced."""
+def transform(module: GraphModule) -> Counter[str]:
+    """Runs every pass on a graph and on the graphs inside it (checkpointed layers); what each replaced, by its name."""
     graphs = [child for child in module.modules() if isinstance(child, GraphModule)]
-    return sum(apply(graph) for graph in graphs for apply in PASSES)
+    return Counter({apply.__name__: sum(apply(graph) for graph in graphs) for apply in PASSES})
 
 
 def ba_lora(
@@ -43,15 +49,18 @@ def ba_lora(
     settings = dict(list_mode_options(mode)) if mode else {}
     settings |= {key.replace("-", "_"): value for key, value in (options or {}).items()}
     replaced = transform(module)
-    logger.debug("ba_lora: %d groups of adapter layers stacked", replaced)
+    logger.debug("ba_lora: %s", ", ".join(f"{name} {count}" for name, count in replaced.items()))
     return lower(module, list(example_inputs), settings)
 
 
 def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any]) -> Any:
-    """Inductor."""
+    """Inductor, with our pass on its own graphs before the one that `options` may name there."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, example_inputs, config_patches=options or None)
+    from .inductor import NarrowProducts
+
+    patches = {**options, HOOK: NarrowProducts(options.get(HOOK))}
+    return compile_fx(module, example_inputs, config_patches=patches)
 
 
 def with_backward(module: GraphModule, example_inputs: Sequence[Any]) -> Any:

@@ -16,18 +16,19 @@ from torch.nn import functional as F
 
 from .effects import Effects
 
-DOWN_PROJECTIONS = ("lora_a", "frozen_a")  # parts of the parameters' names, in small letters
+TRAINED, FROZEN = "lora_a", "frozen_a"  # parts of the parameters' names, in small letters
+DOWN_PROJECTIONS = (TRAINED, FROZEN)
+LINEAR = (F.linear, torch._C._nn.linear)
 
 
 def stack_siblings(module: GraphModule) -> int:
     """Replaces every group of at least two such layers in `module`'s graph; how many groups it replaced.
 
-    It declines where a pattern does not hold: dropout gives every layer an input of its own; a bias, another dtype or
-    another device of a factor leaves that layer alone; so does an in-place operation on input, factor or result.
+    It declines where a pattern does not hold: dropout gives every layer an input of its own, as casts do that
+    [`share_casts`][balora_plugin.compile.casts] left; a bias, another dtype or another device of a factor leaves that
+    layer alone; so does an in-place operation on input, factor or result.
     """
     effects = Effects(module)
-    _drop_idle_dropout(module, effects)
-    _share_casts(module, effects)
     groups: dict[Any, list[Node]] = {}
     for node in module.graph.nodes:
         weight = _down_projection(node)
@@ -39,10 +40,12 @@ def stack_siblings(module: GraphModule) -> int:
     for (source, *_), nodes in groups.items():
         if len(nodes) < 2:
             continue
+        first = nodes[0]
+        nodes.sort(key=_is_frozen)  # what trains comes first, so that its gradients lie side by side
         weights = [node.args[1] for node in nodes]
-        if any(order[weight] > order[nodes[0]] for weight in weights):
+        if any(order[weight] > order[first] for weight in weights):
             continue
-        _stack(module, source, nodes, weights)
+        _stack(module, source, first, nodes, weights)
         replaced += 1
     if replaced:
         module.graph.lint()
@@ -50,12 +53,16 @@ def stack_siblings(module: GraphModule) -> int:
     return replaced
 
 
-def _stack(module: GraphModule, source: Node, nodes: list[Node], weights: list[Any]) -> None:
+def _stack(module: GraphModule, source: Node, first: Node, nodes: list[Node], weights: list[Any]) -> None:
     rows = [weight.meta["example_value"].shape[0] for weight in weights]
-    with module.graph.inserting_before(nodes[0]):
+    with module.graph.inserting_before(first):
         stacked = module.graph.call_function(torch.cat, (weights, 0))
         product = module.graph.call_function(F.linear, (source, stacked))
         parts = module.graph.call_function(torch.split, (product, rows, -1))
+        # passes that follow ask every node for its value; that of a product under autocast is known from its parts
+        stacked.meta["example_value"] = torch.cat([weight.meta["example_value"] for weight in weights])
+        product.meta["example_value"] = torch.cat([node.meta["example_value"] for node in nodes], -1)
+        parts.meta["example_value"] = product.meta["example_value"].split(rows, -1)
         for index, node in enumerate(nodes):
             part = module.graph.call_function(operator.getitem, (parts, index))
             part.meta.update(node.meta)
@@ -64,9 +71,9 @@ def _stack(module: GraphModule, source: Node, nodes: list[Node], weights: list[A
         module.graph.erase_node(node)
 
 
-def _down_projection(node: Node) -> Node | None:
-    """The weight of a bias-free linear layer that is an adapter's A factor, else None."""
-    if node.op != "call_function" or node.target not in (F.linear, torch._C._nn.linear):
+def adapter_weight(node: Any, parts: tuple[str, ...]) -> Node | None:
+    """The weight of a bias-free linear layer if it is a parameter whose name has one of these parts, else None."""
+    if not isinstance(node, Node) or node.op != "call_function" or node.target not in LINEAR:
         return None
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     if bias is not None or len(node.args) < 2:
@@ -76,36 +83,13 @@ def _down_projection(node: Node) -> Node | None:
         return None
     name = f"{weight.name} {weight.target}".lower()
     value = weight.meta.get("example_value")
-    is_factor = any(part in name for part in DOWN_PROJECTIONS) and isinstance(value, torch.Tensor) and value.ndim == 2
+    is_factor = any(part in name for part in parts) and isinstance(value, torch.Tensor) and value.ndim == 2
     return weight if is_factor else None
 
 
-def _drop_idle_dropout(module: GraphModule, effects: Effects) -> None:
-    """Dropout that is off (evaluation, or p = 0) gives its input: take it out, so that its readers are siblings."""
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target is not F.dropout or not node.args:
-            continue
-        p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-        if (training is False or p == 0.0) and effects.unwritten(node, node.args[0]):
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
+def _down_projection(node: Node) -> Node | None:
+    return adapter_weight(node, DOWN_PROJECTIONS)
 
 
-def _share_casts(module: GraphModule, effects: Effects) -> None:
-    """One cast of a tensor to a dtype where several adapters cast it alike (float32 adapters on a bfloat16 base)."""
-    seen: dict[Any, Node] = {}
-    for node in list(module.graph.nodes):
-        if node.op != "call_method" or node.target not in ("to", "float") or node.kwargs:
-            continue
-        if not all(isinstance(arg, (Node, torch.dtype)) for arg in node.args):
-            continue
-        feeds_adapter = any(user.args[0] is node for user in node.users if _down_projection(user) is not None)
-        if not feeds_adapter or not effects.unwritten(node, node.args[0]):
-            continue
-        key = (effects.region[node], node.target, node.args)
-        if key in seen:
-            node.replace_all_uses_with(seen[key])
-            module.graph.erase_node(node)
-        else:
-            seen[key] = node
+def _is_frozen(node: Node) -> bool:
+    return adapter_weight(node, (FROZEN,)) is not None
