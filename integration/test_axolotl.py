@@ -268,6 +268,25 @@ def test_the_terms_on_full_fine_tuning(written):
     assert history(trainer, "balora/svd")
 
 
+def test_full_fine_tuning_has_its_teacher_in_a_cache(workspace, written, tmp_path):
+    """Filled before the first step, for evaluation data too: the pre-trained model, while the weights move away."""
+    terms = {**TERMS, "apply_to": "full", "teacher_cache": str(tmp_path / "cache")}
+    changes = {"val_set_size": 0.25, "eval_strategy": "steps", "eval_steps": 1, "seed": 2}
+    trainer = run(written(adapter=None, ba_lora=terms, lora_target_linear=None, **changes))
+    assert isinstance(trainer, AxolotlBaLoraTrainer)
+    consistency = history(trainer, "balora/consistency")
+    assert consistency[0] < 1e-4 < consistency[-1]  # bfloat16 states: not quite 0
+    model, base = trainer.model.eval(), base_model(workspace)
+    total = count = 0.0
+    for row in trainer.eval_dataset:
+        ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+        counted = labels[:, 1:] != -100
+        student, teacher = (logits(m, ids)[:, :-1][counted].log_softmax(-1) for m in (model, base))
+        total += float((teacher.exp() * (teacher - student)).sum())
+        count += int(counted.sum())
+    assert history(trainer, "eval_balora/consistency")[-1] == pytest.approx(total / count, rel=3e-2)
+
+
 WRONG = {
     "no_rank": ({"lora_r": None}, "lora_r"),
     "no_alpha": ({"lora_alpha": None}, "lora_alpha"),
@@ -332,7 +351,7 @@ WRONG = {
     "misspelt_adapter": ({"adapter": "ba-lora"}, "did you mean ba_lora?"),
     "apply_to_qlora": ({"adapter": "qlora", "ba_lora": {"apply_to": "qlora"}}, "write adapter: ba_lora (of"),
     "nlu": ({"ba_lora": {"task": "nlu"}}, "ba_lora.task: nlu"),
-    "full_without_teacher": ({"adapter": None, "ba_lora": {"apply_to": "full"}}, "ba_lora.lambda_consistency"),
+    "full_without_teacher": ({"adapter": None, "ba_lora": {"apply_to": "full"}}, "write ba_lora.teacher_cache: <"),
     "mutating_start": (
         {"adapter": "lora", "ba_lora": {"apply_to": "lora"}, "peft_init_lora_weights": "pissa"},
         "peft_init_lora_weights: pissa",
