@@ -1,0 +1,144 @@
+"""Awkward batches, and a run that is resumed, on two ranks (DDP, FSDP1, FSDP2) or alone, for test_resume_ranks.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+from transformers import trainer as trainer_module
+
+from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig, get_ba_lora_model
+from balora_plugin.adapter.delta import delta_layers_of
+from integration.fsdp_worker import Keep, gather, pass_as_gpus, sharding
+from tests.models import character_tokenizer, tiny_llama
+
+# of four samples a step the second rank's two count no token in the first, and the second has three, of 3 to 9 tokens
+ROWS: list[dict[str, Any]] = [{"input_ids": [5 + i, 6, 7 + i, 8, *range(9, 12 + i)]} for i in range(7)]
+ROWS = [
+    {**row, "labels": [-100] + [-100 if i in (2, 3) else t for t in row["input_ids"][1:]]} for i, row in enumerate(ROWS)
+]
+
+
+class KeepAll(Keep):
+    """The gradients of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        self.steps.append(self.whole(model))
+
+
+def model_and_adapter(flipped: bool = False) -> Any:
+    """`flipped`: onto the SVD with all signs changed, which is one too, as another machine might give."""
+    terms = RegularizerConfig(
+        lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.1, svd_top_k=3, share_interval=0
+    )
+    config = BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=terms, lora_dropout=0.1)
+    model = get_ba_lora_model(tiny_llama(), config)
+    if flipped:
+        for _, layer in delta_layers_of(model):
+            for factor in (layer.frozen_A["default"], layer.frozen_B["default"]):
+                factor.weight.data.neg_()
+    return model
+
+
+def train(
+    kind: str,
+    directory: Path,
+    model: Any,
+    rows: Any,
+    callbacks: list[TrainerCallback],
+    resume: Any = None,
+    **changes: Any,
+) -> BaLoraTrainer:
+    """Two samples a micro-batch, four a step."""
+    values = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2 if kind == "alone" else 1,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "linear",
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    args = TrainingArguments(**{**values, **changes}, **sharding(kind, "LlamaDecoderLayer"))
+    if kind.startswith("fsdp"):
+        pass_as_gpus(args)
+    elif kind == "ddp":
+        assert args.device.type == "cpu"  # builds the state
+        args.__dict__["_setup_devices"] = PartialState._shared_state["device"] = torch.device(
+            "cpu"
+        )  # no index: torch.load
+    data = Dataset.from_list(rows)
+    trainer = BaLoraTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=Dataset.from_list(ROWS),
+        data_collator=DataCollatorForSeq2Seq(character_tokenizer()),
+        callbacks=callbacks,
+        compute_metrics=lambda found: {"rows": len(found.predictions)},
+    )
+    if kind == "fsdp1":
+        trainer.accelerator.get_state_dict = gather
+        trainer_module.save_fsdp_model = save_what_trains
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def save_what_trains(plugin: Any, accelerator: Any, model: Any, directory: str, **kwargs: Any) -> None:
+    """What accelerate writes under FSDP1 on a GPU."""
+    whole = gather(model)
+    if accelerator.is_main_process:
+        torch.save({k: v for k, v in whole.items() if ".lora_" in k}, Path(directory, f"{FSDP_MODEL_NAME}.bin"))
+
+
+def logs(trainer: BaLoraTrainer) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in row.items() if k == "loss" or k.startswith("balora")} for row in trainer.state.log_history
+    ]
+
+
+def main(directory: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    where, keep = Path(directory), KeepAll()
+    # accelerate completes an uneven batch with the first samples: the reference gets them from its data
+    rows = [*ROWS, ROWS[0]] if kind == "alone" else ROWS
+    model = model_and_adapter()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # ranks draw other masks than one process
+    edges = train(kind, where / "edges", model, rows, [keep], num_train_epochs=1, optim="sgd")
+    result: dict[str, Any] = {"gradients": keep.steps, "logs": logs(edges), "eval": edges.evaluate()}
+    if kind != "alone":
+        saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+        # one tensor a parameter: of two, FSDP1 on a CPU writes the second in place of both
+        saving["optim"] = "rmsprop" if kind == "fsdp1" else "adamw_torch"
+        # of evaluations that are equally good the first is the best
+        best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rows", "greater_is_better": True}
+        whole = train(
+            kind, where / "whole", model_and_adapter(), ROWS, [], **saving, **best, load_best_model_at_end=True
+        )
+        whole.save_model(str(where / "best"))
+        checkpoint = str(where / "whole" / "checkpoint-2")
+        resumed = train(kind, where / "resumed", model_and_adapter(flipped=True), ROWS, [], checkpoint, **saving)
+        result |= {"whole": logs(whole), "resumed": logs(resumed)}
+    if edges.accelerator.is_main_process:
+        torch.save(result, where / "result.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
