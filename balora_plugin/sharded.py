@@ -104,7 +104,7 @@ def _tensors(model: PeftModel, adapter_name: str, directory: str) -> dict[str, T
 
 def _write(parameter: Tensor, value: Tensor) -> None:
     if hasattr(parameter, "ds_id"):  # ZeRO-3: gathered, written by one rank, split again
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             if dist.get_rank() == 0:

@@ -1,7 +1,11 @@
-"""Awkward batches, and a run that is resumed, on two ranks (DDP, FSDP1, FSDP2) or alone, for test_resume_ranks.py."""
+"""Awkward batches, and a run that is resumed, on two ranks or alone, for test_resume_ranks.py.
+
+Ranks: ddp, fsdp1, fsdp2, zero2, zero3.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,30 @@ class KeepAll(Keep):
         self.steps: list[dict[str, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
-        self.steps.append(self.whole(model))
+        if not args.deepspeed:
+            self.steps.append(self.whole(model))
+
+    # DeepSpeed steps inside its backward pass: there the gradient is what SGD made of the weights
+    def on_step_begin(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if args.deepspeed:
+            self.before = weights(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        if args.deepspeed:
+            after = weights(model)
+            self.steps.append({key: (self.before[key] - value) / args.learning_rate for key, value in after.items()})
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What trains, whole, under DeepSpeed."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                found[name.removeprefix("module.")] = parameter.detach().clone()
+    return found
 
 
 def model_and_adapter(flipped: bool = False) -> Any:
@@ -47,6 +74,19 @@ def model_and_adapter(flipped: bool = False) -> Any:
             for factor in (layer.frozen_A["default"], layer.frozen_B["default"]):
                 factor.weight.data.neg_()
     return model
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """A DeepSpeed config with the trainer's own values."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
 
 
 def train(
@@ -74,9 +114,12 @@ def train(
         "save_strategy": "no",
         "disable_tqdm": True,
     }
+    if kind.startswith("zero"):
+        values["deepspeed"] = zero(int(kind[-1]))
     args = TrainingArguments(**{**values, **changes}, **sharding(kind, "LlamaDecoderLayer"))
-    if kind.startswith("fsdp"):
+    if kind.startswith(("fsdp", "zero")):
         pass_as_gpus(args)
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # accelerate offers a CPU no DeepSpeed
     elif kind == "ddp":
         assert args.device.type == "cpu"  # builds the state
         args.__dict__["_setup_devices"] = PartialState._shared_state["device"] = torch.device(
@@ -121,7 +164,9 @@ def main(directory: str, kind: str) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # ranks draw other masks than one process
-    edges = train(kind, where / "edges", model, rows, [keep], num_train_epochs=1, optim="sgd")
+    edges = train(
+        kind, where / "edges", model, rows, [keep], num_train_epochs=1, optim="sgd", lr_scheduler_type="constant"
+    )
     result: dict[str, Any] = {"gradients": keep.steps, "logs": logs(edges), "eval": edges.evaluate()}
     if kind != "alone":
         saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}

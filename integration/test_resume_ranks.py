@@ -1,10 +1,11 @@
-"""Two ranks (gloo) under DDP, FSDP2 and FSDP1: awkward batches give one process's numbers; a resumed run is the run."""
+"""Two gloo ranks under DDP, FSDP, DeepSpeed: awkward batches give one process's numbers, a resumed run is the run."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from safetensors.torch import load_file
 
 from .test_distributed import ROOT, free_port
 
-RANKS = ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow), pytest.param("fsdp1", marks=pytest.mark.slow)]
+DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (it is built from source; see CONTRIBUTING.md)"
+)
+RANKS = [
+    "ddp",
+    pytest.param("fsdp2", marks=pytest.mark.slow),
+    pytest.param("fsdp1", marks=pytest.mark.slow),
+    pytest.param("zero2", marks=[pytest.mark.slow, DEEPSPEED]),
+    pytest.param("zero3", marks=[pytest.mark.slow, DEEPSPEED]),
+]
 
 
 def work(directory, kind):
@@ -24,7 +34,7 @@ def work(directory, kind):
     done = subprocess.run(
         [*launcher, "integration/resume_worker.py", str(directory), kind],
         cwd=ROOT,
-        env={**env, "ACCELERATE_USE_CPU": "true"},
+        env={**env, "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         check=False,
