@@ -568,8 +568,13 @@ def test_auto_resume_from_checkpoints(written, ids):
     assert torch.equal(logits(resumed.model.eval(), ids), expected)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "example_configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_example_yamls_are_valid_and_build_their_adapter(path, workspace, written, tmp_path):
+EXAMPLES = [*(ROOT / "example_configs").glob("*.yaml"), *(ROOT / "example_configs" / "multi_gpu").glob("*.yaml")]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES), ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_example_yamls_are_valid_and_build_their_adapter(path, workspace, written, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # as their paths are written
+    monkeypatch.setattr("axolotl.cli.config.prepare_optim_env", lambda cfg: None)  # starts DeepSpeed
     values = yaml.safe_load(path.read_text())
     assert values["plugins"] == ["balora_plugin.BaLoraPlugin"]
     # what this machine lacks: the model, the data, a GPU
@@ -577,10 +582,13 @@ def test_example_yamls_are_valid_and_build_their_adapter(path, workspace, writte
     here |= {"datasets": [{"path": str(workspace / "data.jsonl"), "ds_type": "json", "type": "alpaca"}]}
     (tmp_path / "example.yml").write_text(yaml.safe_dump({**values, **here}))
     cfg = load_cfg(str(tmp_path / "example.yml"))
+    assert values.keys() <= cfg.keys()  # Axolotl drops a key that its schema does not know
     config = adapter_config(cfg, tiny_llama())
     assert isinstance(config, BaLoraConfig)
     assert (config.r, config.lora_alpha) == (values["lora_r"], values["lora_alpha"])
     assert config.regularizers.preset == values["ba_lora"]["preset"]
+    if "deepspeed" in values:
+        assert cfg.deepspeed["zero_optimization"]["stage"] == int(path.stem[-1])  # the file was found and read
 
 
 def test_the_readmes_yaml_trains(workspace, written, tmp_path):
