@@ -14,8 +14,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, TrainerCallback, TrainingArguments
 from transformers import trainer as trainer_module
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig, get_ba_lora_model
 from balora_plugin.adapter.delta import delta_layers_of
@@ -62,13 +63,20 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def model_and_adapter(flipped: bool = False) -> Any:
+def model_and_adapter(args: TrainingArguments, dropout: float, flipped: bool = False) -> Any:
     """`flipped`: onto the SVD with all signs changed, which is one too, as another machine might give."""
     terms = RegularizerConfig(
         lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.1, svd_top_k=3, share_interval=0
     )
-    config = BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=terms, lora_dropout=0.1)
-    model = get_ba_lora_model(tiny_llama(), config)
+    config = BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=terms, lora_dropout=dropout)
+    base = tiny_llama()
+    if is_deepspeed_zero3_enabled():  # loaded in parts
+        from deepspeed import init_distributed
+
+        init_distributed("gloo")
+        base = LlamaForCausalLM.from_pretrained(Path(args.output_dir).parent / f"base-{args.process_index}")
+        assert all(parameter.numel() == 0 for parameter in base.parameters())
+    model = get_ba_lora_model(base, config)
     if flipped:
         for _, layer in delta_layers_of(model):
             for factor in (layer.frozen_A["default"], layer.frozen_B["default"]):
@@ -92,9 +100,11 @@ def zero(stage: int) -> dict[str, Any]:
 def train(
     kind: str,
     directory: Path,
-    model: Any,
     rows: Any,
     callbacks: list[TrainerCallback],
+    *,
+    dropout: float = 0.1,
+    flipped: bool = False,
     resume: Any = None,
     **changes: Any,
 ) -> BaLoraTrainer:
@@ -122,12 +132,11 @@ def train(
         os.environ.pop("ACCELERATE_USE_CPU", None)  # accelerate offers a CPU no DeepSpeed
     elif kind == "ddp":
         assert args.device.type == "cpu"  # builds the state
-        args.__dict__["_setup_devices"] = PartialState._shared_state["device"] = torch.device(
-            "cpu"
-        )  # no index: torch.load
+        cpu = torch.device("cpu")  # torch.load knows none with an index
+        args.__dict__["_setup_devices"] = PartialState._shared_state["device"] = cpu
     data = Dataset.from_list(rows)
     trainer = BaLoraTrainer(
-        model=model,
+        model=model_and_adapter(args, dropout, flipped),
         args=args,
         train_dataset=data,
         eval_dataset=Dataset.from_list(ROWS),
@@ -158,15 +167,13 @@ def logs(trainer: BaLoraTrainer) -> list[dict[str, float]]:
 def main(directory: str, kind: str) -> None:
     torch.set_num_threads(1)
     where, keep = Path(directory), KeepAll()
+    if kind == "zero3":
+        tiny_llama().save_pretrained(where / f"base-{os.environ['RANK']}")
     # accelerate completes an uneven batch with the first samples: the reference gets them from its data
     rows = [*ROWS, ROWS[0]] if kind == "alone" else ROWS
-    model = model_and_adapter()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # ranks draw other masks than one process
-    edges = train(
-        kind, where / "edges", model, rows, [keep], num_train_epochs=1, optim="sgd", lr_scheduler_type="constant"
-    )
+    # no dropout: ranks draw other masks than one process
+    sgd = {"num_train_epochs": 1, "optim": "sgd", "lr_scheduler_type": "constant"}
+    edges = train(kind, where / "edges", rows, [keep], dropout=0.0, **sgd)
     result: dict[str, Any] = {"gradients": keep.steps, "logs": logs(edges), "eval": edges.evaluate()}
     if kind != "alone":
         saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
@@ -174,12 +181,11 @@ def main(directory: str, kind: str) -> None:
         saving["optim"] = "rmsprop" if kind == "fsdp1" else "adamw_torch"
         # of evaluations that are equally good the first is the best
         best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rows", "greater_is_better": True}
-        whole = train(
-            kind, where / "whole", model_and_adapter(), ROWS, [], **saving, **best, load_best_model_at_end=True
-        )
+        whole = train(kind, where / "whole", ROWS, [], **saving, **best, load_best_model_at_end=True)
         whole.save_model(str(where / "best"))
-        checkpoint = str(where / "whole" / "checkpoint-2")
-        resumed = train(kind, where / "resumed", model_and_adapter(flipped=True), ROWS, [], checkpoint, **saving)
+        resumed = train(
+            kind, where / "resumed", ROWS, [], flipped=True, resume=str(where / "whole" / "checkpoint-2"), **saving
+        )
         result |= {"whole": logs(whole), "resumed": logs(resumed)}
     if edges.accelerator.is_main_process:
         torch.save(result, where / "result.pt")
