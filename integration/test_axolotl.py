@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -615,28 +614,6 @@ def test_inference_answers(written, workspace):
         assert result.exit_code == 0, result.output[-2000:]
         answers.append(result.output.rpartition("What is 1 + 1?")[2].split("=====")[0])
     assert answers[0] != answers[1]  # the adapter speaks, not the base
-
-
-def test_a_killed_run_resumes_to_the_uninterrupted_runs_adapter(written, workspace, tmp_path, ids):
-    settings = {"max_steps": 12, "num_epochs": 9, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 9}
-    whole = run(written(**settings, output_dir=str(tmp_path / "whole")))
-    expected = logits(whole.model.eval(), ids)
-    path = written(**settings, auto_resume_from_checkpoints=True, output_dir=str(tmp_path / "killed"))
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    marker = tmp_path / "killed" / "checkpoint-3" / "trainer_state.json"  # the last file of a checkpoint
-    deadline = time.monotonic() + 300
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert marker.exists()
-    assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()  # it did not get to its end
-    resumed = run(path)
-    assert resumed.state.global_step == 12
-    torch.testing.assert_close(logits(resumed.model.eval(), ids), expected, rtol=0, atol=1e-5)
-    stock = PeftModel.from_pretrained(base_model(workspace), tmp_path / "killed").eval()
-    torch.testing.assert_close(logits(stock, ids), expected, rtol=0, atol=2e-5)
 
 
 def quickstart_pairs():
