@@ -21,6 +21,7 @@ from .checks import (
     as_regularizers,
     check_arguments,
     check_checkpoint,
+    check_counted,
     check_regularizers,
     check_saving,
     check_teacher,
@@ -205,6 +206,7 @@ class BaLoraTrainerMixin(_Base):
             self._ba_lora_cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
         if self.ba_lora is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        check_counted(self.train_dataset)
         self._ba_lora_meter = CostMeter(self.args.device)
         callbacks: list[TrainerCallback] = [CostCallback(self._ba_lora_meter)]
         if isinstance(_active_config(self.model), BaLoraConfig):

@@ -489,6 +489,21 @@ def test_a_wrong_yaml_is_one_line_under_a_launcher_too(written):
     assert [words in line for line in found.stderr.splitlines() if line.startswith("Error: ")] == [True]
 
 
+def test_what_only_the_loaded_model_tells_is_one_clear_error_before_the_first_step(workspace, written, tmp_path):
+    spoilt = base_model(workspace)
+    spoilt.model.layers[1].mlp.up_proj.weight.data[3, 2] = float("nan")
+    spoilt.save_pretrained(tmp_path / "spoilt")
+    shutil.copytree(
+        workspace / "base", tmp_path / "spoilt", dirs_exist_ok=True, ignore=lambda *_: ["model.safetensors"]
+    )
+    for changes, words in (
+        ({"base_model": str(tmp_path / "spoilt")}, "model.layers.1.mlp.up_proj.weight of the base model holds NaN"),
+        ({"lora_r": 999, "lora_alpha": 999}, "q_proj: r=999 is larger than the matrix (32, 32) allows: write r <= 32"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load_model_and_tokenizer(cfg=load_cfg(str(written(**changes))))
+
+
 @pytest.mark.parametrize(
     ("plugin", "key"),
     [
