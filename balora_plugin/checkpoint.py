@@ -273,7 +273,7 @@ def write_settings(
         "sha256": hashes or {},
     }
     path = Path(directory, SETTINGS_FILE)
-    temporary = path.with_suffix(".json.tmp")
+    temporary = path.with_suffix(f".json.{os.getpid()}.tmp")  # Axolotl saves the config on every rank at once
     temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     temporary.replace(path)
 

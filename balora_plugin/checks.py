@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -58,6 +60,32 @@ def check_saving(accelerator: Any) -> None:
         raise ValueError(
             f"fsdp_state_dict_type={kind.rpartition('.')[2]}: save_model would write no adapter. Write "
             "fsdp_state_dict_type: FULL_STATE_DICT (the adapter alone is gathered)."
+        )
+
+
+def check_counted(dataset: Any) -> None:
+    """Refuses training data of which no label counts: every loss would be 0, and nothing trained.
+
+    Reads rows until one counts, which where all is well is the first; streams, and rows without labels, are not read.
+
+    Raises:
+        ValueError: names the labels and the usual reasons.
+    """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return
+    for index in range(len(dataset)):
+        row = dataset[index]
+        labels = row.get("labels") if isinstance(row, Mapping) else None
+        if labels is None or len(labels) == 0:
+            return
+        labels = torch.as_tensor(labels)
+        if labels.ndim != 1 or bool(labels[1:].ne(-100).any()):
+            return
+    if len(dataset):
+        raise ValueError(
+            f"labels: all are -100 in all {len(dataset)} rows of the training data, so no token counts: look for a "
+            "chat template that marks no answer, for prompts longer than the sequence length, or train on the prompts "
+            "too (train_on_inputs: true; completion_only_loss=False)."
         )
 
 

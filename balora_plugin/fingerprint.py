@@ -148,7 +148,7 @@ def _sha256(tensor: Tensor) -> str:
 def _whole(tensor: Tensor) -> Iterator[Tensor]:
     """A parameter that is sharded over processes, gathered."""
     if hasattr(tensor, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
             yield tensor.data

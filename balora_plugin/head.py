@@ -164,6 +164,13 @@ def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
     head = read_head(model)
     got = project(captured[0].to(head.weight.device), head.weight, head.bias, head.scale, head.softcap)
     exact = expected.dtype in (torch.float32, torch.float64) and not head.dequantised
+    if not bool(torch.isfinite(expected).all()):
+        for name, value in model.named_parameters():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{name.replace('.base_layer', '')} of the base model holds NaN or inf, and so do its logits: load "
+                    "a whole copy of the model, or another dtype (float16 overflows where bfloat16 does not)."
+                )
     error = (got.to(expected.device) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     if not error < (1e-4 if exact else 5e-2):
         raise ValueError(

@@ -164,7 +164,7 @@ def _ranks(config: LoraConfig, shapes: dict[str, tuple[int, int]], path: str) ->
     A name tells its module, but of several parameters in one module not which: there the shapes have to.
 
     Raises:
-        ValueError: shapes that the config does not explain, or leave a choice.
+        ValueError: shapes that the config does not explain, or that leave a choice.
     """
     modules: dict[str, list[str]] = {}
     for name in sorted(shapes):
@@ -179,12 +179,19 @@ def _ranks(config: LoraConfig, shapes: dict[str, tuple[int, int]], path: str) ->
             exact = all(shapes[n] == (r * min(experts),) * 2 for n, (r, _) in zip(names, read, strict=True))
             if len(experts) == 1 and exact and (keys != [module] or experts == {1}):
                 fits.add((tuple(scaling for _, scaling in read), experts.pop()))
-        if len(fits) != 1:
+        if not fits:
             rows, columns = shapes[names[0]]
             raise ValueError(
                 f"{path}: {names[0]} has {rows} rows in lora_A and {columns} columns in lora_B, which "
-                f"{CONFIG_FILE} (r={config.r}, rank_pattern, alpha_pattern) explains in {len(fits)} ways, not one: the "
-                "two files do not belong together, or only a loaded model can tell; use --merge."
+                f"{CONFIG_FILE} (r={config.r}, rank_pattern, alpha_pattern) does not explain: the two files do not "
+                "belong together."
+            )
+        if len(fits) > 1:
+            raise ValueError(
+                f"alpha_pattern={config.alpha_pattern!r} gives {' and '.join(keys)} scalings of their own, and {path} "
+                "does not say which factors are whose; only PEFT on a loaded base can tell: merge there, with "
+                f"PeftModel.from_pretrained(<the full-precision base model>, {os.path.dirname(path)!r})"
+                ".merge_and_unload(), or give both one alpha in the next training."
             )
         scalings, count = fits.pop()
         found |= {name: (scaling, count) for name, scaling in zip(names, scalings, strict=True)}

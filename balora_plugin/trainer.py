@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -20,6 +21,7 @@ from .checks import (
     as_regularizers,
     check_arguments,
     check_checkpoint,
+    check_counted,
     check_regularizers,
     check_saving,
     check_teacher,
@@ -33,7 +35,9 @@ from .metrics import TERMS, TermMetrics
 from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
 from .prefill import TeacherCacheCallback, choose_rows, open_cache
 from .quantised import protect_weights, quantised_layers_stay_in_training_mode
+from .repeats import drop_rows, refill, repeated_rows
 from .schedules import Lambdas, lambdas_at
+from .sharded import RestoreAdapter
 from .teacher import TeacherSwitch
 from .teacher_cache import TeacherCache
 from .whole import check_whole
@@ -202,13 +206,18 @@ class BaLoraTrainerMixin(_Base):
             self._ba_lora_cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
         if self.ba_lora is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        check_counted(self.train_dataset)
         self._ba_lora_meter = CostMeter(self.args.device)
-        callback = CostCallback(self._ba_lora_meter)
-        self.add_callback(callback)
+        callbacks: list[TrainerCallback] = [CostCallback(self._ba_lora_meter)]
+        if isinstance(_active_config(self.model), BaLoraConfig):
+            callbacks.append(RestoreAdapter(self, checkpoint if isinstance(checkpoint, str) else None))
+        for callback in callbacks:
+            self.add_callback(callback)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.remove_callback(callback)
+            for callback in callbacks:
+                self.remove_callback(callback)
         self._report_cost()
         return result
 
@@ -407,9 +416,17 @@ class BaLoraTrainerMixin(_Base):
         if self.ba_lora is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         self._ba_lora_wants_logits = not prediction_loss_only
+        rows = len(inputs["input_ids"])
+        repeated = repeated_rows(self.accelerator, rows)
+        if repeated == rows and self._ba_lora_cache is not None:
+            repeated = 0  # what counts nothing is no document of the cache's
         try:
             with quantised_layers_stay_in_training_mode(self.model):
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+                loss, logits, labels = super().prediction_step(
+                    model, drop_rows(inputs, repeated), prediction_loss_only, ignore_keys=ignore_keys
+                )
+            missing = min(repeated, rows - 1)
+            return loss, refill(logits, missing), refill(labels, missing)
         finally:
             self._ba_lora_wants_logits = False
 

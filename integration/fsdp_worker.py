@@ -32,13 +32,14 @@ class Keep(TrainerCallback):
     gradients: dict[str, torch.Tensor]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step:
-            return
+        if not state.global_step:
+            self.gradients = self.whole(model)
+
+    def whole(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(model, FullyShardedDataParallel):
             with FullyShardedDataParallel.summon_full_params(model, with_grads=True, writeback=False):
-                self.gradients = self.collect(model)
-        else:
-            self.gradients = self.collect(model)
+                return self.collect(model)
+        return self.collect(model)
 
     def collect(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         gradients = {}
@@ -46,7 +47,7 @@ class Keep(TrainerCallback):
             if p.grad is not None and p.grad.numel():
                 grad: Any = p.grad
                 grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-                gradients[name.replace(PREFIX, "")] = grad.detach().clone()
+                gradients[name.replace(PREFIX, "").removeprefix("module.")] = grad.detach().clone()
         return gradients
 
 
@@ -65,7 +66,7 @@ def count_factors() -> list[int]:
 
 def sharding(kind: str, units: str) -> dict[str, Any]:
     """What asks transformers and accelerate for FSDP."""
-    if kind == "alone":
+    if not kind.startswith("fsdp"):
         return {}
     config = {
         "version": int(kind[-1]),
@@ -76,6 +77,13 @@ def sharding(kind: str, units: str) -> dict[str, Any]:
         "sync_module_states": False,  # accelerate wants a GPU for it
     }
     return {"fsdp": True, "fsdp_config": config}
+
+
+def pass_as_gpus(args: TrainingArguments) -> None:
+    """accelerate gives CPU ranks DDP whatever is asked."""
+    assert args.device.type == "cpu"  # builds the state
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState._shared_state["device"] = torch.device("cpu")  # without the index that FSDP1 does not know
 
 
 def gather(model: torch.nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
@@ -114,10 +122,8 @@ def main(directory: str, kind: str, units: str, modules_to_save: str = "") -> No
         disable_tqdm=True,
         **sharding(kind, units),
     )
-    if kind != "alone":  # accelerate gives CPU ranks DDP whatever is asked: they pass as GPUs
-        assert args.device.type == "cpu"  # builds the state
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        PartialState._shared_state["device"] = torch.device("cpu")  # without the index that FSDP1 does not know
+    if kind != "alone":
+        pass_as_gpus(args)
     model = tiny_llama()
     model.lm_head.__class__ = OwnUnit
     trainer = BaLoraTrainer(

@@ -121,12 +121,12 @@ def test_ways_to_save_that_leave_no_adapter_are_refused(kind, works):
             check_saving(SimpleNamespace(state=state))
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_the_example_launch_configs_are_accelerates(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
     path = ROOT / "example_configs" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(path))  # refuses unknown keys
-    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert config.distributed_type.value == kinds[name]
     assert config.num_processes == 8

@@ -213,6 +213,22 @@ def test_config_round_trip_and_no_silent_fallback(llama, tmp_path):
         BaLoraConfig.from_pretrained(tmp_path / "plain")
 
 
+def test_processes_may_write_the_config_of_one_run_at_once(tmp_path):
+    """Axolotl does, on every rank: through one temporary file of both, one would rename it away from the other."""
+    child = os.fork()
+    code = 1
+    try:
+        for _ in range(300):
+            BaLoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
+        code = 0
+    finally:
+        if not child:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert BaLoraConfig.from_pretrained(tmp_path).r == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "ba_lora.json"}
+
+
 def test_wrong_files_are_refused(llama, ids, tmp_path):
     model = ba_lora(fresh(llama))
     saved(model, ids, tmp_path / "a")

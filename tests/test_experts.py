@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+
 import pytest
 import torch
 from helpers import fresh, logits, train
@@ -10,6 +13,7 @@ from peft import PeftModel
 
 from balora_plugin import BaLoraConfig, BaLoraModel, get_ba_lora_model
 from balora_plugin.adapter.delta import DeltaParamWrapper, delta_layers_of
+from balora_plugin.commands import main
 from balora_plugin.teacher import teacher_mode
 
 
@@ -61,3 +65,23 @@ def test_fused_experts(targets, ids, tmp_path):
     ours = BaLoraModel.from_pretrained(fresh(base), tmp_path, is_trainable=True).eval()
     assert torch.equal(logits(ours, ids), expected)
     torch.testing.assert_close(logits(ours.merge_and_unload(), ids), expected, rtol=0, atol=1e-5)
+
+
+def test_unequal_scalings_in_one_module_are_refused_by_export_with_a_remedy_that_works(ids, tmp_path, capsys):
+    """Its file names the module alone, so nothing but a loaded model can tell whose scaling is whose."""
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    base = tiny_mixtral()
+    base.save_pretrained(tmp_path / "base")
+    model = adapt(fresh(base), target_parameters=parameters, target_modules=["q_proj"], alpha_pattern={"down_proj": 9})
+    train(model.train(), ids, steps=3)
+    expected = logits(model.eval(), ids)
+    model.save_pretrained(tmp_path / "adapter")
+    merging = ["--merge", "--base", str(tmp_path / "base")]
+    for extra in ([], merging):
+        assert main(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), *extra]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "alpha_pattern=" in line and "mlp.experts.down_proj" in line and "--merge" not in line
+    advice = re.search(r"PeftModel\.from_pretrained\(<the full-precision base model>, ('.*?')\)\.merge_and_un", line)
+    assert advice is not None
+    merged = PeftModel.from_pretrained(fresh(base), ast.literal_eval(advice[1])).merge_and_unload()
+    torch.testing.assert_close(logits(merged.eval(), ids), expected, rtol=0, atol=1e-5)

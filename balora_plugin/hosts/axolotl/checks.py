@@ -195,10 +195,11 @@ def _check_terms(data: dict[str, Any], block: dict[str, Any]) -> None:
     target = block.get("apply_to")
     if block.get("task") == "nlu":
         raise ValueError("ba_lora.task: nlu is not trained by this version: write nlg, or remove the line.")
-    if target == "full" and block.get("lambda_consistency") != 0:
+    if target == "full" and block.get("lambda_consistency") != 0 and not block.get("teacher_cache"):
         raise ValueError(
             f"ba_lora.lambda_consistency: {block.get('lambda_consistency', 'the preset')} has no teacher in full "
-            "fine-tuning, where no adapter can be switched off: write 0."
+            "fine-tuning, where no adapter can be switched off: write ba_lora.teacher_cache: <a directory> (filled "
+            "before the first step), or 0."
         )
     start = data.get("peft_init_lora_weights")
     if target == "lora" and isinstance(start, str) and start.lower().startswith(MUTATING_STARTS):

@@ -70,6 +70,11 @@ class BaLoraPlugin(BasePlugin):
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Leaves the data to Axolotl: the one hook between its choice of devices and its loader, which reads them."""
+        if not preprocess and active(cfg):
+            keep_on_cpu(cfg)
+
     def pre_model_load(self, cfg: Any) -> None:
         """The final config: what Axolotl's validation and other plug-ins' defaults made of the YAML."""
         with as_setting_errors():
@@ -145,6 +150,12 @@ def regularizers_of(cfg: Any) -> RegularizerConfig:
     """The block's settings (all defaults if there is none)."""
     block = cfg.get("ba_lora") or {}
     return BaLoraBlock(**dict(block)).regularizers()
+
+
+def keep_on_cpu(cfg: Any) -> None:
+    """Of several processes Axolotl sends each to the accelerator of its rank, also where there is none (gloo ranks)."""
+    if cfg.world_size not in (None, 1) and not torch.accelerator.is_available():
+        cfg.device_map = {"": "cpu"}
 
 
 def check_resumed(cfg: Any) -> None:
