@@ -509,6 +509,13 @@ def test_a_task_without_a_trainer_is_refused_before_the_model_loads(tmp_path, to
         build(tmp_path, tokenizer, model=str(tmp_path / "there is no such model"), peft_config=config)
 
 
+def test_a_classifier_is_refused(tmp_path, tokenizer):
+    from classifiers import classifier
+
+    with pytest.raises(ValueError, match=r"SFTTrainer, which trains language models: use balora_plugin\.BaLoraTrainer"):
+        build(tmp_path, tokenizer, model=classifier("llama"), peft_config=adapter(target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_by_name(case, tmp_path, tokenizer):
     settings, words = REFUSED[case]

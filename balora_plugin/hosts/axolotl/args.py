@@ -52,6 +52,9 @@ class BaLoraBlock(BaseModel):
     svd_input: Literal["logits", "centered_logits", "features"] | None = Field(
         default=None, description="The matrix whose singular values are taken."
     )
+    diversity_input: Literal["logits", "features"] | None = Field(
+        default=None, description="Classification: the matrix whose covariance is taken."
+    )
     svd_layout: Literal["rows", "flattened"] | None = Field(
         default=None, description="One row a counted token, or one row a sample."
     )
@@ -71,6 +74,12 @@ class BaLoraBlock(BaseModel):
         ge=0,
         description="What it keeps of a token; 0: the hidden state, exact; n: the n largest log-probabilities; absent: "
         "by size.",
+    )
+    gather_batch_statistics: bool = Field(
+        default=False, description="Classification: covariance and spectrum over the samples of all ranks together."
+    )
+    head_warmup_steps: int = Field(
+        default=0, ge=0, description="Classification: the first n steps train the head alone; the teacher then has it."
     )
     share_interval: int = Field(
         default=100, ge=0, description="Measure each term's share of the gradient every n steps; 0: never."
@@ -94,7 +103,10 @@ class BaLoraBlock(BaseModel):
         if not isinstance(data, dict):
             raise ValueError(f"ba_lora: {data!r} must be a block of settings, or absent.")
         for key, value in data.items():
-            if isinstance(value, bool) and key != "compile":  # pydantic would make a weight of 1.0 of it
+            if isinstance(value, bool) and key not in (
+                "compile",
+                "gather_batch_statistics",
+            ):  # pydantic would make a weight of 1.0 of it
                 raise ValueError(f"ba_lora.{key}: {str(value).lower()} is no value for it: write a number or a name.")
             if key not in cls.model_fields:
                 near = nearest_field(str(key))
