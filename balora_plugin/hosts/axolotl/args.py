@@ -9,6 +9,8 @@ from pydantic import BaseModel, Field, model_validator
 from ...config import RegularizerConfig
 from .checks import check_raw, nearest_field
 
+_OF_THE_HOST = {"compile", "start_from", "apply_to", "text_columns", "label_column"}
+
 
 def _top_level(key: str) -> str:
     return key if key.startswith(("lora_", "peft_")) else f"lora_{key}"
@@ -97,6 +99,16 @@ class BaLoraBlock(BaseModel):
         "lambda_consistency: 0), instead.",
     )
 
+    text_columns: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2,
+        description="Classification: the column of the text, or the two of a pair; null: found by their usual names.",
+    )
+    label_column: str | None = Field(
+        default=None, min_length=1, description="Classification: the column of the label; null: label or labels."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, data: Any) -> Any:
@@ -115,7 +127,7 @@ class BaLoraBlock(BaseModel):
                 elif near:
                     hint = f"did you mean {near}?"
                 else:
-                    hint = f"known: {', '.join(cls.model_fields)}."
+                    hint = "axolotl ba-lora schema prints what there is."
                 raise ValueError(f"ba_lora.{key}: {data[key]!r} is not a setting: {hint}")
         return data
 
@@ -130,7 +142,7 @@ class BaLoraBlock(BaseModel):
 
     def regularizers(self) -> RegularizerConfig:
         """The settings as the core takes them."""
-        return RegularizerConfig.from_dict(self.model_dump(exclude={"compile", "start_from", "apply_to"}))
+        return RegularizerConfig.from_dict(self.model_dump(exclude=_OF_THE_HOST))
 
 
 class BaLoraArgs(BaseModel):
