@@ -28,6 +28,11 @@ ROWS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_seed):
+    torch.set_num_threads(1)  # two would wait for each other more than they compute on models this small
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """A tiny pre-trained BERT without a classification head, and data of pairs."""

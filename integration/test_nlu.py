@@ -24,6 +24,11 @@ TERMS = RegularizerConfig(preset="iclr2026", schedule="constant", lambda_consist
 SAMPLE_TERMS = RegularizerConfig(preset="iclr2026", schedule="constant", lambda_diversity=0.0, lambda_svd=0.0)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_seed):
+    torch.set_num_threads(1)  # two would wait for each other more than they compute on models this small
+
+
 def rows(n=12, **kind):
     data = batch(n, **kind)
     return Dataset.from_dict({key: value.tolist() for key, value in data.items()})

@@ -23,6 +23,11 @@ from balora_plugin.teacher import TeacherSwitch
 ALL = Lambdas(0.5, 0.1, 0.2)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_seed):
+    torch.set_num_threads(1)  # two would wait for each other more than they compute on models this small
+
+
 def adapted(kind="bert", *, targets=None, **changes):
     config = BaLoraConfig(r=2, lora_alpha=2, target_modules=targets)
     model = get_ba_lora_model(classifier(kind, **changes), config)
