@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,11 +13,20 @@ import pytest
 import torch
 from models import VOCABULARY, character_tokenizer, tiny_llama
 
+THREADS = torch.get_num_threads()  # OMP_NUM_THREADS: two threads in each of two processes on two cores only wait
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_garbage() -> None:
+    """accelerate collects garbage whenever a trainer starts: a second and more over what the libraries hold."""
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

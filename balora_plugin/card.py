@@ -110,6 +110,10 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
     place = "." if adapter_name == "default" else adapter_name
     flag = f"`max_lora_rank` >= {rank} (vLLM: `--max-lora-rank {rank}`; its default is {VLLM_DEFAULT_RANK})"
     smaller = f"--rank {VLLM_DEFAULT_RANK}" if rank > VLLM_DEFAULT_RANK else "--rank auto --max-error 0.05"
+    commands = [f"balora export {place} --output smaller {smaller}    # prints what is lost"]
+    if labels is None:  # the two run a causal language model
+        verify = f"balora verify {place} --base {shlex.quote(base)}    # is this the base it was trained on?"
+        commands = [verify, *commands, f"balora export {place} --output merged --merge --base {shlex.quote(base)}"]
     return "\n".join(
         [
             *([f"### Adapter `{adapter_name}`, in `{place}`", ""] if heading else []),
@@ -123,9 +127,7 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
             *loading_snippet(base, place, labels),
             "",
             "```",
-            f"balora verify {place} --base {shlex.quote(base)}    # is this the base it was trained on?",
-            f"balora export {place} --output smaller {smaller}    # prints what is lost",
-            f"balora export {place} --output merged --merge --base {shlex.quote(base)}",
+            *commands,
             "```",
         ]
     )

@@ -16,7 +16,8 @@ from .checkpoint import read_settings
 from .config import RegularizerConfig
 from .head import read_head
 from .identity import is_sharded
-from .nlu.heads import check_head_trains, is_classifier, reads_last_token, teacher_head
+from .nlu.heads import check_head_trains, head_names, is_classifier, reads_last_token, teacher_head
+from .quantised import is_quantised_linear
 
 # starts that rewrite the base weights: switching such an adapter off gives a residual model, not the pre-trained one
 MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -231,6 +232,12 @@ def _check_classifier(model: PreTrainedModel, *, adapter_follows: bool) -> None:
             f"pad_token_id=None in the config of {type(model).__name__}, whose head reads the last token that is not "
             "padding: set model.config.pad_token_id = tokenizer.pad_token_id."
         )
+    for name in head_names(model):
+        if any(is_quantised_linear(module) for module in getattr(model, name).modules()):
+            raise ValueError(
+                f"{name}, a part of {type(model).__name__}'s head, is quantised, so it could not train: load the model "
+                f"with llm_int8_skip_modules={head_names(model)} in its BitsAndBytesConfig."
+            )
     if not adapter_follows:
         check_head_trains(model)
 

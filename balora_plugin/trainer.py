@@ -452,6 +452,9 @@ def _teacher_in_words(config: RegularizerConfig, teacher_model: nn.Module | None
     if teacher_model is not None:
         name = getattr(getattr(teacher_model, "config", None), "_name_or_path", "") or type(teacher_model).__name__
         return f"a second model, {name}"
+    if config.task == "nlu":
+        after = f" after {config.head_warmup_steps} steps of the head alone" if config.head_warmup_steps else ""
+        return f"the base itself, adapter switched off, with the head that the run began with{after}"
     if config.teacher_cache is not None:
         return "the base itself, adapter switched off, its outputs kept in a teacher_cache"
     return "the base itself, adapter switched off"

@@ -12,6 +12,7 @@ pytest.importorskip("axolotl")
 
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
+from axolotl.cli.merge_lora import do_cli as merge_lora
 from axolotl.cli.train import do_train
 from axolotl.integrations.base import PluginManager
 from classifiers import batch, classifier
@@ -101,6 +102,10 @@ def test_a_classifier_from_a_yaml(encoder, yaml, monkeypatch):
     with torch.no_grad():
         ours = trainer.model.eval()(**batch()).logits
         torch.testing.assert_close(stock(**batch()).logits, ours, rtol=0, atol=1e-5)
+    merge_lora(str(yaml()))
+    merged = AutoModelForSequenceClassification.from_pretrained(f"{trainer.args.output_dir}/merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**batch()).logits, ours, rtol=0, atol=1e-4)
     # the new head is the same in each run of this seed
     again = run(yaml(gradient_accumulation_steps=2, max_steps=1, val_set_size=8), monkeypatch)
     assert history(again, "loss") == history(trainer, "loss")[:1]
@@ -132,6 +137,7 @@ REFUSED = {
     "nlg": ({"ba_lora": {"task": "nlg"}}, "which classifies: write nlu"),
     "packing": ({"sample_packing": True}, "sample_packing: True does not work with model_type"),
     "prompts": ({"datasets": [{"path": "x", "type": "alpaca"}]}, "datasets: type: alpaca of x is a prompt format"),
+    "merging": ({"merge_method": "memory_efficient"}, "merge_method: memory_efficient would leave out"),
     "top": ({"label_column": "y"}, "write ba_lora.label_column"),
     "cache": ({"ba_lora": {"teacher_cache": "x"}}, "teacher_cache='x' with task='nlu'"),
     "compile": ({"ba_lora": {"compile": True}}, "ba_lora.compile: true"),

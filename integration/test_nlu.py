@@ -66,8 +66,9 @@ def arguments(directory, **changes):
 def build(directory, model=None, terms=TERMS, data=None, adapter="ba_lora", callbacks=(), **changes):
     keys = ("teacher_model", "compute_metrics")
     extra = {key: changes.pop(key) for key in keys if key in changes}
-    if adapter == "ba_lora":
-        extra["peft_config"] = BaLoraConfig(r=2, lora_alpha=2, regularizers=terms)
+    if adapter.startswith("ba_lora"):
+        start = True if "plain" in adapter else "pissa"
+        extra["peft_config"] = BaLoraConfig(r=2, lora_alpha=2, regularizers=terms, init_lora_weights=start)
     elif adapter == "lora":
         extra |= {"peft_config": LoraConfig(r=2, task_type="SEQ_CLS"), "regularizers": terms}
     else:
@@ -170,7 +171,29 @@ def test_evaluation_metrics_and_the_saved_classifier(tmp_path):
         torch.testing.assert_close(stock(**batch()).logits, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapter", ["ba_lora", "lora", "full"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_checkpointing_and_half_precision(kind, tmp_path):
+    """Checkpointing gives the same run, the head's warm-up included; bfloat16 autocast a near one."""
+    terms = RegularizerConfig(preset="iclr2026", schedule="constant", svd_input="features", head_warmup_steps=1)
+    runs = [
+        build(tmp_path, classifier(kind), terms, **settings)
+        for settings in (
+            {},
+            {"gradient_checkpointing": True},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            {"bf16": True},
+        )
+    ]
+    for trainer in runs:
+        trainer.train()
+    for key in ("loss", "balora/consistency", "balora/diversity", "balora/svd"):
+        for trainer in runs[1:]:
+            exact = not trainer.args.bf16
+            expected = pytest.approx(history(runs[0], key), rel=1e-4 if exact else 0.3, abs=1e-6 if exact else 2e-2)
+            assert history(trainer, key) == expected, key
+
+
+@pytest.mark.parametrize("adapter", ["ba_lora", "ba_lora, plain start", "lora", "full"])
 def test_resuming_is_exact_with_another_random_head(adapter, tmp_path):
     """The warm-up's head becomes the teacher's at step 2, and survives the checkpoint at step 3."""
     terms = RegularizerConfig(preset="iclr2026", lambda_consistency=2.0, head_warmup_steps=2, schedule="constant")

@@ -361,3 +361,29 @@ def test_settings_of_the_other_family_are_refused(tmp_path):
         RegularizerConfig(**changes).resolved("nlu")
     with pytest.raises(ValueError, match="the batch holds no labels"):
         adapted()(**{key: value for key, value in batch().items() if key != "labels"}, ba_lora=request())
+
+
+def test_a_quantised_base_with_a_head_in_floats(tmp_path):
+    """A quantised head cannot train; with the head left out a 4-bit base has the 4-bit teacher, exactly."""
+    from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    pytest.importorskip("bitsandbytes")
+    classifier("roberta", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+
+    def load(**changes):
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **changes)
+        return AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+        ).train()
+
+    with pytest.raises(
+        ValueError, match=r"classifier, a part of .* is quantised.*llm_int8_skip_modules=\['classifier'\]"
+    ):
+        resolve(load(llm_int8_skip_modules=["nothing"]), RegularizerConfig(), adapter_follows=True)
+    model = get_ba_lora_model(load(llm_int8_skip_modules=["classifier"]), BaLoraConfig(r=2, lora_alpha=2))
+    resolve(model.get_base_model(), RegularizerConfig())
+    install(model.get_base_model(), run_step)
+    assert any(type(m).__name__ == "Linear4bit" for m in model.modules())
+    assert model(**batch(), ba_lora=request()).consistency < 1e-10
+    trained(model, steps=1)
+    assert model(**batch(), ba_lora=request()).consistency > 1e-10

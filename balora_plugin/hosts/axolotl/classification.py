@@ -17,7 +17,7 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.data.shared import load_dataset_with_config
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from transformers import DataCollatorWithPadding, set_seed
+from transformers import DataCollatorWithPadding, GenerationConfig, set_seed
 
 from ...nlu.data import columns_of, tokenised
 from ...nlu.heads import head_names
@@ -81,6 +81,26 @@ def _read(cfg: Any, entries: Any, split: str, tokenizer: Any) -> Dataset:
 def collator(cfg: Any) -> tuple[type, dict[str, Any]]:
     """Pads inputs and leaves labels as they are; to the longest of a batch unless the YAML asks for more."""
     return DataCollatorWithPadding, {} if cfg.pad_to_sequence_len else {"pad_to_multiple_of": cfg.pad_to_multiple_of}
+
+
+def arrange(cfg: Any) -> None:
+    """Merging by the loaded model: Axolotl's default merges files, and the base's have no head: it would be lost.
+
+    Raises:
+        ValueError: the YAML asks for that method.
+    """
+    if cfg.get("merge_method") == "memory_efficient":
+        raise ValueError(
+            "merge_method: memory_efficient would leave out the classification head, which the base's files do not "
+            "have: remove it (legacy is then taken)."
+        )
+    cfg["merge_method"] = "legacy"
+
+
+def before_merging(model: Any) -> None:
+    """Axolotl sets an option of the merged model's generation_config, which encoders do not have."""
+    if getattr(model, "generation_config", None) is None:
+        model.generation_config = GenerationConfig()
 
 
 def before_loading(cfg: Any) -> None:

@@ -60,6 +60,8 @@ class BaLoraPlugin(BasePlugin):
                 block.regularizers().resolved("nlu" if classification.is_classification(values) else "nlg")
             if values.get("adapter") == ADAPTER:
                 kbit.arrange(cfg)
+            if classifies(cfg):
+                classification.arrange(cfg)
         self._inference = bool(cfg.get("inference"))
         if active(cfg):
             for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
@@ -108,6 +110,8 @@ class BaLoraPlugin(BasePlugin):
         )
         if is_classifier(model):
             classification.check_new_head(model)
+            if cfg.merge_lora:
+                classification.before_merging(model)
         if cfg.merge_lora and getattr(model, "is_quantized", False):
             model = kbit.dequantise(model)
         if cfg.lora_model_dir:
