@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from classifiers import classifier
+from classifiers import batch, classifier
 from models import character_tokenizer
 
 from balora_plugin.commands import glue as command
@@ -193,3 +196,49 @@ def test_the_best_rate_is_chosen_over_seeds():
     assert entry["learning_rate"] == 1e-4 and entry["seeds"] == [1, 2]
     assert entry["scores"]["validation"]["matthews"] == {"mean": 61, "std": pytest.approx(2**0.5)}
     assert "| cola | lora | matthews | 61.00 ± 1.41 | 2 | 0.0001 |" in report.markdown([entry])
+
+
+def test_separation(local, tmp_path, capsys):
+    """Features of the last layer after chosen steps of two methods, with silhouettes, as PNG."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    arguments = ["glue", "--recipe", str(local / "recipe.yaml"), "--data", str(local / "data"), "--task", "sst2"]
+    arguments += ["--output", str(tmp_path), "--seeds", "1", "--method", "lora", "ba_lora", "--separation", "0", "1"]
+    assert main(arguments) == 0
+    (picture,) = (tmp_path / "separation").glob("*.png")
+    assert picture.name == "sst2-0.0003-1.png" and picture.read_bytes().startswith(b"\x89PNG")
+    scores = json.loads(picture.with_suffix(".json").read_text())["silhouette"]
+    assert list(scores) == ["lora", "ba_lora"] and list(scores["lora"]) == ["0", "1", "2"]
+    assert scores["lora"]["0"] == scores["ba_lora"]["0"] != scores["ba_lora"]["2"]  # one pre-trained model
+
+
+def test_features_are_taken_at_rest_and_disturb_nothing(local):
+    """The tap's rows are the head's input without dropout; training goes on as without it."""
+    from datasets import Dataset
+    from transformers import DataCollatorWithPadding
+
+    from balora_plugin.glue.separation import FeatureTap, load, save, silhouette
+
+    pytest.importorskip("sklearn")
+    model = classifier("llama", dropout=0.5).train()
+    data = batch(6)
+    table = {
+        key: [row[: int(n)].tolist() for row, n in zip(data[key], data["attention_mask"].sum(1), strict=True)]
+        for key in ("input_ids", "attention_mask")
+    }
+    rows = Dataset.from_dict({**table, "labels": data["labels"].tolist()})
+    collate = DataCollatorWithPadding(character_tokenizer())
+    tap = FeatureTap([0], rows, collate)
+    args = SimpleNamespace(per_device_eval_batch_size=4)
+    before = torch.get_rng_state()
+    tap.on_train_begin(args, None, None, model=model)
+    assert torch.equal(torch.get_rng_state(), before) and all(module.training for module in model.modules())
+    logits = model.eval()(**{k: v for k, v in data.items() if k != "labels"}).logits
+    torch.testing.assert_close(model.score(torch.tensor(tap.found[0].rows)), logits)
+    save(str(local / "taps.npz"), list(tap.found.values()))
+    (again,) = load(str(local / "taps.npz"))
+    assert again.step == 0 and (again.rows == tap.found[0].rows).all()
+    two = np.arange(6) % 2
+    assert silhouette(dataclasses.replace(again, rows=np.eye(2)[two], labels=two)) == pytest.approx(1.0)
+    assert silhouette(dataclasses.replace(again, labels=two)) < 0.9
+    assert np.isnan(silhouette(dataclasses.replace(again, labels=np.zeros(6, dtype=int))))

@@ -20,6 +20,7 @@ from ._models import quiet
 
 if TYPE_CHECKING:
     from ..glue.recipe import Recipe
+    from ..glue.run import Job
 
 HELP = "fine-tune on GLUE by the paper's recipe, test on GLUE-X"
 
@@ -39,16 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rates", nargs="+", type=float, metavar="LR", help="instead of the recipe's grids")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop every run after N optimizer steps (to try)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N rows of every file (to try)")
+    parser.add_argument(
+        "--separation",
+        nargs="+",
+        type=int,
+        metavar="STEP",
+        help="draw the classes in the last layer after these optimizer steps and the last one, methods side by side",
+    )
     parser.add_argument("--keep", action="store_true", help="keep every run's adapter, in <OUTPUT>/adapters")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..glue import report
+    from ..glue import report, separation
     from ..glue import run as runs
     from ..glue.metrics import score
     from ..glue.recipe import read_recipe
     from ..glue.tasks import TASKS
 
+    if args.separation:
+        separation.check_matplotlib()
+        if "stsb" in args.task:
+            raise ValueError("--separation with --task stsb: scores are no classes; name other tasks.")
     score((), [1], [1])  # says now, not after the first run, that scikit-learn is missing
     for key in ("data", "glue_x"):
         value = getattr(args, key)
@@ -62,21 +74,46 @@ def run(args: argparse.Namespace) -> int:
     for number, job in enumerate(jobs, 1):
         record = runs.stored(args.output, job)
         what = f"{job.task} {job.method}, learning rate {job.learning_rate:g}, seed {job.seed}"
-        if record is None:
+        taps = str(Path(args.output, "separation", f"{Path(job.file).stem}.npz")) if args.separation else None
+        if record is None or (taps is not None and not Path(taps).exists()):
             keep = str(Path(args.output, "adapters", Path(job.file).stem)) if args.keep else None
             with quiet():
-                record = runs.run(job, TASKS[job.task], data=args.data, glue_x=args.glue_x, keep=keep)
+                record = runs.run(
+                    job,
+                    TASKS[job.task],
+                    data=args.data,
+                    glue_x=args.glue_x,
+                    keep=keep,
+                    watch=None if taps is None else (args.separation, taps),
+                )
             runs.store(args.output, job, record)
         first = record["scores"][TASKS[job.task].splits[0]]
         shown = ", ".join(f"{name} {value:.2f}" for name, value in first.items())
         print(f"[{number}/{len(jobs)}] {what}: {shown}", file=sys.stderr)
         records.append(record)
+    if args.separation:
+        _draw(args.output, jobs)
     entries = report.summary(records)
     table = report.markdown(entries)
     Path(args.output, "results.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     Path(args.output, "results.md").write_text(table + "\n", encoding="utf-8")
     print(table)
     return 0
+
+
+def _draw(output: str, jobs: list[Job]) -> None:
+    """One PNG and one JSON of silhouettes for each task, learning rate and seed; methods in rows."""
+    from ..glue import separation
+
+    groups: dict[str, dict[str, list[Any]]] = {}
+    for job in jobs:
+        snapshots = separation.load(str(Path(output, "separation", f"{Path(job.file).stem}.npz")))
+        groups.setdefault(f"{job.task}-{job.learning_rate:g}-{job.seed}", {})[job.method] = snapshots
+    for name, methods in groups.items():
+        path = Path(output, "separation", name)
+        scores = separation.figure(methods, f"{path}.png", name)
+        Path(f"{path}.json").write_text(json.dumps({"silhouette": scores}, indent=1), encoding="utf-8")
+        print(f"wrote {path}.png", file=sys.stderr)
 
 
 def _changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:

@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..nlu.data import columns_of, tokenised
 from .data import read_jsonl, read_split
 from .metrics import score
 from .recipe import Recipe, Settings
+from .separation import FeatureTap, save
 from .tasks import GLUE_X, Task, comparable
 
 logger = logging.getLogger(__name__)
@@ -61,8 +63,20 @@ def jobs_of(recipe: Recipe, tasks: list[Task], methods: list[str], seeds: list[i
     ]
 
 
-def run(job: Job, task: Task, *, data: str | None, glue_x: str | None, keep: str | None = None) -> dict[str, Any]:
-    """Trains and scores a job; `keep`: a directory for its adapter. Returns a JSON-ready record."""
+def run(
+    job: Job,
+    task: Task,
+    *,
+    data: str | None,
+    glue_x: str | None,
+    keep: str | None = None,
+    watch: tuple[Sequence[int], str] | None = None,
+) -> dict[str, Any]:
+    """Trains and scores a job. Returns a JSON-ready record.
+
+    `keep`: a directory for its adapter. `watch`: optimizer steps after which the features of the first validation split
+    are kept, and the .npz file that takes them.
+    """
     from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, set_seed
 
     import balora_plugin
@@ -93,7 +107,14 @@ def run(job: Job, task: Task, *, data: str | None, glue_x: str | None, keep: str
             peft_config=_adapter(job),
         )
         trainer.remove_callback(PrinterCallback)  # the command prints its table alone
+        tap = None
+        if watch is not None:
+            split = prepared(read_split(task, task.splits[0], data, job.limit), f"{task.name} {task.splits[0]}")
+            tap = FeatureTap(watch[0], split, trainer.data_collator)
+            trainer.add_callback(tap)
         trainer.train()
+        if watch is not None and tap is not None:
+            save(watch[1], list(tap.found.values()))
         scores = {}
         for split in task.splits:
             rows = read_split(task, split, data, job.limit)
