@@ -136,7 +136,17 @@ class TermMetrics:
                 f"({total['svd_inert']:.0f} so far). Raise the batch size,{features} or set lambda_svd=0 (now "
                 f"{config.lambda_svd}).",
             )
-        if total["svd_clamped"]:
+        if (
+            total["svd_clamped"] and config.svd_norm != "nuclear"
+        ):  # classifiers: nothing is clamped, but nothing told apart
+            self._warn(
+                "svd_all",
+                f"svd_top_k={config.svd_top_k} is not below min(rows, columns) of a micro-batch's matrix: all its "
+                f"singular values count as signal, so that svd_norm={config.svd_norm!r} rewards "
+                f"{'large' if config.svd_norm == 'none' else 'equal'} ones in any direction. Set svd_top_k lower, or "
+                "svd_input='features' where the classes are few.",
+            )
+        elif total["svd_clamped"]:
             used = total["svd_clamped_k"] / total["svd_clamped"]
             self._warn(
                 "svd_clamped",
