@@ -106,9 +106,14 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
         ("teacher", (found.teacher if found else None) or "the base itself, adapter switched off"),
         ("rank of the file", file_rank),
     ]
+    labels = model.get_base_model().config.num_labels if config.family == "nlu" else None
     place = "." if adapter_name == "default" else adapter_name
     flag = f"`max_lora_rank` >= {rank} (vLLM: `--max-lora-rank {rank}`; its default is {VLLM_DEFAULT_RANK})"
     smaller = f"--rank {VLLM_DEFAULT_RANK}" if rank > VLLM_DEFAULT_RANK else "--rank auto --max-error 0.05"
+    commands = [f"balora export {place} --output smaller {smaller}    # prints what is lost"]
+    if labels is None:  # the two run a causal language model
+        verify = f"balora verify {place} --base {shlex.quote(base)}    # is this the base it was trained on?"
+        commands = [verify, *commands, f"balora export {place} --output merged --merge --base {shlex.quote(base)}"]
     return "\n".join(
         [
             *([f"### Adapter `{adapter_name}`, in `{place}`", ""] if heading else []),
@@ -119,12 +124,10 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
             "This is an ordinary LoRA for the *original* base model, whose weights were not changed. "
             f"Servers need {flag}.",
             "",
-            *loading_snippet(base, place),
+            *loading_snippet(base, place, labels),
             "",
             "```",
-            f"balora verify {place} --base {shlex.quote(base)}    # is this the base it was trained on?",
-            f"balora export {place} --output smaller {smaller}    # prints what is lost",
-            f"balora export {place} --output merged --merge --base {shlex.quote(base)}",
+            *commands,
             "```",
         ]
     )
@@ -160,14 +163,15 @@ def exported(adapter: Adapter, errors: Errors, *, merged_into: str | None = None
 _LOAD = 'model = AutoModelForCausalLM.from_pretrained("{}")'
 
 
-def loading_snippet(base: str, place: str) -> list[str]:
-    """How unmodified PEFT loads an adapter."""
+def loading_snippet(base: str, place: str, labels: int | None = None) -> list[str]:
+    """How unmodified PEFT loads an adapter; `labels`: of a classifier with so many outputs."""
+    loader = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
     return [
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {loader}",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'base = {loader}.from_pretrained("{base}"{"" if labels is None else f", num_labels={labels}"})',
         f'model = PeftModel.from_pretrained(base, "{place}")  # this directory',
         "```",
     ]
@@ -175,8 +179,7 @@ def loading_snippet(base: str, place: str) -> list[str]:
 
 def terms(config: BaLoraConfig) -> str:
     """The regularisers with their weights, in a line."""
-    task = config.regularizers.task if config.regularizers.task != "auto" else "nlg"
-    r = config.regularizers.resolved(task)
+    r = config.regularizers.resolved(config.family)
     parts = []
     if r.lambda_consistency:
         heat = "" if r.temperature == 1.0 or r.consistency == "mse" else f", temperature {r.temperature:g}"

@@ -1,8 +1,9 @@
 """Format version 1: what a saved BA-LoRA adapter is, how it is written and read back exactly.
 
 A directory holds a stock LoRA of rank 2r for the original base (adapter_config.json, adapter_model.safetensors, with
-A = [dA; A0 + dA] and B = [B0, dB]) and two side files: ba_lora_init.safetensors (A0; dA, dB and B0 stand exactly in the
-stock file) and ba_lora.json (format version, settings, hashes), written last. Unmodified PEFT reads the first two.
+A = [dA; A0 + dA] and B = [B0, dB]) and side files: ba_lora_init.safetensors (A0; dA, dB and B0 stand exactly in the
+stock file), for a classifier ba_lora_head.safetensors (the teacher's head), and ba_lora.json (format version, settings,
+hashes), written last. Unmodified PEFT reads the first two.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from . import provenance
 from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, split_factors, stack_factors, target_key
+from .nlu.heads import HEAD_FILE, write_head
 
 if TYPE_CHECKING:
     from .adapter.config import BaLoraConfig
@@ -167,6 +169,8 @@ def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_
         check_stock_file(directory, model, adapter_name)
         write_init_file(directory, model, adapter_name, state_dict)
         names.append(INIT_FILE)
+    if write_head(directory, model.get_base_model()):
+        names.append(HEAD_FILE)
     origin, files = provenance.write(directory, model, adapter_name)
     names += files
     write_settings(directory, config, {name: file_digest(os.path.join(directory, name)) for name in names}, origin)
@@ -259,7 +263,6 @@ def write_settings(
         if (value != neutral.get(key) or key in ("r", "lora_alpha"))
         and key not in ("runtime_config", "auto_mapping", "peft_version", "inference_mode", "start_from")
     }
-    task = config.regularizers.task if config.regularizers.task != "auto" else "nlg"
     settings = {
         "format_version": FORMAT_VERSION,
         "balora_plugin_version": __version__,
@@ -268,7 +271,9 @@ def write_settings(
         "base_model": config.base_model_name_or_path,
         **(origin or {}),
         "regularizers": config.regularizers.to_dict(),
-        "regularizers_in_force": config.regularizers.resolved(task).to_dict(),  # for readers: presets may change
+        "regularizers_in_force": config.regularizers.resolved(
+            config.family
+        ).to_dict(),  # for readers: presets may change
         "config": values,
         "sha256": hashes or {},
     }

@@ -16,6 +16,9 @@ from .adapter.config import BaLoraConfig
 from .checkpoint import read_settings
 from .config import RegularizerConfig
 from .head import read_head
+from .identity import is_sharded
+from .nlu.heads import check_head_trains, head_names, is_classifier, reads_last_token, teacher_head
+from .quantised import is_quantised_linear
 
 # starts that rewrite the base weights: switching such an adapter off gives a residual model, not the pre-trained one
 MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -76,10 +79,10 @@ def check_counted(dataset: Any) -> None:
     for index in range(len(dataset)):
         row = dataset[index]
         labels = row.get("labels") if isinstance(row, Mapping) else None
-        if labels is None or len(labels) == 0:
+        if labels is None:
             return
-        labels = torch.as_tensor(labels)
-        if labels.ndim != 1 or bool(labels[1:].ne(-100).any()):
+        labels = torch.as_tensor(labels)  # a classifier's has no dimension
+        if labels.ndim != 1 or not labels.numel() or bool(labels[1:].ne(-100).any()):
             return
     if len(dataset):
         raise ValueError(
@@ -114,23 +117,10 @@ def check_checkpoint(adapter: Any, directory: str) -> None:
     )
 
 
-def check_regularizers(regularizers: RegularizerConfig) -> None:
-    """What can be refused before any model loads.
-
-    Raises:
-        ValueError: a task this version has no trainer for.
-    """
-    if regularizers.task == "nlu":
-        raise ValueError(
-            "task='nlu': this version trains NLG (task='nlg' or 'auto'); the NLU terms are available as formulas in "
-            "balora_plugin.regularizers."
-        )
-
-
 def resolve(
     model: PreTrainedModel, regularizers: RegularizerConfig, *, adapter_follows: bool = False
 ) -> RegularizerConfig:
-    """The effective settings for this causal language model; `adapter_follows`: a bare one that will be wrapped.
+    """The effective settings for this model; `adapter_follows`: a bare one that will be wrapped.
 
     Raises:
         ValueError: the model is not one that BA-LoRA trains.
@@ -141,17 +131,31 @@ def resolve(
 
 
 def task_of(model: PreTrainedModel, regularizers: RegularizerConfig) -> str:
-    """ "nlg" for a causal language model; anything else is refused."""
-    check_regularizers(regularizers)
+    """ "nlg" for a causal language model, "nlu" for a *ForSequenceClassification; anything else is refused.
+
+    Raises:
+        ValueError: another kind of model, or a task that is not this model's; names both and what to write.
+    """
+    name = type(model).__name__
+    if is_classifier(model):
+        if regularizers.task == "nlg":
+            raise ValueError(
+                f"task='nlg' with {name}, which classifies: write task='nlu' (or 'auto'), or load the model with "
+                "AutoModelForCausalLM."
+            )
+        return "nlu"
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None:
-        return "nlg"
-    if regularizers.task == "nlg":
-        read_head(model)  # says that there is no LM head
-    raise ValueError(
-        f"{type(model).__name__} is not a causal language model: this version trains NLG (task='nlg'); the NLU terms "
-        "are available as formulas in balora_plugin.regularizers."
-    )
+    if head is None:
+        raise ValueError(
+            f"{name} is not a causal language model, nor one for sequence classification: load it with "
+            "AutoModelForCausalLM (task='nlg') or AutoModelForSequenceClassification (task='nlu')."
+        )
+    if regularizers.task == "nlu":
+        raise ValueError(
+            f"task='nlu' with {name}, a causal language model: load it with "
+            "AutoModelForSequenceClassification.from_pretrained(..., num_labels=...), or write task='nlg' (or 'auto')."
+        )
+    return "nlg"
 
 
 def check_teacher(
@@ -228,6 +232,9 @@ def check_model(model: PreTrainedModel, config: RegularizerConfig, *, adapter_fo
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder, which BA-LoRA does not train: use a causal LM."
         )
+    if config.task == "nlu":
+        _check_classifier(model, adapter_follows=adapter_follows)
+        return
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(
             "target_modules matches the LM head: the terms read its weight directly and would ignore an adapter. "
@@ -244,3 +251,69 @@ def check_model(model: PreTrainedModel, config: RegularizerConfig, *, adapter_fo
         ):
             if present:
                 raise ValueError(f"svd_layout='flattened' does not work with {what}: use svd_layout='rows'.")
+
+
+def _check_classifier(model: PreTrainedModel, *, adapter_follows: bool) -> None:
+    if reads_last_token(model) and model.config.get_text_config().pad_token_id is None:
+        raise ValueError(
+            f"pad_token_id=None in the config of {type(model).__name__}, whose head reads the last token that is not "
+            "padding: set model.config.pad_token_id = tokenizer.pad_token_id."
+        )
+    for name in head_names(model):
+        if any(is_quantised_linear(module) for module in getattr(model, name).modules()):
+            raise ValueError(
+                f"{name}, a part of {type(model).__name__}'s head, is quantised, so it could not train: load the model "
+                f"with llm_int8_skip_modules={head_names(model)} in its BitsAndBytesConfig."
+            )
+    if not adapter_follows:
+        check_head_trains(model)
+
+
+def check_classifier_run(model: PreTrainedModel, config: RegularizerConfig, args: Any, *, compiled: bool) -> None:
+    """What does not go together in a classification run.
+
+    Raises:
+        ValueError: names the key, its value and what to write.
+    """
+    if compiled:
+        raise ValueError("compile=True is for causal language models: leave it out for a classifier.")
+    if not config.head_warmup_steps:
+        return
+    if getattr(args, "ddp_find_unused_parameters", None) is False:
+        raise ValueError(
+            f"head_warmup_steps={config.head_warmup_steps} leaves the adapter without gradients for that long, which "
+            "ddp_find_unused_parameters=False does not allow: set it to True, or leave it out."
+        )
+    if is_sharded(model):
+        raise ValueError(
+            f"head_warmup_steps={config.head_warmup_steps} does not work on a sharded model: use DDP, or set it to 0."
+        )
+
+
+def check_same_head(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuses a second classifier as teacher whose head is not the student's first one.
+
+    Raises:
+        ValueError: names the tensor and the remedy.
+    """
+    theirs = teacher_head(teacher) if is_classifier(teacher) else {}
+    for name, value in teacher_head(model).items():
+        if name not in theirs or theirs[name].shape != value.shape or not torch.equal(theirs[name].to(value), value):
+            raise ValueError(
+                f"teacher_model has another head than the model ({name}): consistency would measure the distance of "
+                "two random heads. Pass copy.deepcopy(model), or load both from one directory that holds the head."
+            )
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    """A decoder's head finds its token by the config's pad_token_id, which must be what batches are padded with.
+
+    Raises:
+        ValueError: names both.
+    """
+    pads, expects = getattr(tokenizer, "pad_token_id", None), model.config.get_text_config().pad_token_id
+    if reads_last_token(model) and pads is not None and pads != expects:
+        raise ValueError(
+            f"pad_token_id={expects} in the model's config, but the tokenizer pads with {pads}: the head would read "
+            f"padding. Set model.config.pad_token_id = {pads}."
+        )

@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "svd_norm": ("nuclear", "frobenius", "none"),
     "svd_input": ("logits", "centered_logits", "features"),
     "svd_layout": ("rows", "flattened"),
+    "diversity_input": ("logits", "features"),
     "schedule": ("constant", "iclr2026"),
 }
 
@@ -70,6 +71,21 @@ _PRESET_VALUES: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 
+# What says nothing in a family: (key, its values that do no harm there, why)
+_OTHER_FAMILY: dict[str, tuple[tuple[str, tuple[Any, ...], str], ...]] = {
+    "nlg": (
+        ("diversity_input", ("logits",), "diversity is the entropy of the predictions there"),
+        ("gather_batch_statistics", (False,), "only classification takes statistics over samples"),
+        ("head_warmup_steps", (0,), "there is no new head to warm up"),
+    ),
+    "nlu": (
+        ("diversity_top_k", (0,), "diversity is a covariance there, without a top k"),
+        ("svd_layout", ("rows",), "a sample is one row there"),
+        ("svd_max_rows", (0, 1024), "it bounds counted tokens, a batch of samples is small"),
+        ("teacher_cache", (), "it keeps next-token outputs; the teacher of a classifier runs live"),
+    ),
+}
+
 
 @dataclass
 class RegularizerConfig:
@@ -81,7 +97,7 @@ class RegularizerConfig:
     Args:
         preset: `"paper"` (arXiv 2408.04556v2) or `"iclr2026"` (the ICLR 2026 version, with its schedules).
         task: `"nlg"` (terms over counted next-token positions), `"nlu"` (terms over samples) or `"auto"`: the trainer
-            knows its model.
+            knows its model (a causal language model, or a *ForSequenceClassification).
         lambda_consistency: Weight of the distance to the pre-trained model, >= 0. 0 switches the term and the teacher's
             forward pass off.
         lambda_diversity: Weight of the diversity term (negative entropy; off-diagonal covariance for NLU), >= 0.
@@ -93,7 +109,8 @@ class RegularizerConfig:
         svd_top_k: The k largest singular values count as signal, >= 1.
         svd_norm: What their sum is divided by: `"nuclear"` (sum of all), `"frobenius"` or `"none"`.
         svd_input: The matrix: `"logits"`, `"centered_logits"` (rows minus their mean: invariant to a constant added to
-            a row, as the probabilities are) or `"features"` (final hidden states).
+            a row, as the probabilities are) or `"features"` (final hidden states; NLU: the one that the head reads).
+        diversity_input: NLU: whose covariance: `"logits"`, or `"features"`, as for svd_input.
         svd_layout: `"rows"`: one row a counted token (or sample); `"flattened"`: one row a sample, B x (T * V).
         svd_max_rows: The spectrum of a micro-batch is taken over at most so many counted tokens, drawn anew at every
             step by the step's number; 0 = all. Its cost grows with the square of the rows (docs/design.md).
@@ -107,6 +124,10 @@ class RegularizerConfig:
             largest log-probabilities (6 n + 4 bytes); the consistency term is then taken over n + 1 buckets, a lower
             bound of the whole one. None: what the directory holds; in an empty one hidden states while those of the
             training data stay below 50 GB, else 128 log-probabilities.
+        gather_batch_statistics: NLU: covariance and spectrum over the samples of all data-parallel ranks together, not
+            over each rank's own.
+        head_warmup_steps: NLU: the first n optimizer steps train the classification head alone on the pre-trained
+            features; the teacher then has that head, instead of the initial (usually random) one.
         share_interval: Measure each term's share of the gradient every n optimizer steps (`balora/share_*`); 0 = never.
 
     Raises:
@@ -134,12 +155,15 @@ class RegularizerConfig:
     svd_top_k: int | None = None
     svd_norm: str | None = None
     svd_input: str | None = None
+    diversity_input: str | None = None
     svd_layout: str | None = None
     svd_max_rows: int = 1024
     schedule: str | None = None
     teacher_interval: int = 1
     teacher_cache: str | os.PathLike[str] | None = None
     teacher_cache_top_k: int | None = None
+    gather_batch_statistics: bool = False
+    head_warmup_steps: int = 0
     share_interval: int = 100
 
     def __post_init__(self) -> None:
@@ -152,6 +176,9 @@ class RegularizerConfig:
         _check_integer("svd_top_k", self.svd_top_k, minimum=1)
         _check_integer("svd_max_rows", self.svd_max_rows, minimum=0, optional=False)
         _check_integer("teacher_interval", self.teacher_interval, minimum=1, optional=False)
+        _check_integer("head_warmup_steps", self.head_warmup_steps, minimum=0, optional=False)
+        if not isinstance(self.gather_batch_statistics, bool):
+            raise TypeError(f"gather_batch_statistics={self.gather_batch_statistics!r} must be True or False.")
         _check_integer("share_interval", self.share_interval, minimum=0, optional=False)
         if self.diversity_top_k == 1:
             raise ValueError("diversity_top_k=1 makes the entropy 0 by definition: write 0 (full vocabulary) or >= 2.")
@@ -184,7 +211,12 @@ class RegularizerConfig:
             raise ValueError(f"task={self.task!r} in the config, but this trainer's model is for task={task!r}.")
         if task not in ("nlg", "nlu"):
             raise ValueError(f"task={task!r}: say 'nlg' or 'nlu', here or in RegularizerConfig(task=...).")
-        values = {"svd_input": "logits", "svd_layout": "rows", **_PRESET_VALUES[self.preset, task]}
+        for key, others, why in _OTHER_FAMILY[task]:
+            value = getattr(self, key)
+            if value is not None and value not in others:
+                raise ValueError(f"{key}={value!r} with task={task!r}: {why}; leave it out.")
+        values: dict[str, Any] = {"svd_input": "logits", "svd_layout": "rows", "diversity_input": "logits"}
+        values |= _PRESET_VALUES[self.preset, task]
         filled = {key: value for key, value in values.items() if getattr(self, key) is None}
         return dataclasses.replace(self, task=task, **filled)
 

@@ -14,6 +14,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .nlu.heads import head_names
+
 # keys of a model's config that do not change its final hidden states in eval mode
 _NEUTRAL_KEYS = {
     "_name_or_path",
@@ -50,8 +52,9 @@ def model_fingerprint(model: nn.Module, *, with_adapters: bool = False) -> str:
     """SHA-256 (hex) over a model's stored weights, by name, and the part of its config that shapes hidden states.
 
     Adapters and the trained copies of `modules_to_save` are left out, so a wrapped model has its base's fingerprint;
-    `with_adapters=True` takes them in (a teacher that is itself adapted). Quantised weights count by their stored
-    bytes. Every byte is read once, one tensor at a time through the CPU: about a second per 1 to 2 GB.
+    so is a classifier's head, which is new, and another one each time the model is loaded. `with_adapters=True` takes
+    adapters in (a teacher that is itself adapted). Quantised weights count by their stored bytes. Every byte is read
+    once, one tensor at a time through the CPU: about a second per 1 to 2 GB.
 
     Args:
         model: The causal language model, inside any PEFT wrapper.
@@ -74,12 +77,13 @@ def weight_digests(model: nn.Module, *, with_adapters: bool = False, bfloat16: b
         for name, module in model.named_modules()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     }
+    heads = head_names(model)
     seen: dict[tuple[Any, ...], TensorDigest] = {}
     digests = {}
     entries = model.state_dict(keep_vars=True).items()
     for key, value in tqdm(entries, desc="Hashing the weights", disable=None, delay=5, leave=False):
         name = key if with_adapters else _name_in_base(key, special)
-        if name is not None:
+        if name is not None and name.partition(".")[0] not in heads:
             digests[name] = _digest(name, value, seen, bfloat16)
     return digests
 

@@ -44,11 +44,15 @@ class TermMetrics:
         if out.consistency is not None:
             values |= {"consistency": out.consistency, "consistency_count": out.count}
         if out.diversity is not None and lambdas.diversity:
-            values |= {"diversity": out.diversity, "diversity_count": out.count}
+            standing = out.count if out.diversity_count is None else out.diversity_count
+            values |= {"diversity": out.diversity, "diversity_count": standing, "diversity_inert": standing == 0}
         if out.svd is not None and out.svd_used_k is not None:
             used, k = out.svd_used_k, self.config.svd_top_k
             clamped = (used > 0) & (used < (k or 1))
-            values |= {"svd": out.svd, "svd_count": used > 0, "weighted_svd": lambdas.svd * out.svd}
+            if out.svd_count is None:
+                values |= {"svd": out.svd, "svd_count": used > 0, "weighted_svd": lambdas.svd * out.svd}
+            else:  # a sum over samples, in the loss already
+                values |= {"svd": out.svd, "svd_count": out.svd_count, "svd_used": used * out.svd_count}
             values |= {"svd_inert": used == 0, "svd_clamped": clamped, "svd_clamped_k": used * clamped}
         values["batches"] = torch.ones_like(out.loss)
         if out.shares is not None:
@@ -75,6 +79,7 @@ class TermMetrics:
             return {}
         # every rank walks the same keys, whether or not its own batches had a term
         keys = ["task", "count", "tokens", "batches", "weighted_svd", "svd_inert", "svd_clamped", "svd_clamped_k"]
+        keys += ["svd_used", "diversity_inert"]
         keys += [f"{what}{name}{suffix}" for what in ("", "share_") for name in TERMS for suffix in ("", "_count")]
         zero = torch.zeros_like(sums["task"])
         packed = reduce(torch.stack([sums.get(key, zero) for key in keys]), "sum")
@@ -84,12 +89,15 @@ class TermMetrics:
         for name in TERMS:
             if total[f"{name}_count"]:
                 logs[f"balora/{name}"] = total[name] / total[f"{name}_count"]
+        if total["svd_used"]:
+            logs["balora/svd_used_k"] = total["svd_used"] / total["svd_count"]
         logs["balora/loss"] = total["tokens"] / count + total["weighted_svd"] / max(total["batches"], 1.0)
         shares = {n: total[f"share_{n}"] / total[f"share_{n}_count"] for n in TERMS if total[f"share_{n}_count"]}
         logs |= {f"balora/share_{name}": value for name, value in shares.items()}
         if judge:
             self._warn_negligible(shares)
         self._warn_svd(total)
+        self._warn_diversity(total)
         return logs
 
     def _watch(self, values: dict[str, Tensor], step: int) -> None:
@@ -115,19 +123,51 @@ class TermMetrics:
         """Said at the log, not at the step: what a batch held is known on the device alone until then."""
         config = self.config
         if total["svd_inert"]:
+            few = "a single counted token or sample"
+            features = ""
+            if config.task == "nlu":
+                few = "a single sample or a single output" + (
+                    " (two, centred)" if "centered" in str(config.svd_input) else ""
+                )
+                features = " set svd_input='features'," if config.svd_input != "features" else ""
             self._warn(
                 "svd_inert",
-                "the SVD term cannot act on a single counted token or sample: it was left out of such micro-batches "
-                f"({total['svd_inert']:.0f} so far). Raise the batch size, or set lambda_svd=0 (now "
+                f"the SVD term cannot act on {few}: it was left out of such micro-batches "
+                f"({total['svd_inert']:.0f} so far). Raise the batch size,{features} or set lambda_svd=0 (now "
                 f"{config.lambda_svd}).",
             )
-        if total["svd_clamped"]:
+        if (
+            total["svd_clamped"] and config.svd_norm != "nuclear"
+        ):  # classifiers: nothing is clamped, but nothing told apart
+            self._warn(
+                "svd_all",
+                f"svd_top_k={config.svd_top_k} is not below min(rows, columns) of a micro-batch's matrix: all its "
+                f"singular values count as signal, so that svd_norm={config.svd_norm!r} rewards "
+                f"{'large' if config.svd_norm == 'none' else 'equal'} ones in any direction. Set svd_top_k lower, or "
+                "svd_input='features' where the classes are few.",
+            )
+        elif total["svd_clamped"]:
             used = total["svd_clamped_k"] / total["svd_clamped"]
             self._warn(
                 "svd_clamped",
                 f"svd_top_k={config.svd_top_k} is not below min(rows, columns) of a micro-batch's matrix, where the "
                 f"nuclear ratio is constant and trains nothing: used one less than that there ({used:.0f} on average). "
-                "Set svd_top_k lower or the batch size higher.",
+                + (
+                    "Set svd_top_k lower, or svd_input='features' where the classes are few."
+                    if config.task == "nlu" and config.svd_input != "features"
+                    else "Set svd_top_k lower or the batch size higher."
+                ),
+            )
+
+    def _warn_diversity(self, total: dict[str, float]) -> None:
+        config = self.config
+        if config.task == "nlu" and total["diversity_inert"]:
+            features = " set diversity_input='features'," if config.diversity_input != "features" else ""
+            self._warn(
+                "diversity_inert",
+                "the diversity term, a covariance, cannot act on a single sample or a single output: it was left out "
+                f"of such micro-batches ({total['diversity_inert']:.0f} so far). Raise the batch size,{features} or "
+                f"set lambda_diversity=0 (now {config.lambda_diversity}).",
             )
 
     def _warn_negligible(self, shares: dict[str, float]) -> None:

@@ -42,7 +42,7 @@ class StepRequest:
 
     `lambdas` are the weights in force; lambdas.consistency includes `teacher_factor`, the teacher interval (or 0).
     `teacher_head`: the teacher's head where the student's own has moved and no copy is in the model. `fill`: only make
-    sure that the cache holds the batch's teacher states.
+    sure that the cache holds the batch's teacher states. `head_only`: a classifier's head on the pre-trained features.
     """
 
     config: RegularizerConfig
@@ -58,6 +58,7 @@ class StepRequest:
     cache: TeacherCache | None = None
     teacher_head: Head | None = None
     fill: bool = False
+    head_only: bool = False
     meter: CostMeter | None = None
 
     def part(self, name: str) -> AbstractContextManager[None]:
@@ -78,7 +79,8 @@ class StepOutput(ModelOutput):
 
     `loss` = task + weighted token terms; `svd` is unweighted, None if it is off; `svd_used_k` is 0 where it cannot act
     (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
-    hidden states.
+    hidden states. A classifier's are sums over samples: `svd` is in `loss` too, and `svd_count`, `diversity_count` say
+    for how many samples the batch's statistics stand.
     """
 
     loss: Tensor | None = None
@@ -90,15 +92,21 @@ class StepOutput(ModelOutput):
     count: Tensor | None = None
     svd: Tensor | None = None
     svd_used_k: Tensor | None = None
+    svd_count: Tensor | None = None
+    diversity_count: Tensor | None = None
     aux_loss: Tensor | None = None
     logits: Tensor | None = None
     shares: Tensor | None = None
 
 
-def install(model: PreTrainedModel) -> None:
-    """Lets a causal language model's forward take the keyword `ba_lora`. Idempotent; other calls are unchanged.
+Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]
 
-    The patched function looks its model up by `self`, so a deep copy of the model runs on its own weights.
+
+def install(model: PreTrainedModel, step: Step | None = None) -> None:
+    """Lets a model's forward take the keyword `ba_lora`. Idempotent; other calls are unchanged.
+
+    `step` answers such a call: [`run_step`] for causal language models, or another family's. The patched function looks
+    its model up by `self`, so a deep copy of the model runs on its own weights.
     """
     if getattr(model.forward, "takes_ba_lora", False):
         return
@@ -116,7 +124,7 @@ def install(model: PreTrainedModel) -> None:
     def forward(self: nn.Module, *args: Any, ba_lora: StepRequest | None = None, **kwargs: Any) -> Any:
         if ba_lora is None:
             return original(self, *args, **kwargs)
-        return run_step(self, ba_lora, kwargs)
+        return (step or run_step)(self, ba_lora, kwargs)
 
     # without it hosts would strip the columns they do not see (input_ids) and generate() would refuse real inputs
     vars(forward)["__signature__"] = _unbound_signature(model)

@@ -40,6 +40,18 @@ class TeacherSwitch:
             yield
 
     @contextmanager
+    def layers_off(self) -> Iterator[None]:
+        """Inside: adapted layers compute the base's function, what modules_to_save trains stays on."""
+        before = [(m, m._disable_adapters) for m in self._adapters if isinstance(m, BaseTunerLayer)]
+        try:
+            for module, _ in before:
+                module._disable_adapters = True
+            yield
+        finally:
+            for module, was in before:
+                module._disable_adapters = was
+
+    @contextmanager
     def _still(self, *, disabled: bool) -> Iterator[None]:
         before = [(module, module._disable_adapters) for module in self._adapters]
         training = [module for module in self._others if module.training]

@@ -22,7 +22,6 @@ from .checks import (
     check_arguments,
     check_checkpoint,
     check_counted,
-    check_regularizers,
     check_saving,
     check_teacher,
     resolve,
@@ -32,6 +31,8 @@ from .cost import CostCallback, CostMeter, format_report, write_report
 from .guard import FiniteGuard
 from .head import FactorCache, Head, check_head, read_head
 from .metrics import TERMS, TermMetrics
+from .nlu import objective as nlu
+from .nlu import run
 from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
 from .prefill import TeacherCacheCallback, choose_rows, open_cache
 from .quantised import protect_weights, quantised_layers_stay_in_training_mode
@@ -54,8 +55,9 @@ class BaLoraTrainerMixin(_Base):
     """Adds the BA-LoRA objective to a transformers Trainer: `class MyTrainer(BaLoraTrainerMixin, Trainer)`.
 
     Active if the model carries a BaLoraConfig adapter or `regularizers` is given; otherwise the trainer is untouched.
-    Token terms are summed over counted tokens and divided by `num_items_in_batch`, so their gradients do not depend on
-    how a global batch is cut; the spectral term is taken per micro-batch and averaged.
+    Token terms (and a classifier's sample terms) are summed and divided by `num_items_in_batch`, so their gradients do
+    not depend on how a global batch is cut; the spectral term is taken per micro-batch and averaged. A causal language
+    model gets the NLG terms, a *ForSequenceClassification the NLU terms.
 
     Args (beside the Trainer's own):
         regularizers: RegularizerConfig for any PEFT adapter (teacher: adapter off) or full fine-tuning (teacher:
@@ -100,7 +102,6 @@ class BaLoraTrainerMixin(_Base):
                 f"teacher_model={teacher_model!r} must be a loaded model: pass "
                 f"AutoModelForCausalLM.from_pretrained({teacher_model!r})."
             )
-        check_regularizers(regularizers)
         check_arguments(self.args)
         if isinstance(adapter, BaLoraConfig):
             check_saving(self.accelerator)
@@ -110,14 +111,16 @@ class BaLoraTrainerMixin(_Base):
         config = resolve(causal_lm, regularizers)
         if config.lambda_consistency:
             check_teacher(adapter, teacher_model, cached=config.teacher_cache is not None, model=causal_lm)
-        if not self._ba_lora_head_checked:
+        self._ba_lora_check_task(config)
+        if not self._ba_lora_head_checked and config.task == "nlg":
             check_head(causal_lm)
         protect_weights(causal_lm)  # a base under another adapter too
-        install(causal_lm)
+        install(causal_lm, nlu.run_step if config.task == "nlu" else None)
         if isinstance(teacher_model, PeftModel):
             teacher_model = teacher_model.get_base_model()  # its adapters live in the module tree
         if teacher_model is not None:
-            check_head(teacher_model)
+            if config.task == "nlg":
+                check_head(teacher_model)
             teacher_model.requires_grad_(False).eval().to(self.args.device)
         if isinstance(adapter, BaLoraConfig):
             adapter.regularizers = regularizers  # what is used is what the adapter's file says
@@ -126,19 +129,25 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_teacher = teacher_model
         self._ba_lora_factors = FactorCache()
         self._ba_lora_switch = TeacherSwitch(causal_lm)
-        self._ba_lora_compiled = self._compile() if getattr(adapter, "compile", False) else None
+        self._ba_lora_warned: set[str] = set()
+        compiled = bool(getattr(adapter, "compile", False))
+        if config.task == "nlu":
+            run.set_up(self, causal_lm, teacher_model, compiled=compiled)
+        self._ba_lora_compiled = self._compile() if compiled else None
         self.ba_lora_metrics = TermMetrics(config, self._ba_lora_warn)
         self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it
         self._ba_lora_shares_due = False
         self._ba_lora_measured_at = 0
         self._ba_lora_wants_logits = False
-        self._ba_lora_warned: set[str] = set()
         if isinstance(adapter, BaLoraConfig):
             provenance.prepare(model, _teacher_in_words(config, teacher_model))
         if config.teacher_cache is not None and config.lambda_consistency:
             self._open_teacher_cache(causal_lm, adapter)
         self.add_callback(FiniteGuard(self))
         logger.info(f"BA-LoRA: {config}")
+
+    def _ba_lora_check_task(self, config: RegularizerConfig) -> None:
+        """Hook for hosts: refuses a family of models that the host does not train."""
 
     def _open_teacher_cache(self, causal_lm: Any, adapter: Any) -> None:
         config, teacher = self.ba_lora, self._ba_lora_teacher
@@ -202,6 +211,7 @@ class BaLoraTrainerMixin(_Base):
             check_checkpoint(_active_config(self.model), checkpoint)
             if isinstance(_active_config(self.model), BaLoraConfig):
                 check_whole(checkpoint)
+            run.restore_head(self, checkpoint)
         if checkpoint and self._ba_lora_initial_head is not None and self._ba_lora_cache is not None:
             self._ba_lora_cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
         if self.ba_lora is None:
@@ -278,9 +288,13 @@ class BaLoraTrainerMixin(_Base):
             cache.where = f"step {state.global_step}" if training else "evaluation"
             if not training and (self.args.bf16_full_eval or self.args.fp16_full_eval):
                 cache = None  # another precision than the cache's
+        warming = state.global_step < config.head_warmup_steps  # the head alone: there is no teacher for it yet
+        if warming:
+            lambdas, measure = Lambdas(0.0, 0.0, 0.0), False
         return StepRequest(
             config=config,
             lambdas=lambdas,
+            head_only=training and warming,
             factors=self._ba_lora_factors,
             teacher=self._ba_lora_teacher,
             return_logits=self._ba_lora_wants_logits,
@@ -334,6 +348,8 @@ class BaLoraTrainerMixin(_Base):
         inputs = self._ba_lora_inputs(inputs)  # without TRL's own notes to itself
         request = self._ba_lora_request(training)
         out: StepOutput = model(**inputs, ba_lora=request)
+        if num_items_in_batch is not None and self.ba_lora.task == "nlu":
+            num_items_in_batch = nlu.samples_of(inputs["labels"], num_items_in_batch)
         loss = self._combine(out, request.lambdas, training, num_items_in_batch)
         self.ba_lora_metrics.record(out, request.lambdas, "train" if training else "eval", self.state.global_step + 1)
         self._record_host_metrics(out, inputs, training)
@@ -354,7 +370,7 @@ class BaLoraTrainerMixin(_Base):
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
         batch_terms = torch.zeros_like(loss)
-        if training and out.svd is not None:
+        if training and out.svd is not None and out.svd_count is None:
             batch_terms = batch_terms + lambdas.svd * out.svd
         if out.aux_loss is not None:
             batch_terms = batch_terms + self._router_coefficient() * out.aux_loss.to(loss.device)
@@ -378,6 +394,12 @@ class BaLoraTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and isinstance(_active_config(self.model), BaLoraConfig):
             card.update(self.args.output_dir, self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As the host's; beside any adapter the head of a classifier's teacher, which a resumed run needs."""
+        super()._save(output_dir, state_dict)
+        if self.ba_lora is not None and self.ba_lora.task == "nlu" and self.ba_lora.lambda_consistency:
+            run.save_head(self, output_dir or str(self.args.output_dir))
 
     # --- logging
 
@@ -447,6 +469,9 @@ def _teacher_in_words(config: RegularizerConfig, teacher_model: nn.Module | None
     if teacher_model is not None:
         name = getattr(getattr(teacher_model, "config", None), "_name_or_path", "") or type(teacher_model).__name__
         return f"a second model, {name}"
+    if config.task == "nlu":
+        after = f" after {config.head_warmup_steps} steps of the head alone" if config.head_warmup_steps else ""
+        return f"the base itself, adapter switched off, with the head that the run began with{after}"
     if config.teacher_cache is not None:
         return "the base itself, adapter switched off, its outputs kept in a teacher_cache"
     return "the base itself, adapter switched off"

@@ -25,7 +25,11 @@ def adapter_flaw(
     if checkpoint.WEIGHTS_FILE not in settings["sha256"]:
         return f"{checkpoint.SETTINGS_FILE} was written before any weights were"
     for name, what in checkpoint.changed_files(settings, model_id, subfolder, **hub).items():
-        needed = name in (checkpoint.WEIGHTS_FILE, checkpoint.INIT_FILE)  # not the probe, which may be left out
+        needed = name in (
+            checkpoint.WEIGHTS_FILE,
+            checkpoint.INIT_FILE,
+            checkpoint.HEAD_FILE,
+        )  # not the probe, which may be left out
         if needed or (name == checkpoint.CONFIG_FILE and what == "is missing"):  # it may name a base that has moved
             return f"{name} {what}"
     return None

@@ -349,7 +349,7 @@ WRONG = {
     "parallel_text": ({"context_parallel_size": "2"}, "context_parallel_size: 2"),
     "misspelt_adapter": ({"adapter": "ba-lora"}, "did you mean ba_lora?"),
     "apply_to_qlora": ({"adapter": "qlora", "ba_lora": {"apply_to": "qlora"}}, "write adapter: ba_lora (of"),
-    "nlu": ({"ba_lora": {"task": "nlu"}}, "ba_lora.task: nlu"),
+    "nlu": ({"ba_lora": {"task": "nlu"}}, "ba_lora.task: nlu with model_type"),
     "full_without_teacher": ({"adapter": None, "ba_lora": {"apply_to": "full"}}, "write ba_lora.teacher_cache: <"),
     "mutating_start": (
         {"adapter": "lora", "ba_lora": {"apply_to": "lora"}, "peft_init_lora_weights": "pissa"},

@@ -97,7 +97,7 @@ WRONG = {
     "text": (lambda: adapter({"lambda_svd": "much"}), "lambda_svd='much'|must be a number"),
     "true": (lambda: adapter({"lambda_svd": True}), "lambda_svd=True|must be a number"),
     "preset": (lambda: adapter({"preset": "iclr"}), "preset='iclr'|'iclr2026'"),
-    "task": (lambda: adapter({"task": "nlu"}), "task='nlu'|'nlg' or 'auto'"),
+    "task": (lambda: adapter({"task": "nlu"}), "task='nlu'|write task='nlg' (or 'auto')"),
     "task name": (lambda: adapter({"task": "lm"}), "task='lm'|'nlg'"),
     "form": (lambda: adapter({"consistency": "forward"}), "consistency='forward'|'reverse_kl'"),
     "temperature": (lambda: adapter({"temperature": 0}), "temperature=0|> 0"),

@@ -230,10 +230,10 @@ def test_settings_as_a_dict(tmp_path, tokenizer):
 
 
 def test_models_without_an_lm_head_are_refused(tmp_path, tokenizer):
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoModel, AutoModelForTokenClassification
 
     config = tiny_llama().config
-    for model in (AutoModel.from_config(config), AutoModelForSequenceClassification.from_config(config)):
+    for model in (AutoModel.from_config(config), AutoModelForTokenClassification.from_config(config)):
         with pytest.raises(ValueError, match="not a causal language model"):
             build(tmp_path, tokenizer, model=model, peft_config=adapter(target_modules=["q_proj"]))
 

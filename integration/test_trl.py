@@ -482,6 +482,13 @@ def test_a_task_without_a_trainer_is_refused_before_the_model_loads(tmp_path, to
         build(tmp_path, tokenizer, model=str(tmp_path / "there is no such model"), peft_config=config)
 
 
+def test_a_classifier_is_refused(tmp_path, tokenizer):
+    from classifiers import classifier
+
+    with pytest.raises(ValueError, match=r"SFTTrainer, which trains language models: use balora_plugin\.BaLoraTrainer"):
+        build(tmp_path, tokenizer, model=classifier("llama"), peft_config=adapter(target_modules=["q_proj"]))
+
+
 def test_schedules_follow_optimizer_steps(tmp_path, tokenizer):
     terms = RegularizerConfig(preset="iclr2026", lambda_consistency=0.5, lambda_diversity=0.4, lambda_svd=0.3)
     trainer = build(

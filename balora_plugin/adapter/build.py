@@ -7,6 +7,7 @@ import copy
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from ..nlu.heads import DEFAULT_TARGETS, with_head
 from .config import BaLoraConfig
 from .delta import check_peft_version
 from .model import CLASSES
@@ -59,6 +60,9 @@ def build(
     """Stock injection, then our class, then the delta form. `start=False`: the factors come from a file."""
     check_peft_version()
     config = copy.deepcopy(config)
+    with_head(config, model)
+    if config.target_modules is None and not config.target_parameters:
+        config.target_modules = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""))
     if config.target_modules is None and not config.target_parameters:
         _check_default_targets(model, config)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -119,6 +119,13 @@ class BaLoraConfig(LoraConfig):
         """True for the starts in delta form (frozen A0, B0 beside the trained dA, dB)."""
         return self.init_lora_weights in DELTA_STARTS
 
+    @property
+    def family(self) -> str:
+        """Which terms a model with this adapter is trained with: "nlu" for classifiers, else "nlg"."""
+        if self.regularizers.task != "auto":
+            return self.regularizers.task
+        return "nlu" if getattr(self.task_type, "value", self.task_type) == "SEQ_CLS" else "nlg"
+
     def to_lora_config(self, **changes: Any) -> LoraConfig:
         """The LoRA fields alone, as a stock LoraConfig with `changes` applied."""
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}

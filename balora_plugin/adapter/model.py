@@ -20,6 +20,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 from .. import card, checkpoint, provenance, whole
+from ..nlu.heads import HEAD_FILE, read_head, with_head
 from ..probe import PROBE_FILE, Probe, read_probe
 from ..quantised import is_quantised_linear, protect_weights
 from .config import BaLoraConfig
@@ -58,6 +59,7 @@ class BaLoraModelMixin(_Base):
         self._check_targets(layers)
         for key in _RESOLVED:
             setattr(config, key, getattr(stock, key))
+        with_head(config, self.get_base_model())
         if config.delta:
             for _, layer in layers:
                 attach_delta(layer, adapter_name)
@@ -243,7 +245,7 @@ class BaLoraModelMixin(_Base):
                 )
             if is_trainable:
                 self._check_base(settings, str(model_id), hub)
-            return super().load_adapter(
+            result = super().load_adapter(
                 model_id,
                 adapter_name,
                 is_trainable=is_trainable,
@@ -252,6 +254,9 @@ class BaLoraModelMixin(_Base):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 **kwargs,
             )
+            if is_trainable:
+                self._restore_head(settings, str(model_id), hub)
+            return result
         if existing is None:
             config = checkpoint.read_config(str(model_id), **hub)
             config.inference_mode = not is_trainable
@@ -286,7 +291,16 @@ class BaLoraModelMixin(_Base):
         result.missing_keys.clear()  # base weights; read_factors has checked the adapter's own
         if not is_trainable:
             self.eval()
+        else:
+            self._restore_head(settings, str(model_id), hub)
         return result
+
+    def _restore_head(self, settings: dict[str, Any] | None, model_id: str, hub: dict[str, Any]) -> None:
+        """A classifier's teacher gets the head that the run began with: this model's own is a new random one."""
+        if settings is not None and HEAD_FILE in settings["sha256"]:
+            path = checkpoint.find_file(model_id, HEAD_FILE, **hub)
+            assert path is not None  # whole.check_adapter
+            read_head(path, self.get_base_model())
 
     def _check_base(self, settings: dict[str, Any] | None, model_id: str, hub: dict[str, Any]) -> None:
         """Training goes on only on the base that the adapter was trained on."""
@@ -318,6 +332,7 @@ class BaLoraModelMixin(_Base):
         start: bool,
     ) -> None:
         config = copy.deepcopy(config)
+        with_head(config, self.get_base_model())
         stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
         super().add_adapter(adapter_name, stock, autocast_adapter_dtype=autocast_adapter_dtype)
         try:

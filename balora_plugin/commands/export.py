@@ -176,6 +176,12 @@ def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = 
     from .. import checkpoint, portable, probe, raw_pissa
     from ..identity import BaseIdentity, base_identity, compare
 
+    kind = str(getattr(adapter.config.task_type, "value", adapter.config.task_type) or "CAUSAL_LM")
+    if kind != "CAUSAL_LM":
+        raise ValueError(
+            f"task_type={kind!r} in {args.adapter!r}: only causal language models are loaded here. Leave --base out, "
+            "or merge with PEFT: PeftModel.from_pretrained(model, adapter).merge_and_unload()."
+        )
     recorded = BaseIdentity.from_settings(adapter.settings or _recorded(adapter))
     model = load_base(args.base, dtype or (recorded.dtype if recorded is not None else "auto"))
     here = base_identity(model)

@@ -16,7 +16,7 @@ from ..trainer import BaLoraTrainerMixin
 
 
 class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
-    """[`transformers.Trainer`] with the BA-LoRA objective, for causal language models.
+    """[`transformers.Trainer`] with the BA-LoRA objective, for causal language models and sequence classification.
 
     Args (beside the Trainer's own):
         peft_config: A BaLoraConfig (or any PEFT config) to wrap `model` with; or pass a wrapped model.
@@ -41,8 +41,8 @@ class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
                 if args is not None:
                     check_arguments(args)
                 terms = as_regularizers(kwargs.get("regularizers") or peft_config.regularizers)
-                resolve(model, terms, adapter_follows=True)  # before the SVDs
-                check_head(model)
+                if resolve(model, terms, adapter_follows=True).task == "nlg":  # before the SVDs
+                    check_head(model)
                 self._ba_lora_head_checked = True
                 model = get_ba_lora_model(model, peft_config)
             else:

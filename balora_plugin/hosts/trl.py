@@ -15,7 +15,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
-from ..checks import as_regularizers, check_arguments, check_regularizers, check_teacher, resolve
+from ..checks import as_regularizers, check_arguments, check_teacher, resolve
 from ..config import RegularizerConfig
 from ..head import check_head
 from ..objective import StepOutput
@@ -52,12 +52,15 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
                     "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
                     "peft_config out."
                 )
-            resolve(model, as_regularizers(regularizers), adapter_follows=True)  # before the SVDs
+            self._ba_lora_check_task(resolve(model, as_regularizers(regularizers), adapter_follows=True))  # before SVDs
             check_head(model)
             self._ba_lora_head_checked = True
             model = get_ba_lora_model(model, peft_config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
             peft_config = None
         super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
+
+    def _ba_lora_check_task(self, config: RegularizerConfig) -> None:
+        _refuse_classification(config.task)
 
     def _extend_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {**inputs, "output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else inputs
@@ -82,11 +85,19 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
             metrics["aux_loss"].append(gather(out.aux_loss.detach()).mean().item())
 
 
+def _refuse_classification(task: str) -> None:
+    if task == "nlu":
+        raise ValueError(
+            "task='nlu', or a classification model, in SFTTrainer, which trains language models: use "
+            "balora_plugin.BaLoraTrainer."
+        )
+
+
 def _check_settings(
     model: Any, args: Any, peft_config: Any, regularizers: RegularizerConfig, kwargs: dict[str, Any]
 ) -> None:
     """Refuses, before any model loads, what cannot work."""
-    check_regularizers(regularizers)
+    _refuse_classification(regularizers.task)
     if not isinstance(model, PeftModel) and regularizers.resolved("nlg").lambda_consistency:
         check_teacher(peft_config, kwargs.get("teacher_model"), cached=regularizers.teacher_cache is not None)
     if args is not None:

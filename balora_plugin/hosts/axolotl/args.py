@@ -9,6 +9,8 @@ from pydantic import BaseModel, Field, model_validator
 from ...config import RegularizerConfig
 from .checks import check_raw, nearest_field
 
+_OF_THE_HOST = {"compile", "start_from", "apply_to", "text_columns", "label_column"}
+
 
 def _top_level(key: str) -> str:
     return key if key.startswith(("lora_", "peft_")) else f"lora_{key}"
@@ -52,6 +54,9 @@ class BaLoraBlock(BaseModel):
     svd_input: Literal["logits", "centered_logits", "features"] | None = Field(
         default=None, description="The matrix whose singular values are taken."
     )
+    diversity_input: Literal["logits", "features"] | None = Field(
+        default=None, description="Classification: the matrix whose covariance is taken."
+    )
     svd_layout: Literal["rows", "flattened"] | None = Field(
         default=None, description="One row a counted token, or one row a sample."
     )
@@ -72,6 +77,12 @@ class BaLoraBlock(BaseModel):
         description="What it keeps of a token; 0: the hidden state, exact; n: the n largest log-probabilities; absent: "
         "by size.",
     )
+    gather_batch_statistics: bool = Field(
+        default=False, description="Classification: covariance and spectrum over the samples of all ranks together."
+    )
+    head_warmup_steps: int = Field(
+        default=0, ge=0, description="Classification: the first n steps train the head alone; the teacher then has it."
+    )
     share_interval: int = Field(
         default=100, ge=0, description="Measure each term's share of the gradient every n steps; 0: never."
     )
@@ -88,13 +99,26 @@ class BaLoraBlock(BaseModel):
         "lambda_consistency: 0), instead.",
     )
 
+    text_columns: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2,
+        description="Classification: the column of the text, or the two of a pair; null: found by their usual names.",
+    )
+    label_column: str | None = Field(
+        default=None, min_length=1, description="Classification: the column of the label; null: label or labels."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             raise ValueError(f"ba_lora: {data!r} must be a block of settings, or absent.")
         for key, value in data.items():
-            if isinstance(value, bool) and key != "compile":  # pydantic would make a weight of 1.0 of it
+            if isinstance(value, bool) and key not in (
+                "compile",
+                "gather_batch_statistics",
+            ):  # pydantic would make a weight of 1.0 of it
                 raise ValueError(f"ba_lora.{key}: {str(value).lower()} is no value for it: write a number or a name.")
             if key not in cls.model_fields:
                 near = nearest_field(str(key))
@@ -103,7 +127,7 @@ class BaLoraBlock(BaseModel):
                 elif near:
                     hint = f"did you mean {near}?"
                 else:
-                    hint = f"known: {', '.join(cls.model_fields)}."
+                    hint = "axolotl ba-lora schema prints what there is."
                 raise ValueError(f"ba_lora.{key}: {data[key]!r} is not a setting: {hint}")
         return data
 
@@ -118,7 +142,7 @@ class BaLoraBlock(BaseModel):
 
     def regularizers(self) -> RegularizerConfig:
         """The settings as the core takes them."""
-        return RegularizerConfig.from_dict(self.model_dump(exclude={"compile", "start_from", "apply_to"}))
+        return RegularizerConfig.from_dict(self.model_dump(exclude=_OF_THE_HOST))
 
 
 class BaLoraArgs(BaseModel):

@@ -14,6 +14,8 @@ import click
 
 from ...checks import MUTATING_STARTS
 from ...config import RegularizerConfig
+from .classification import check as check_classification
+from .classification import is_classification
 
 ADAPTER = "ba_lora"
 
@@ -61,7 +63,10 @@ STARTS = ("pissa", "pissa_fast", True, None)
 
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
 # (refused where ba_lora is in use)
-_BLOCK_ONLY = ("preset", "schedule", "temperature", "apply_to", "compile", "task", "start_from")
+_BLOCK_ONLY = (
+    *("preset", "schedule", "temperature", "apply_to", "compile", "task", "start_from"),
+    *("text_columns", "label_column", "gather_batch_statistics", "head_warmup_steps"),
+)
 _OURS = [
     field.name
     for field in dataclasses.fields(RegularizerConfig)
@@ -127,6 +132,7 @@ def nearest_field(key: str) -> str | None:
         if key.lower() in others:
             return name
     names = [field.name for field in dataclasses.fields(RegularizerConfig)] + ["compile", "start_from", "apply_to"]
+    names += ["text_columns", "label_column"]
     near = difflib.get_close_matches(key, names, n=1)
     if near and key.startswith("lambda") and difflib.SequenceMatcher(None, key, near[0]).ratio() < 0.8:
         return "lambda_consistency, lambda_diversity or lambda_svd"
@@ -174,6 +180,7 @@ def check_raw(data: dict[str, Any]) -> None:
     if not active({"adapter": adapter, "ba_lora": block if isinstance(block, dict) else None}):
         return
     check_refused(data)
+    check_classification(data, block if isinstance(block, dict) else {})
     _check_adapter(data)
     _check_quantised(data, block if isinstance(block, dict) else {})
     _check_terms(data, block if isinstance(block, dict) else {})
@@ -193,8 +200,6 @@ def check_refused(data: Any) -> None:
 def _check_terms(data: dict[str, Any], block: dict[str, Any]) -> None:
     """What the core refuses once the model is there, said before and in the YAML's words."""
     target = block.get("apply_to")
-    if block.get("task") == "nlu":
-        raise ValueError("ba_lora.task: nlu is not trained by this version: write nlg, or remove the line.")
     if target == "full" and block.get("lambda_consistency") != 0 and not block.get("teacher_cache"):
         raise ValueError(
             f"ba_lora.lambda_consistency: {block.get('lambda_consistency', 'the preset')} has no teacher in full "
@@ -244,7 +249,7 @@ def _check_adapter(data: dict[str, Any]) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{key}: {value!r} must be a whole number of at least 1, for example 16.")
     targets = ("lora_target_linear", "lora_target_modules", "lora_target_parameters")
-    if not any(data.get(key) for key in targets) and not data.get("lora_model_dir"):
+    if not any(data.get(key) for key in targets) and not data.get("lora_model_dir") and not is_classification(data):
         raise ValueError("lora_target_modules: is missing: write lora_target_linear: true, or a list of module names.")
     start = data.get("peft_init_lora_weights")
     if start not in STARTS:

@@ -21,8 +21,9 @@ from ...checkpoint import read_settings
 from ...checks import resolve
 from ...config import RegularizerConfig
 from ...head import check_head
+from ...nlu.heads import is_classifier
 from ...whole import STATE_FILE, check_whole
-from . import kbit
+from . import classification, kbit
 from .args import BaLoraBlock
 from .checks import (
     ADAPTER,
@@ -53,11 +54,14 @@ class BaLoraPlugin(BasePlugin):
             check_raw(values)
             if values.get("ba_lora") is not None:
                 try:
-                    BaLoraBlock.model_validate(values["ba_lora"])
+                    block = BaLoraBlock.model_validate(values["ba_lora"])
                 except ValidationError as error:
                     raise SettingError(_one_line(error)) from None
+                block.regularizers().resolved("nlu" if classification.is_classification(values) else "nlg")
             if values.get("adapter") == ADAPTER:
                 kbit.arrange(cfg)
+            if classifies(cfg):
+                classification.arrange(cfg)
         self._inference = bool(cfg.get("inference"))
         if active(cfg):
             for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
@@ -70,11 +74,6 @@ class BaLoraPlugin(BasePlugin):
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER, lora_like=True)]
 
-    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Leaves the data to Axolotl: the one hook between its choice of devices and its loader, which reads them."""
-        if not preprocess and active(cfg):
-            keep_on_cpu(cfg)
-
     def pre_model_load(self, cfg: Any) -> None:
         """The final config: what Axolotl's validation and other plug-ins' defaults made of the YAML."""
         with as_setting_errors():
@@ -84,6 +83,8 @@ class BaLoraPlugin(BasePlugin):
                 check_resumed(cfg)
             if cfg.adapter == ADAPTER:
                 kbit.configure(cfg, inference=self._inference)
+        if classifies(cfg):
+            classification.before_loading(cfg)
 
     def pre_lora_load(self, cfg: Any, model: PreTrainedModel) -> None:
         if cfg.adapter == ADAPTER and not cfg.merge_lora:
@@ -107,6 +108,10 @@ class BaLoraPlugin(BasePlugin):
             if cfg.peft_autocast_adapter_dtype is None
             else {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}
         )
+        if is_classifier(model):
+            classification.check_new_head(model)
+            if cfg.merge_lora:
+                classification.before_merging(model)
         if cfg.merge_lora and getattr(model, "is_quantized", False):
             model = kbit.dequantise(model)
         if cfg.lora_model_dir:
@@ -117,9 +122,10 @@ class BaLoraPlugin(BasePlugin):
             check_continued(cfg, config)
             config.regularizers = regularizers_of(cfg)  # the YAML's terms, the file's adapter
         else:
-            if not inference and not cfg.merge_lora:
-                resolve(model, config.regularizers, adapter_follows=True)  # before the SVDs
-                check_head(model)
+            if not inference and not cfg.merge_lora:  # before the SVDs
+                terms = resolve(model, config.regularizers, adapter_follows=True)
+                if terms.task == "nlg":
+                    check_head(model)
             with torch.random.fork_rng():  # Axolotl seeds later: a random start would differ from run to run
                 torch.manual_seed(cfg.seed if cfg.seed is not None else 42)
                 wrapped = get_ba_lora_model(model, config, **autocast)
@@ -136,6 +142,21 @@ class BaLoraPlugin(BasePlugin):
 
         return trainer_class(None if cfg.adapter == ADAPTER else regularizers_of(cfg))
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
+        """A classifier's data; None leaves everything else to Axolotl.
+
+        Also the one hook between Axolotl's choice of devices and its loader, which reads them.
+        """
+        if not preprocess and active(cfg):
+            keep_on_cpu(cfg)
+        if not classifies(cfg):
+            return None
+        with as_setting_errors():
+            return classification.load(cfg)
+
+    def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
+        return classification.collator(cfg) if classifies(cfg) else None
+
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         if active(cfg) and getattr(trainer, "ba_lora", None) is None:
             raise SettingError(
@@ -144,6 +165,13 @@ class BaLoraPlugin(BasePlugin):
             )
         if active(cfg):
             logger.info("BA-LoRA trains with %s", trainer.ba_lora)
+        if classifies(cfg):
+            classification.set_up_trainer(cfg, trainer)
+
+
+def classifies(cfg: Any) -> bool:
+    """True if the terms train a classifier."""
+    return active(cfg) and classification.is_classification(cfg)
 
 
 def regularizers_of(cfg: Any) -> RegularizerConfig:
@@ -200,9 +228,14 @@ def check_continued(cfg: Any, config: BaLoraConfig) -> None:
             )
 
 
-def target_modules(cfg: Any, model: PreTrainedModel) -> str | list[str]:
-    """`lora_target_modules`, and with `lora_target_linear` every linear layer but the LM head's, by Axolotl's rule."""
+def target_modules(cfg: Any, model: PreTrainedModel) -> str | list[str] | None:
+    """`lora_target_modules`, and with `lora_target_linear` every linear layer but the LM head's, by Axolotl's rule.
+
+    Of a classifier: every linear layer but the head's; with neither key its default targets (None).
+    """
     modules: Any = cfg.lora_target_modules or []
+    if is_classifier(model):  # Axolotl's rule would take the head in
+        return "all-linear" if cfg.lora_target_linear else modules or None
     if not cfg.lora_target_linear:
         return modules if isinstance(modules, str) else list(modules)
     named = [modules] if isinstance(modules, str) else list(modules)
@@ -229,7 +262,7 @@ def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
     return BaLoraConfig(
         target_modules=target_modules(cfg, model),
         init_lora_weights="pissa" if start is None else start,
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM,
         regularizers=regularizers_of(cfg),
         compile=bool((cfg.get("ba_lora") or {}).get("compile")),
         start_from=(cfg.get("ba_lora") or {}).get("start_from"),

@@ -18,6 +18,9 @@ class TaskPerplexity(Trainer):
     """Behind AxolotlTrainer, which logs the exponential of the total loss as `ppl`: here it is the task's again."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        terms = getattr(self, "ba_lora", None)
+        if terms is not None and terms.task == "nlu":  # a classifier has none
+            logs.pop("ppl", None), logs.pop("eval_ppl", None)
         if "ppl" in logs and "balora/task" in logs:
             logs["ppl"] = math.exp(min(logs["balora/task"], 700.0))
         super().log(logs, *args, **kwargs)

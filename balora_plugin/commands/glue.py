@@ -1,0 +1,131 @@
+"""Fine-tune and score a classifier on GLUE by the paper's recipe, over learning rates and seeds; test it on GLUE-X.
+
+  balora glue --recipe example_configs/glue/roberta-large.yaml --task rte --output outputs/glue
+
+Data come from the hub, or with --data from <DIR>/<task>/{train,validation}.jsonl. Runs that have finished are kept in
+<OUTPUT>/runs and not repeated. <OUTPUT>/results.json and results.md hold mean and standard deviation over seeds.
+docs/glue.md describes recipes, files and how the sets of GLUE-X are prepared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._models import quiet
+
+if TYPE_CHECKING:
+    from ..glue.recipe import Recipe
+    from ..glue.run import Job
+
+HELP = "fine-tune on GLUE by the paper's recipe, test on GLUE-X"
+
+_TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb", "wnli")  # without imports; a test compares
+_METHODS = ("ba_lora", "pissa", "lora", "full")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="YAML", required=True, help="the settings: see example_configs/glue/")
+    parser.add_argument("--output", metavar="DIR", required=True, help="where runs and results are written")
+    parser.add_argument("--task", nargs="+", choices=_TASKS, default=list(_TASKS), help="default: all nine")
+    parser.add_argument("--method", nargs="+", choices=_METHODS, default=["ba_lora"], help="default: ba_lora")
+    parser.add_argument("--model", metavar="MODEL", help="another model than the recipe's: a directory or a hub id")
+    parser.add_argument("--data", metavar="DIR", help="GLUE as JSONL files here, instead of the hub's")
+    parser.add_argument("--glue-x", metavar="DIR", help="test every model on GLUE-X's sets: <DIR>/<set>.jsonl")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the recipe's")
+    parser.add_argument("--learning-rates", nargs="+", type=float, metavar="LR", help="instead of the recipe's grids")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="stop every run after N optimizer steps (to try)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N rows of every file (to try)")
+    parser.add_argument(
+        "--separation",
+        nargs="+",
+        type=int,
+        metavar="STEP",
+        help="draw the classes in the last layer after these optimizer steps and the last one, methods side by side",
+    )
+    parser.add_argument("--keep", action="store_true", help="keep every run's adapter, in <OUTPUT>/adapters")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..glue import report, separation
+    from ..glue import run as runs
+    from ..glue.metrics import score
+    from ..glue.recipe import read_recipe
+    from ..glue.tasks import TASKS
+
+    if args.separation:
+        separation.check_matplotlib()
+        if "stsb" in args.task:
+            raise ValueError("--separation with --task stsb: scores are no classes; name other tasks.")
+    score((), [1], [1])  # says now, not after the first run, that scikit-learn is missing
+    for key in ("data", "glue_x"):
+        value = getattr(args, key)
+        if value is not None and not Path(value).is_dir():
+            raise ValueError(f"--{key.replace('_', '-')} {value} is no directory.")
+    recipe = _changed(read_recipe(args.recipe), args)
+    tasks = [TASKS[name] for name in dict.fromkeys(args.task)]
+    seeds = args.seeds or list(recipe.seeds)
+    jobs = runs.jobs_of(recipe, tasks, list(dict.fromkeys(args.method)), seeds, max(args.limit, 0))
+    records = []
+    for number, job in enumerate(jobs, 1):
+        record = runs.stored(args.output, job)
+        what = f"{job.task} {job.method}, learning rate {job.learning_rate:g}, seed {job.seed}"
+        taps = str(Path(args.output, "separation", f"{Path(job.file).stem}.npz")) if args.separation else None
+        if record is None or (taps is not None and not Path(taps).exists()):
+            keep = str(Path(args.output, "adapters", Path(job.file).stem)) if args.keep else None
+            with quiet():
+                record = runs.run(
+                    job,
+                    TASKS[job.task],
+                    data=args.data,
+                    glue_x=args.glue_x,
+                    keep=keep,
+                    watch=None if taps is None else (args.separation, taps),
+                )
+            runs.store(args.output, job, record)
+        first = record["scores"][TASKS[job.task].splits[0]]
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in first.items())
+        print(f"[{number}/{len(jobs)}] {what}: {shown}", file=sys.stderr)
+        records.append(record)
+    if args.separation:
+        _draw(args.output, jobs)
+    entries = report.summary(records)
+    table = report.markdown(entries)
+    Path(args.output, "results.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    Path(args.output, "results.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    return 0
+
+
+def _draw(output: str, jobs: list[Job]) -> None:
+    """One PNG and one JSON of silhouettes for each task, learning rate and seed; methods in rows."""
+    from ..glue import separation
+
+    groups: dict[str, dict[str, list[Any]]] = {}
+    for job in jobs:
+        snapshots = separation.load(str(Path(output, "separation", f"{Path(job.file).stem}.npz")))
+        groups.setdefault(f"{job.task}-{job.learning_rate:g}-{job.seed}", {})[job.method] = snapshots
+    for name, methods in groups.items():
+        path = Path(output, "separation", name)
+        scores = separation.figure(methods, f"{path}.png", name)
+        Path(f"{path}.json").write_text(json.dumps({"silhouette": scores}, indent=1), encoding="utf-8")
+        print(f"wrote {path}.png", file=sys.stderr)
+
+
+def _changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe with what the command line says otherwise."""
+    changes: dict[str, Any] = {}
+    if args.learning_rates:
+        changes["learning_rates"] = tuple(args.learning_rates)
+    if args.max_steps is not None:
+        changes["max_steps"] = args.max_steps
+    return dataclasses.replace(
+        recipe,
+        model=args.model or recipe.model,
+        defaults=dataclasses.replace(recipe.defaults, **changes),
+        tasks={name: dataclasses.replace(settings, **changes) for name, settings in recipe.tasks.items()},
+    )

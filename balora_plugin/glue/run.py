@@ -1,0 +1,233 @@
+"""One run: a model, a task, a method, a learning rate and a seed, trained and scored on GLUE and GLUE-X."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapter.config import BaLoraConfig
+from ..config import RegularizerConfig
+from ..nlu.data import columns_of, tokenised
+from .data import read_jsonl, read_split
+from .metrics import score
+from .recipe import Recipe, Settings
+from .separation import FeatureTap, save
+from .tasks import GLUE_X, Task, comparable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run is: everything its result depends on, but for data and software."""
+
+    task: str
+    method: str
+    model: str
+    learning_rate: float
+    seed: int
+    settings: Settings
+    regularizers: RegularizerConfig
+    limit: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        values = dataclasses.asdict(self)
+        values["settings"]["learning_rates"] = None  # of the grid, its own alone
+        return values
+
+    @property
+    def file(self) -> str:
+        """Name of its result's file."""
+        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.task}-{self.method}-{self.learning_rate:g}-{self.seed}-{digest}.json"
+
+
+def jobs_of(recipe: Recipe, tasks: list[Task], methods: list[str], seeds: list[int], limit: int) -> list[Job]:
+    """Every combination of task, method, learning rate and seed."""
+    return [
+        Job(task.name, method, recipe.model, rate, seed, recipe.of(task.name), recipe.regularizers, limit)
+        for task in tasks
+        for method in methods
+        for rate in recipe.of(task.name).learning_rates
+        for seed in seeds
+    ]
+
+
+def run(
+    job: Job,
+    task: Task,
+    *,
+    data: str | None,
+    glue_x: str | None,
+    keep: str | None = None,
+    watch: tuple[Sequence[int], str] | None = None,
+) -> dict[str, Any]:
+    """Trains and scores a job. Returns a JSON-ready record.
+
+    `keep`: a directory for its adapter. `watch`: optimizer steps after which the features of the first validation split
+    are kept, and the .npz file that takes them.
+    """
+    from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, set_seed
+
+    import balora_plugin
+
+    began = time.perf_counter()
+    settings = job.settings
+    set_seed(job.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(job.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {job.model} has no tokenizer that loads: {error}") from None
+    if tokenizer.pad_token_id is None:  # GPT-2
+        tokenizer.pad_token = tokenizer.eos_token
+    model = _model(job, task, tokenizer)
+
+    def prepared(rows: Any, where: str, num_labels: int = 1) -> Any:
+        text, label = columns_of(rows.column_names, where)
+        length = min(settings.max_length, tokenizer.model_max_length)
+        return tokenised(rows, tokenizer, text, label, max_length=length, num_labels=num_labels, where=where)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = balora_plugin.BaLoraTrainer(
+            model=model,
+            args=_arguments(job, keep or scratch),
+            train_dataset=prepared(read_split(task, "train", data, job.limit), f"{task.name} train", task.num_labels),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            peft_config=_adapter(job),
+        )
+        trainer.remove_callback(PrinterCallback)  # the command prints its table alone
+        tap = None
+        if watch is not None:
+            split = prepared(read_split(task, task.splits[0], data, job.limit), f"{task.name} {task.splits[0]}")
+            tap = FeatureTap(watch[0], split, trainer.data_collator)
+            trainer.add_callback(tap)
+        trainer.train()
+        if watch is not None and tap is not None:
+            save(watch[1], list(tap.found.values()))
+        scores = {}
+        for split in task.splits:
+            rows = read_split(task, split, data, job.limit)
+            scores[split] = _scores(trainer, task, prepared(rows, f"{task.name} {split}"), task.kind)
+        shifted = _glue_x(trainer, task, job, glue_x, prepared)
+        if keep is not None:
+            trainer.save_model(keep)
+    return {
+        "job": job.to_dict(),
+        "scores": scores,
+        "glue_x": shifted,
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _model(job: Job, task: Task, tokenizer: Any) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            job.model, num_labels=task.num_labels, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {job.model} does not load for sequence classification: {error}") from None
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _adapter(job: Job) -> BaLoraConfig | None:
+    """The method as a config: its terms are zero in the baselines, whose loss is normalised alike."""
+    if job.method == "full":
+        return None
+    settings, terms = job.settings, job.regularizers
+    if job.method != "ba_lora":
+        terms = dataclasses.replace(
+            terms, lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=0.0, head_warmup_steps=0
+        )
+    return BaLoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+        init_lora_weights=True if job.method == "lora" else "pissa",
+        regularizers=terms,
+    )
+
+
+def _arguments(job: Job, output: str) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    settings = job.settings
+    return TrainingArguments(
+        output_dir=output,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup_ratio,  # below 1: a part of all steps
+        weight_decay=settings.weight_decay,
+        bf16=settings.bf16 and torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        seed=job.seed,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=50,
+        disable_tqdm=True,
+    )
+
+
+def _scores(trainer: Any, task: Task, rows: Any, kind: str) -> dict[str, float]:
+    """Scores of `rows`, whose labels are of another `kind` perhaps: no loss is computed of them."""
+    gold = list(rows["labels"])
+    output = trainer.predict(rows.remove_columns("labels")).predictions
+    logits = (output[0] if isinstance(output, tuple) else output).reshape(len(gold), -1)
+    if task.kind == "similarity":
+        return score(task.scores, logits[:, 0].tolist(), gold)
+    found, gold = comparable(logits.argmax(-1).tolist(), [int(label) for label in gold], task.kind, kind)
+    return score(task.scores, found, gold)
+
+
+def _glue_x(trainer: Any, task: Task, job: Job, directory: str | None, prepared: Any) -> dict[str, dict[str, float]]:
+    """Scores of the trained model, as it is, on the sets of GLUE-X that there are files of."""
+    if directory is None:
+        return {}
+    found = {}
+    for name, kind in GLUE_X.get(task.name, {}).items():
+        path = os.path.join(directory, f"{name}.jsonl")
+        if not os.path.isfile(path):
+            logger.warning(f"--glue-x {directory} has no {name}.jsonl: {task.name} is not tested on it.")
+            continue
+        rows, dropped = read_jsonl(path, kind, job.limit)
+        scores = _scores(trainer, task, prepared(rows, name), kind)
+        found[name] = {**scores, "samples": len(rows), "without_label": dropped}
+    return found
+
+
+def stored(directory: str, job: Job) -> dict[str, Any] | None:
+    """The record of a job that has run before."""
+    path = Path(directory, "runs", job.file)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def store(directory: str, job: Job, record: dict[str, Any]) -> None:
+    """Writes a record whole or not at all."""
+    path = Path(directory, "runs", job.file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    temporary.replace(path)

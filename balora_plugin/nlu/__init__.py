@@ -1,0 +1,1 @@
+"""The NLU family: BA-LoRA for sequence classification and regression."""

@@ -1,0 +1,44 @@
+"""The NLU terms of one micro-batch over N samples, built from the formulas; what cannot act is None, never NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..fused.spectrum import usable_k
+from ..regularizers import consistency_rows, covariance, spectral, upcast
+
+REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classification", "multi_label_classification"
+
+
+def consistency_of(student: Tensor, teacher: Tensor, *, problem: str, form: str, temperature: float) -> Tensor:
+    """Distance of each sample's outputs from the teacher's: (N, D), (N, D) logits -> (N,) in float32 (float64).
+
+    Classes: the form as it is. Several labels a sample: KL and JSD of each label's Bernoulli distribution, summed over
+    labels. Regression, or a single output: the squared difference of the outputs, mean over D; a softmax or a
+    normalised row of one number is a constant.
+    """
+    if problem == REGRESSION or student.shape[-1] == 1:
+        return (upcast(student) - upcast(teacher.detach())).square().mean(dim=-1)
+    if problem == MULTI_LABEL and form != "mse":  # sigmoid(z) is the softmax of (z, 0)
+        student, teacher = (torch.stack([z, torch.zeros_like(z)], dim=-1) for z in (student, teacher))
+        return consistency_rows(student, teacher, form=form, temperature=temperature).sum(dim=-1)
+    return consistency_rows(student, teacher, form=form, temperature=temperature)
+
+
+def diversity_of(rows: Tensor) -> Tensor | None:
+    """Off-diagonal covariance of (N, D) rows, 0-d; None for a single sample or a single column."""
+    return None if min(rows.shape) < 2 else covariance(rows)
+
+
+def spectrum_of(rows: Tensor, *, k: int, norm: str, centered: bool) -> tuple[Tensor, int] | None:
+    """Minus the leading singular values of (N, D) rows, and the k that was used; None where no k can act.
+
+    k is at most one less than the number of singular values under the nuclear norm, where their whole sum would be a
+    constant ratio of 1. A single sample or column has one singular value: nothing to tell signal from noise.
+    """
+    limit = min(rows.shape[0], rows.shape[1] - centered)  # centred rows have one direction less
+    if limit < 2:
+        return None
+    used = min(usable_k(limit, k, norm), limit)
+    return spectral(rows, k=used, norm=norm, centered=centered), used

@@ -1,0 +1,40 @@
+"""Trains a classifier with gathered batch statistics on this rank's share; rank 0 stores gradients and logs."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from typing import Any
+
+import torch
+
+from balora_plugin import RegularizerConfig
+from integration.test_nlu import Gradients, build, rows
+
+
+def train(batch: int) -> dict[str, Any] | None:
+    """Gradients of the first step and the logs of two, of `batch` samples a rank and step."""
+    terms = RegularizerConfig(
+        lambda_consistency=0.5,
+        lambda_diversity=0.5,
+        lambda_svd=0.5,
+        svd_norm="nuclear",
+        svd_input="features",
+        gather_batch_statistics=True,
+        share_interval=0,  # shares are a rank's own
+    )
+    keep = Gradients()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = build(
+            directory, terms=terms, data=rows(16), per_device_train_batch_size=batch, max_steps=2, callbacks=[keep]
+        )
+        trainer.train()
+    logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
+    return {"gradients": keep.found, "logs": logs} if trainer.accelerator.is_main_process else None
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = train(int(sys.argv[2]))
+    if result is not None:
+        torch.save(result, sys.argv[1])

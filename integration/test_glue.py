@@ -1,0 +1,244 @@
+"""balora glue: all nine tasks end to end on a small local GLUE, GLUE-X with its label maps, recipes and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from classifiers import batch, classifier
+from models import character_tokenizer
+
+from balora_plugin.commands import glue as command
+from balora_plugin.commands import main
+from balora_plugin.glue import report
+from balora_plugin.glue.metrics import score
+from balora_plugin.glue.recipe import METHODS, read_recipe
+from balora_plugin.glue.tasks import GLUE_X, LABELS, TASKS, comparable, label_of
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs" / "glue").glob("*.yaml"))
+# the text columns as GLUE names them
+COLUMNS = {
+    "mnli": ("premise", "hypothesis"),
+    "sst2": ("sentence",),
+    "cola": ("sentence",),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+}
+
+
+def rows(columns, labels, n):
+    texts = [{column: f"{column} {i}: {'yes' if i % 2 else 'no'}" for column in columns} for i in range(n)]
+    return [{**text, "label": labels[i % len(labels)]} for i, text in enumerate(texts)]
+
+
+def write(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in values))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seed):
+    torch.set_num_threads(1)  # two would wait for each other more than they compute on models this small
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A tiny BERT, GLUE's nine tasks and GLUE-X's sets as JSONL, and a recipe of two steps."""
+    path = tmp_path_factory.mktemp("glue")
+    classifier("bert").bert.save_pretrained(path / "bert")
+    character_tokenizer().save_pretrained(path / "bert")
+    for name, task in TASKS.items():
+        labels = [0.0, 2.5, 5.0] if task.num_labels == 1 else list(range(task.num_labels))
+        columns = COLUMNS.get(name, ("sentence1", "sentence2"))
+        for split in ("train", *task.splits):
+            write(path / "data" / name / f"{split}.jsonl", rows(columns, labels, 8))
+    for sets in GLUE_X.values():
+        for name, kind in sets.items():
+            single = kind in ("sentiment", "acceptability")
+            labels = [1.0, 4.5] if kind == "similarity" else [words[-1] for words in LABELS[kind]]  # as words
+            columns = ("sentence",) if single else ("sentence1", "sentence2")
+            write(path / "glue-x" / f"{name}.jsonl", [*rows(columns, labels, 6), *rows(columns, [-1], 1)])
+    recipe = {
+        "model": str(path / "bert"),
+        "seeds": [1, 2],
+        "regularizers": {"preset": "iclr2026"},
+        "defaults": {"r": 2, "lora_alpha": 2, "batch_size": 4, "max_steps": 2, "max_length": 32},
+        "tasks": {"rte": {"learning_rates": [1e-3, 1e-2]}},
+    }
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_all_nine_tasks(local, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    arguments = ["glue", "--recipe", str(local / "recipe.yaml"), "--data", str(local / "data"), "--seeds", "1"]
+    arguments += ["--output", str(tmp_path), "--glue-x", str(local / "glue-x")]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    entries = {entry["task"]: entry for entry in json.loads((tmp_path / "results.json").read_text())}
+    assert set(entries) == set(TASKS)
+    assert (tmp_path / "results.md").read_text() == table
+    for name, task in TASKS.items():
+        assert set(entries[name]["scores"]) == set(task.splits)
+        assert set(entries[name]["scores"][task.splits[0]]) == set(task.scores)
+        assert set(entries[name]["glue_x"]) == set(GLUE_X.get(name, {}))
+    assert entries["rte"]["learning_rates_tried"] == [1e-3, 1e-2] and "| average of 9 | ba_lora |" in table
+    run = json.loads(next((tmp_path / "runs").glob("mnli-*.json")).read_text())
+    assert run["steps"] == 2 and run["glue_x"]["snli"]["samples"] == 6 and run["glue_x"]["snli"]["without_label"] == 1
+    assert run["job"]["regularizers"]["preset"] == "iclr2026"
+
+
+def test_methods_seeds_and_runs_that_are_not_repeated(local, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    arguments = ["glue", "--recipe", str(local / "recipe.yaml"), "--data", str(local / "data"), "--task", "wnli"]
+    arguments += ["--output", str(tmp_path), "--method", *METHODS, "--keep", "--limit", "6"]
+    assert main(arguments) == 0
+    entries = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["method"] for entry in entries] == sorted(METHODS)
+    for entry in entries:
+        assert entry["seeds"] == [1, 2] and entry["scores"]["validation"]["accuracy"]["std"] is not None
+    (adapter,) = [p for p in (tmp_path / "adapters").iterdir() if p.name.startswith("wnli-ba_lora-0.0003-1-")]
+    assert (adapter / "ba_lora_head.safetensors").exists()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--data", "nowhere"], "--data nowhere is no directory"),
+        (["--glue-x", "nowhere"], "--glue-x nowhere is no directory"),
+        (["--model", "nowhere"], "model nowhere has no tokenizer"),
+    ],
+)
+def test_a_wrong_command_is_one_line(changes, message, local, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    arguments = ["glue", "--recipe", str(local / "recipe.yaml"), "--data", str(local / "data"), "--task", "rte"]
+    assert main([*arguments, "--output", str(tmp_path), *changes]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
+    assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_papers_recipes(path):
+    recipe = read_recipe(str(path))
+    assert recipe.seeds == (42, 1024, 2024) and recipe.regularizers.resolved().lambda_diversity == 4e-4
+    for name in TASKS:
+        assert recipe.of(name).epochs >= 5 and recipe.of(name).scheduler == "linear"
+    if "roberta" in path.stem:
+        sst2 = recipe.of("sst2")
+        assert (sst2.epochs, sst2.batch_size, sst2.learning_rates, sst2.lora_alpha) == (10, 32, (2e-4,), 16)
+        assert recipe.of("cola").epochs == 20 and len(recipe.of("cola").learning_rates) == 8
+    if "deberta" in path.stem:
+        assert (recipe.of("rte").epochs, recipe.of("rte").learning_rates) == (50, (1e-4,))
+    assert len(EXAMPLES) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "m", "epochs": 3}, "'epochs' is not a setting"),
+        ({"defaults": {}}, "model: None must be a model's name"),
+        ({"model": "m", "tasks": {"ax": {}}}, "'ax' is not a task of GLUE"),
+        ({"model": "m", "defaults": {"learning_rates": ["1e-4"]}}, r"YAML reads 1e-4 as text"),
+        ({"model": "m", "defaults": {"batch_size": 0}}, "batch_size: 0 must be a whole number"),
+        ({"model": "m", "regularizers": {"svd_layout": "flattened"}}, "svd_layout='flattened' with task='nlu'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(values, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError) as caught:
+        read_recipe(str(tmp_path / "recipe.yaml"))
+    assert message in str(caught.value)
+
+
+def test_labels_go_from_one_set_to_another():
+    assert tuple(TASKS) == command._TASKS and command._METHODS == METHODS
+    # a three-way set with a two-way model, the reverse, and paraphrases
+    assert comparable([0, 1, 1], [0, 1, 2], "nli2", "nli3") == ([0, 1, 1], [0, 1, 1])
+    assert comparable([0, 1, 2], [0, 1, 1], "nli3", "nli2") == ([0, 1, 1], [0, 1, 1])
+    assert comparable([0, 1], [1, 0], "nli2", "paraphrase") == ([1, 0], [1, 0])
+    assert comparable([1, 0], [0, 1], "paraphrase", "nli2") == ([0, 1], [0, 1])
+    assert comparable([2, 1], [0, 1], "nli3", "nli3") == ([2, 1], [0, 1])
+    with pytest.raises(ValueError, match="says nothing"):
+        comparable([0], [0], "sentiment", "nli2")
+    assert label_of("Non-Entailment", "nli2") == 1 and label_of("neutral", "nli3") == 1
+    assert label_of("neutral", "nli2") == 1 and label_of("-", "nli3") is None and label_of(4.5, "similarity") == 4.5
+    for value, kind in ((3, "nli3"), ("maybe", "nli3"), (True, "nli2"), (0.5, "sentiment")):
+        with pytest.raises(ValueError, match="is none of"):
+            label_of(value, kind)
+
+
+def test_scores():
+    pytest.importorskip("sklearn")
+    names, both = ("accuracy", "f1", "matthews"), ("pearson", "spearman")
+    expected = {"accuracy": 75, "f1": 200 / 3, "matthews": 57.735027}
+    assert score(names, [1, 1, 0, 0], [1, 0, 0, 0]) == pytest.approx(expected)
+    assert score(both, [1, 2, 3], [1, 2, 9]) == pytest.approx({"pearson": 91.766294, "spearman": 100})
+    assert score(("pearson", "spearman", "matthews"), [1, 1], [0, 1]) == {"pearson": 0, "spearman": 0, "matthews": 0}
+    with pytest.raises(ValueError, match="no samples"):
+        score(names, [], [])
+
+
+def test_the_best_rate_is_chosen_over_seeds():
+    def record(rate, seed, value):
+        job = {"task": "cola", "method": "lora", "model": "m", "learning_rate": rate, "seed": seed}
+        return {"job": job, "scores": {"validation": {"matthews": value}}, "glue_x": {}}
+
+    (entry,) = report.summary([record(1e-3, 1, 90), record(1e-3, 2, 10), record(1e-4, 2, 62), record(1e-4, 1, 60)])
+    assert entry["learning_rate"] == 1e-4 and entry["seeds"] == [1, 2]
+    assert entry["scores"]["validation"]["matthews"] == {"mean": 61, "std": pytest.approx(2**0.5)}
+    assert "| cola | lora | matthews | 61.00 ± 1.41 | 2 | 0.0001 |" in report.markdown([entry])
+
+
+def test_separation(local, tmp_path, capsys):
+    """Features of the last layer after chosen steps of two methods, with silhouettes, as PNG."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    arguments = ["glue", "--recipe", str(local / "recipe.yaml"), "--data", str(local / "data"), "--task", "sst2"]
+    arguments += ["--output", str(tmp_path), "--seeds", "1", "--method", "lora", "ba_lora", "--separation", "0", "1"]
+    assert main(arguments) == 0
+    (picture,) = (tmp_path / "separation").glob("*.png")
+    assert picture.name == "sst2-0.0003-1.png" and picture.read_bytes().startswith(b"\x89PNG")
+    scores = json.loads(picture.with_suffix(".json").read_text())["silhouette"]
+    assert list(scores) == ["lora", "ba_lora"] and list(scores["lora"]) == ["0", "1", "2"]
+    assert scores["lora"]["0"] == scores["ba_lora"]["0"] != scores["ba_lora"]["2"]  # one pre-trained model
+
+
+def test_features_are_taken_at_rest_and_disturb_nothing(local):
+    """The tap's rows are the head's input without dropout; training goes on as without it."""
+    from datasets import Dataset
+    from transformers import DataCollatorWithPadding
+
+    from balora_plugin.glue.separation import FeatureTap, load, save, silhouette
+
+    pytest.importorskip("sklearn")
+    model = classifier("llama", dropout=0.5).train()
+    data = batch(6)
+    table = {
+        key: [row[: int(n)].tolist() for row, n in zip(data[key], data["attention_mask"].sum(1), strict=True)]
+        for key in ("input_ids", "attention_mask")
+    }
+    rows = Dataset.from_dict({**table, "labels": data["labels"].tolist()})
+    collate = DataCollatorWithPadding(character_tokenizer())
+    tap = FeatureTap([0], rows, collate)
+    args = SimpleNamespace(per_device_eval_batch_size=4)
+    before = torch.get_rng_state()
+    tap.on_train_begin(args, None, None, model=model)
+    assert torch.equal(torch.get_rng_state(), before) and all(module.training for module in model.modules())
+    logits = model.eval()(**{k: v for k, v in data.items() if k != "labels"}).logits
+    torch.testing.assert_close(model.score(torch.tensor(tap.found[0].rows)), logits)
+    save(str(local / "taps.npz"), list(tap.found.values()))
+    (again,) = load(str(local / "taps.npz"))
+    assert again.step == 0 and (again.rows == tap.found[0].rows).all()
+    two = np.arange(6) % 2
+    assert silhouette(dataclasses.replace(again, rows=np.eye(2)[two], labels=two)) == pytest.approx(1.0)
+    assert silhouette(dataclasses.replace(again, labels=two)) < 0.9
+    assert np.isnan(silhouette(dataclasses.replace(again, labels=np.zeros(6, dtype=int))))

@@ -1,0 +1,277 @@
+"""Classification with BaLoraTrainer: one definition of the loss however a batch is cut, warm-up, checkpoints, ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from classifiers import batch, classifier
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import TrainerCallback, TrainingArguments
+
+from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
+from balora_plugin.nlu.heads import HEAD_FILE
+from integration.test_distributed import ROOT, free_port
+
+TERMS = RegularizerConfig(preset="iclr2026", schedule="constant", lambda_consistency=0.5)
+SAMPLE_TERMS = RegularizerConfig(preset="iclr2026", schedule="constant", lambda_diversity=0.0, lambda_svd=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seed):
+    torch.set_num_threads(1)  # two would wait for each other more than they compute on models this small
+
+
+def rows(n=12, **kind):
+    data = batch(n, **kind)
+    return Dataset.from_dict({key: value.tolist() for key, value in data.items()})
+
+
+class Gradients(TrainerCallback):
+    """The gradients of the first optimizer step."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.found:
+            self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def arguments(directory, **changes):
+    values = {
+        "output_dir": str(directory),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+        "seed": 1,
+    }
+    return TrainingArguments(**{**values, **changes})
+
+
+def build(directory, model=None, terms=TERMS, data=None, adapter="ba_lora", callbacks=(), **changes):
+    keys = ("teacher_model", "compute_metrics")
+    extra = {key: changes.pop(key) for key in keys if key in changes}
+    if adapter.startswith("ba_lora"):
+        start = True if "plain" in adapter else "pissa"
+        extra["peft_config"] = BaLoraConfig(r=2, lora_alpha=2, regularizers=terms, init_lora_weights=start)
+    elif adapter == "lora":
+        extra |= {"peft_config": LoraConfig(r=2, task_type="SEQ_CLS"), "regularizers": terms}
+    else:
+        extra["regularizers"] = terms
+    data = rows() if data is None else data
+    return BaLoraTrainer(
+        model=classifier() if model is None else model,
+        args=arguments(directory, **changes),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        callbacks=list(callbacks),
+        **extra,
+    )
+
+
+def history(trainer, key):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def new_head(seed):
+    """The same backbone with another random head: what a second process gets from a pre-trained checkpoint."""
+    model = classifier()
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.classifier.weight, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", [{}, {"multi": True}, {"regression": True}])
+def test_sample_terms_do_not_depend_on_how_the_global_batch_is_cut(kind, tmp_path):
+    """A loss that ignores num_items_in_batch would be 4 times as large; one that counts labels, a third for `multi`."""
+    found = []
+    data = rows(8, **kind)
+    for size, accumulation in ((8, 1), (2, 4)):
+        keep = Gradients()
+        trainer = build(
+            tmp_path,
+            classifier(num_labels=1 if "regression" in kind else 3),
+            SAMPLE_TERMS,
+            data,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            callbacks=[keep],
+        )
+        trainer.train()
+        found.append((keep.found, trainer))
+    (whole, one), (cut, many) = found
+    scale = max(g.abs().max() for g in whole.values())
+    assert whole.keys() == cut.keys() and scale > 1e-3
+    for name, gradient in whole.items():
+        assert (gradient - cut[name]).abs().max() < 1e-5 * scale, name
+    for key in ("loss", "balora/task", "balora/consistency", "balora/loss"):
+        torch.testing.assert_close(history(many, key), history(one, key), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(history(one, "loss"), history(one, "balora/loss"), rtol=1e-4, atol=1e-6)
+    assert history(one, "balora/consistency")[0] == 0 < history(one, "balora/consistency")[1]
+
+
+def test_batch_statistics_weigh_their_samples_and_a_last_sample_alone_is_left_out(tmp_path, caplog):
+    """Five samples in batches of 4 and 1: the statistic of the four counts for four fifths of the step."""
+    terms = RegularizerConfig(lambda_consistency=0.0, lambda_diversity=0.3, lambda_svd=0.2, svd_norm="nuclear")
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        trainer = build(tmp_path, classifier(), terms, rows(5), gradient_accumulation_steps=2, max_steps=2)
+        trainer.train()
+    first = trainer.state.log_history[0]
+    expected = first["balora/task"] + 4 / 5 * (0.3 * first["balora/diversity"] + 0.2 * first["balora/svd"])
+    assert first["loss"] == pytest.approx(expected, rel=1e-4)
+    assert first["balora/loss"] == pytest.approx(expected, rel=1e-4)
+    assert first["balora/svd_used_k"] == 2 and -1 < first["balora/svd"] < 0
+    said = [record.getMessage() for record in caplog.records if "BA-LoRA: " in record.getMessage()]
+    for what in ("SVD term cannot act on a single sample", "used one less than that", "diversity term, a covariance"):
+        assert len([text for text in said if what in text]) == 1, what
+    assert any("svd_input='features'" in text for text in said)
+
+
+def test_evaluation_metrics_and_the_saved_classifier(tmp_path):
+    def metrics(prediction):
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    model = classifier(dropout=0.3)
+    trainer = build(tmp_path, model, RegularizerConfig(), compute_metrics=metrics)
+    before = trainer.evaluate()
+    assert before["eval_balora/consistency"] == 0.0  # whatever the dropout
+    assert before["eval_loss"] == pytest.approx(before["eval_balora/task"], rel=1e-5)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_balora/consistency"] > 0 and math.isfinite(after["eval_balora/loss"])
+    assert after["eval_balora/diversity"] > 0 and after["eval_balora/svd"] < 0 and "eval_accuracy" in after
+    assert {"balora/share_consistency", "balora/share_diversity", "balora/share_svd"} <= set().union(
+        *trainer.state.log_history
+    )
+    assert "svd_all" in trainer._ba_lora_warned and "svd_clamped" not in trainer._ba_lora_warned  # k = 5, 3 classes
+    trainer.save_model(str(tmp_path / "adapter"))
+    settings = json.loads((tmp_path / "adapter" / "ba_lora.json").read_text())
+    assert settings["regularizers_in_force"]["task"] == "nlu" and HEAD_FILE in settings["sha256"]
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification" in card and "num_labels=3" in card
+    with torch.no_grad():
+        stock = PeftModel.from_pretrained(new_head(5), tmp_path / "adapter").eval()
+        ours = trainer.model.eval()(**batch()).logits
+        torch.testing.assert_close(stock(**batch()).logits, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_checkpointing_and_half_precision(kind, tmp_path):
+    """Checkpointing gives the same run, the head's warm-up included; bfloat16 autocast a near one."""
+    terms = RegularizerConfig(preset="iclr2026", schedule="constant", svd_input="features", head_warmup_steps=1)
+    runs = [
+        build(tmp_path, classifier(kind), terms, **settings)
+        for settings in (
+            {},
+            {"gradient_checkpointing": True},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            {"bf16": True},
+        )
+    ]
+    for trainer in runs:
+        trainer.train()
+    for key in ("loss", "balora/consistency", "balora/diversity", "balora/svd"):
+        for trainer in runs[1:]:
+            exact = not trainer.args.bf16
+            expected = pytest.approx(history(runs[0], key), rel=1e-4 if exact else 0.3, abs=1e-6 if exact else 2e-2)
+            assert history(trainer, key) == expected, key
+
+
+@pytest.mark.parametrize("adapter", ["ba_lora", "ba_lora, plain start", "lora", "full"])
+def test_resuming_is_exact_with_another_random_head(adapter, tmp_path):
+    """The warm-up's head becomes the teacher's at step 2, and survives the checkpoint at step 3."""
+    terms = RegularizerConfig(preset="iclr2026", lambda_consistency=2.0, head_warmup_steps=2, schedule="constant")
+    settings = {"terms": terms, "adapter": adapter, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+
+    def run(seed, **changes):
+        model = new_head(seed)
+        teacher = {"teacher_model": new_head(seed)} if adapter == "full" else {}
+        return build(tmp_path, model, **settings, **teacher, **changes)
+
+    whole = run(3)
+    initial = whole.model.state_dict()[_teacher_key(adapter)].clone()
+    start = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+            if state.global_step == 2:
+                assert moved and all("classifier" in name for name in moved)
+
+    whole.add_callback(Watch())
+    whole.train()
+    consistency = history(whole, "balora/consistency")
+    assert len(consistency) == 4 and consistency[0] == pytest.approx(0, abs=1e-9) and consistency[1] > 1e-9
+    resumed = run(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, p in whole.model.named_parameters():
+        assert torch.equal(p, dict(resumed.model.named_parameters())[name]), name
+    assert history(resumed, "balora/consistency") == consistency
+    assert not torch.equal(whole.model.state_dict()[_teacher_key(adapter)], initial)
+    if adapter == "lora":
+        (tmp_path / "checkpoint-3" / HEAD_FILE).unlink()
+        with pytest.raises(ValueError, match=f"holds no {HEAD_FILE}"):
+            run(4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def _teacher_key(adapter):
+    return "classifier.weight" if adapter == "full" else "base_model.model.classifier.original_module.weight"
+
+
+def test_refused_by_name(tmp_path):
+    for terms, changes, message in (
+        ({"head_warmup_steps": 4}, {}, "head_warmup_steps=4 is not below the 4 optimizer steps"),
+        ({"head_warmup_steps": 1}, {"ddp_find_unused_parameters": False}, "ddp_find_unused_parameters=False"),
+        ({"teacher_cache": str(tmp_path)}, {}, "teacher_cache=.* with task='nlu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, terms=RegularizerConfig(**terms), **changes).train()
+    config = BaLoraConfig(r=2, compile=True)
+    with pytest.raises(ValueError, match="compile=True is for causal language models"):
+        BaLoraTrainer(classifier(), arguments(tmp_path), peft_config=config, train_dataset=rows())
+    with pytest.raises(ValueError, match="another head than the model"):
+        build(tmp_path, new_head(1), adapter="full", teacher_model=new_head(2))
+
+
+def test_gathered_statistics_on_two_ranks_are_one_processs(tmp_path):
+    """Covariance and spectrum over both ranks' samples: losses, gradients and logs of one process with all of them."""
+    from integration.nlu_worker import train
+
+    one = train(8)
+    out = tmp_path / "ranks.pt"
+    ranks = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    done = subprocess.run(
+        [sys.executable, *ranks, str(ROOT / "integration" / "nlu_worker.py"), str(out), "4"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(out, weights_only=False)
+    scale = max(g.abs().max() for g in one["gradients"].values())
+    for name, gradient in one["gradients"].items():
+        assert (gradient - two["gradients"][name]).abs().max() < 1e-5 * scale, name
+    assert len(one["logs"]) == len(two["logs"]) and one["logs"][0]["balora/diversity"] > 0
+    for alone, both in zip(one["logs"], two["logs"], strict=True):
+        for key, value in alone.items():
+            assert both[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
