@@ -26,6 +26,7 @@ from .checks import (
     check_teacher,
     resolve,
 )
+from .compiling import BACKEND, compiled_passes, take_backend
 from .config import RegularizerConfig
 from .cost import CostCallback, CostMeter, format_report, write_report
 from .guard import FiniteGuard
@@ -33,7 +34,7 @@ from .head import FactorCache, Head, check_head, read_head
 from .metrics import TERMS, TermMetrics
 from .nlu import objective as nlu
 from .nlu import run
-from .objective import CompiledPasses, StepOutput, StepRequest, backbone_pass, install, student_pass
+from .objective import StepOutput, StepRequest, install
 from .prefill import TeacherCacheCallback, choose_rows, open_cache
 from .quantised import protect_weights, quantised_layers_stay_in_training_mode
 from .repeats import drop_rows, refill, repeated_rows
@@ -82,8 +83,11 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_meter: CostMeter | None = None
         self._ba_lora_cache: TeacherCache | None = None
         self._ba_lora_initial_head: Head | None = None
+        args, kwargs, self._ba_lora_backend = take_backend(args, kwargs)
         super().__init__(*args, **kwargs)
         self._set_up_ba_lora(regularizers, teacher_model)
+        if self.ba_lora is None and self._ba_lora_backend:  # no terms: the host's own pass
+            self.model.compile(backend=BACKEND)
 
     # --- set-up
 
@@ -130,10 +134,10 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_factors = FactorCache()
         self._ba_lora_switch = TeacherSwitch(causal_lm)
         self._ba_lora_warned: set[str] = set()
-        compiled = bool(getattr(adapter, "compile", False))
+        compiled = bool(getattr(adapter, "compile", False)) or self._ba_lora_backend
         if config.task == "nlu":
             run.set_up(self, causal_lm, teacher_model, compiled=compiled)
-        self._ba_lora_compiled = self._compile() if compiled else None
+        self._ba_lora_compiled = compiled_passes(self.args, self._ba_lora_warn) if compiled else None
         self.ba_lora_metrics = TermMetrics(config, self._ba_lora_warn)
         self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it
         self._ba_lora_shares_due = False
@@ -184,23 +188,6 @@ class BaLoraTrainerMixin(_Base):
         if key not in self._ba_lora_warned:
             self._ba_lora_warned.add(key)
             logger.warning(f"BA-LoRA: {message}")
-
-    def _compile(self) -> CompiledPasses:
-        """Teacher and student as one graph each; eager, said once, where they cannot be."""
-        if getattr(self.args, "torch_compile", False):
-            raise ValueError(
-                "compile=True in the adapter's config and torch_compile=True would compile the model twice: keep "
-                "compile=True (teacher, student and terms) and set torch_compile to False."
-            )
-        checkpointing = getattr(self.args, "gradient_checkpointing", False)
-        if checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "compile=True does not work with reentrant checkpointing: set gradient_checkpointing_kwargs="
-                "{'use_reentrant': False}."
-            )
-        from .compile import Compiled  # imports dynamo, which takes seconds
-
-        return CompiledPasses(Compiled(backbone_pass, self._ba_lora_warn), Compiled(student_pass, self._ba_lora_warn))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the host's; refuses a checkpoint that is not whole, or of another kind of adapter."""

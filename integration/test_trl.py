@@ -426,6 +426,23 @@ def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without
         assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), key
 
 
+def test_the_backends_name_among_the_hosts_arguments_compiles_too(tmp_path, tokenizer, without_inductor):
+    """accelerate refuses the name: the trainer takes it out of a copy of the arguments."""
+    asked = {"torch_compile": True, "torch_compile_backend": "ba_lora", "max_steps": 1}
+    plain = adapter(regularizers=RegularizerConfig(**WEIGHTS))
+    trainer = build(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=plain, **asked)
+    trainer.train()
+    assert len(without_inductor) == 2  # teacher and student
+    assert "compile" not in trainer._ba_lora_warned
+    # with nothing but the host's own loss it is the model that is compiled
+    without_inductor.clear()
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"])
+    trainer = build(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=lora, **asked)
+    trainer.train()
+    assert trainer.ba_lora is None
+    assert without_inductor
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenizer, without_inductor):

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from ...checks import MUTATING_STARTS
+from ...compiling import BACKEND
 from ...config import RegularizerConfig
 from .classification import check as check_classification
 from .classification import is_classification
@@ -320,10 +321,11 @@ def _check_start_from(data: dict[str, Any], start: Any, quantised: bool) -> None
 
 def _check_engine(data: dict[str, Any]) -> None:
     block = data.get("ba_lora")
-    if isinstance(block, dict) and block.get("compile") and data.get("torch_compile"):
+    ours = data.get("torch_compile_backend") == BACKEND  # the same, said twice
+    if isinstance(block, dict) and block.get("compile") and data.get("torch_compile") and not ours:
         raise ValueError(
             f"torch_compile: {data['torch_compile']} beside ba_lora.compile: true would compile the model twice: "
-            "remove one of the two."
+            f"remove one of the two, or write torch_compile_backend: {BACKEND}."
         )
     for key in ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size"):
         if str(data.get(key) or 1) != "1":

@@ -1,0 +1,51 @@
+"""When a trainer compiles with the backend `ba_lora`: `compile=True` of the adapter, or the host's own argument."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from .objective import CompiledPasses, backbone_pass, student_pass
+
+BACKEND = "ba_lora"
+
+
+def take_backend(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """`torch_compile_backend="ba_lora"` out of a Trainer's arguments (model, args, ...), and whether it was there.
+
+    accelerate knows a fixed list of backends and refuses any other name, so that the trainer compiles by itself. The
+    caller's TrainingArguments stay as they are: a copy without the setting takes their place.
+    """
+    given: Any = keywords.get("args", arguments[1] if len(arguments) > 1 else None)
+    if not getattr(given, "torch_compile", False) or getattr(given, "torch_compile_backend", None) != BACKEND:
+        return arguments, keywords, False
+    given = copy.copy(given)
+    given.torch_compile, given.torch_compile_backend = False, None
+    if "args" in keywords:
+        return arguments, {**keywords, "args": given}, True
+    return (arguments[0], given, *arguments[2:]), keywords, True
+
+
+def compiled_passes(args: Any, warn: Callable[[str, str], None]) -> CompiledPasses:
+    """Teacher and student as one graph each; eager, said once by `warn`, where they cannot be.
+
+    Raises:
+        ValueError: arguments that rule it out, by name.
+    """
+    if getattr(args, "torch_compile", False):
+        raise ValueError(
+            "compile=True in the adapter's config and torch_compile=True would compile the model twice: keep "
+            "compile=True (teacher, student and terms) and set torch_compile to False, or write "
+            f"torch_compile_backend={BACKEND!r}, which is the same."
+        )
+    if getattr(args, "gradient_checkpointing", False) and (args.gradient_checkpointing_kwargs or {}).get(
+        "use_reentrant"
+    ):
+        raise ValueError(
+            "compile=True does not work with reentrant checkpointing: set gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}."
+        )
+    from .compile import Compiled  # imports dynamo, which takes seconds
+
+    return CompiledPasses(Compiled(backbone_pass, warn), Compiled(student_pass, warn))
