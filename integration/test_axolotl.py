@@ -88,7 +88,7 @@ def test_trains_from_a_zero_consistency_and_saves_a_stock_adapter(case, workspac
 
 
 def test_compiled(written, monkeypatch):
-    """One key of the block; without inductor below, whose C++ takes most of a minute."""
+    """One key of the block, said twice here; without inductor below, whose C++ takes most of a minute."""
     from torch._dynamo.backends.debugging import aot_eager
 
     from balora_plugin.compile import backend
@@ -102,7 +102,8 @@ def test_compiled(written, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(backend, "lower", lower)
     plain = run(written(ba_lora=TERMS))
-    compiled = run(written(ba_lora={**TERMS, "compile": True}))
+    host = {"torch_compile": True, "torch_compile_backend": "ba_lora"}
+    compiled = run(written(ba_lora={**TERMS, "compile": True}, **host))
     torch._dynamo.reset()
     assert graphs
     assert "compile" not in compiled._ba_lora_warned  # it did not fall back
