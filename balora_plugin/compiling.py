@@ -21,7 +21,7 @@ def take_backend(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[
     if not getattr(given, "torch_compile", False) or getattr(given, "torch_compile_backend", None) != BACKEND:
         return arguments, keywords, False
     given = copy.copy(given)
-    given.torch_compile, given.torch_compile_backend = False, None
+    given.torch_compile, given.torch_compile_backend = False, "no"  # None would ask the environment, which Axolotl sets
     if "args" in keywords:
         return arguments, {**keywords, "args": given}, True
     return (arguments[0], given, *arguments[2:]), keywords, True
