@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
 from .objective import CompiledPasses, backbone_pass, student_pass
 
 BACKEND = "ba_lora"
+_NAMED = "ACCELERATE_DYNAMO_BACKEND"
 
 
 def take_backend(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
@@ -21,7 +23,9 @@ def take_backend(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[
     if not getattr(given, "torch_compile", False) or getattr(given, "torch_compile_backend", None) != BACKEND:
         return arguments, keywords, False
     given = copy.copy(given)
-    given.torch_compile, given.torch_compile_backend = False, "no"  # None would ask the environment, which Axolotl sets
+    given.torch_compile, given.torch_compile_backend = False, None
+    if os.environ.get(_NAMED, "").lower() == BACKEND:  # Axolotl writes it there too, for all later runs
+        del os.environ[_NAMED]
     if "args" in keywords:
         return arguments, {**keywords, "args": given}, True
     return (arguments[0], given, *arguments[2:]), keywords, True
