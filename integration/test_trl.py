@@ -400,13 +400,16 @@ WEIGHTS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.
     [
         {},
         pytest.param(
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+                "gradient_accumulation_steps": 2,
+            },
             marks=pytest.mark.slow,
         ),
-        pytest.param({"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
         pytest.param({"bf16": True}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "checkpointing", "accumulation", "bf16"],
+    ids=["plain", "checkpointing_accumulation", "bf16"],
 )
 def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without_inductor):
     plain = adapter(regularizers=RegularizerConfig(**WEIGHTS))
@@ -447,6 +450,7 @@ def test_the_backends_name_among_the_hosts_arguments_compiles_too(tmp_path, toke
 @pytest.mark.parametrize("packing", [False, True])
 def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenizer, without_inductor):
     """A static graph, then a dynamic one, of the teacher and of the student each."""
+    count = 10 if packing else 20  # packed, two samples a row
     rows = [{"prompt": "a" * (i + 3), "completion": "b" * (i + 2)} for i in range(20)]
     trainer = build(
         tmp_path,
@@ -457,7 +461,7 @@ def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenize
         per_device_train_batch_size=2 if packing else 1,
         padding_free=packing,
         max_length=None,
-        max_steps=20,
+        max_steps=count,
     )
     lengths = set()
     original = trainer.compute_loss
@@ -469,7 +473,7 @@ def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenize
     trainer.compute_loss = compute_loss
     trainer.train()
     assert "compile" not in trainer._ba_lora_warned
-    assert len(lengths) >= (10 if packing else 20)
+    assert len(lengths) >= count - 2  # packed rows may be of one length by chance
     # the schedule holds two terms back at first: the student's graph with them and the one without
     assert len(without_inductor) <= 8
 
@@ -485,10 +489,12 @@ def test_the_cost_report(tmp_path, tokenizer, capsys):
     assert "teacher forward" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_torch_compile(tmp_path, tokenizer):
-    eager = build(tmp_path, tokenizer)
+    eager = build(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), max_steps=2)
     eager.train()
-    compiled = build(tmp_path, tokenizer, torch_compile=True, torch_compile_backend="eager")
+    asked = {"torch_compile": True, "torch_compile_backend": "eager"}
+    compiled = build(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), max_steps=2, **asked)
     compiled.train()
     torch.testing.assert_close(history(compiled), history(eager), rtol=1e-4, atol=1e-4)
 

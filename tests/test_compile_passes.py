@@ -6,7 +6,6 @@ import operator
 
 import pytest
 import torch
-from helpers import ba_lora as adapted
 from helpers import stock, trainable
 from models import VOCABULARY, tiny_llama
 from torch.nn import functional as F
@@ -16,7 +15,7 @@ from balora_plugin.compile import backend
 from balora_plugin.compile.inductor import NarrowProducts
 from balora_plugin.compile.narrow import narrow_products
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -85,8 +84,7 @@ def model_of(name):
         "mistral": lambda: t.MistralConfig(**GROUPED, sliding_window=4),
         "gemma": lambda: t.GemmaConfig(**GROUPED),
         "qwen2": lambda: t.Qwen2Config(**SMALL, num_key_value_heads=2),
-        "qwen3": lambda: t.Qwen3Config(**GROUPED),
-        "gpt2": lambda: t.GPT2Config(n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+        "gpt2": lambda: t.GPT2Config(n_embd=32, n_layer=1, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
         "bert": lambda: t.BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     }
     config = makers[name]()
@@ -97,12 +95,12 @@ def model_of(name):
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "bert": ["query", "key", "value", "dense"]}
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# stacked groups, accumulated updates and narrowed gradients of two layers (BERT: and of the pooler, which gets none)
+# stacked groups, accumulated updates and narrowed gradients of a layer (BERT: and of the pooler, which gets none)
 # Gemma: dynamo asks the backend a second time, when it finds that a float of the graph is a constant
-EXPECTED = {"gpt2": (8, 8, 16), "bert": (9, 13, 20), "gemma": (16, 28, 22)}
+EXPECTED = {"gpt2": (4, 4, 8), "bert": (5, 7, 10), "gemma": (8, 14, 11)}
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma", "qwen2", "qwen3", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma", "qwen2", "gpt2", "bert"])
 def test_every_architecture_is_one_graph_with_the_same_numbers(name, passes):
     from balora_plugin import BaLoraConfig, get_ba_lora_model
 
@@ -117,7 +115,7 @@ def test_every_architecture_is_one_graph_with_the_same_numbers(name, passes):
     parameters = [p for p, n in zip(trainable(model), _names(model), strict=True) if "pooler" not in n]
     check(lambda x: model.get_base_model()(input_ids=x, **keywords).last_hidden_state, [ids], parameters, 1e-12)
     names = ("stack_siblings", "accumulate_products", "narrow_products")
-    assert tuple(passes[key] for key in names) == EXPECTED.get(name, (8, 14, 22))
+    assert tuple(passes[key] for key in names) == EXPECTED.get(name, (4, 7, 11))
 
 
 def _names(model):
@@ -350,31 +348,45 @@ def gemms(function):
     return sum(event.count for event in profile.key_averages() if event.key in names)
 
 
-def test_fewer_products_than_inductor_and_the_same_numbers(ids):
-    model = adapted(tiny_llama(num_hidden_layers=1))
+class Siblings(torch.nn.Module):
+    """What reads what in an attention block, with as few loops for inductor to compile as can be."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        return self.o(self.q(x) * self.k(x) + self.v(x))
+
+
+@pytest.mark.slow
+def test_fewer_products_than_inductor_and_the_same_numbers():
+    from balora_plugin import BaLoraConfig, get_ba_lora_model
+
+    model = get_ba_lora_model(Siblings(), BaLoraConfig(r=4, lora_alpha=8, target_modules=["q", "k", "v", "o"]))
     with torch.no_grad():
         for i, p in enumerate(trainable(model)):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    backbone = model.get_base_model().model
+    x = torch.randn(2, 6, 16)
     counts, results = {}, {}
     for name in ("inductor", "ba_lora"):
         torch._dynamo.reset()
-        compiled = torch.compile(
-            lambda x: backbone(input_ids=x, use_cache=False).last_hidden_state, backend=name, fullgraph=True
-        )
+        compiled = torch.compile(model.get_base_model(), backend=name, fullgraph=True)
 
         def step(compiled=compiled):
             for p in trainable(model):
                 p.grad = None
-            hidden = compiled(ids)
-            (hidden * torch.linspace(-1, 1, 32)).sum().backward()
-            return hidden.detach(), [p.grad for p in trainable(model)]
+            result = compiled(x)
+            (result * torch.linspace(-1, 1, 16)).sum().backward()
+            return result.detach(), [p.grad.clone() for p in trainable(model)]
 
         results[name] = step()
         counts[name] = gemms(step)
     torch.testing.assert_close(results["ba_lora"], results["inductor"], rtol=1e-4, atol=1e-5)
-    # forward 7 + 4 + 7 instead of 7 + 14 + 14; backward: 3 base layers read what has no gradient
-    assert counts["inductor"] - counts["ba_lora"] >= 10 + 7, counts
+    # forward: 4 layers, 8 and 8 products of their adapters; 4 layers, 2 and 4. Backward: 1 layer, 8 by the outputs, 8
+    # by the factors, 2 by the input of o; 1 layer, 4, 4 and 2, and 1 by the input of o
+    assert counts == {"inductor": 20 + 19, "ba_lora": 10 + 12}, counts
 
 
 def test_a_users_own_pass_runs_after_ours():
