@@ -17,6 +17,18 @@ _KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
+def without_crossings(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose labels say nothing of a document's first token, as where it stands alone in its row.
+
+    In a packed row that token would be predicted from the end of the document before it: TRL masks it, Axolotl's
+    collators do not (train_on_inputs: true). inputs: labels (B, L), position_ids (B, L) that begin anew at 0.
+    """
+    labels, positions = inputs.get("labels"), inputs.get("position_ids")
+    if not isinstance(labels, Tensor) or not isinstance(positions, Tensor) or positions.shape != labels.shape:
+        return inputs
+    return {**inputs, "labels": labels.masked_fill(positions.to(labels.device) == 0, -100)}
+
+
 @dataclass(frozen=True)
 class Document:
     """Tokens [start, stop) of a row. `kept`: positions whose states are stored; `wanted`: which of them count here.
