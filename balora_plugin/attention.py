@@ -1,4 +1,4 @@
-"""Attention kernels: what flash attention needs, said in one line before training; one kernel for teacher and student."""
+"""Attention kernels: what flash attention needs, said before training; one kernel for teacher and student."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ def check_flash(name: Any, setting: str, instead: str) -> None:
     if not is_flash(name):
         return
     device = accelerator()
-    lacks = flash_lacks(
-        str(name), device, torch.cuda.get_device_capability() if device == "cuda" else None, importable
-    )
+    lacks = flash_lacks(str(name), device, torch.cuda.get_device_capability() if device == "cuda" else None, importable)
     if lacks is not None:
         why, command = lacks
         raise ValueError(f"{setting} {why}: {command and command + ', or '}write {instead}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -24,7 +25,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert int(cu_seqlens_q.diff().max()) == int(max_seqlen_q)
     edges = cu_seqlens_q.tolist()
-    pieces = [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    pieces = [slice(start, stop) for start, stop in pairwise(edges)]
     return torch.cat([flash_attn_func(q[None, at], k[None, at], v[None, at], **kwargs)[0] for at in pieces])
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from helpers import TERMS, trainable
 
-from balora_plugin.documents import without_crossings
 from balora_plugin.objective import StepRequest
 from balora_plugin.schedules import Lambdas
 
@@ -24,8 +25,7 @@ def move(model):
 
 
 def step(model, batch):
-    """One micro-batch through the model's forward, as a trainer asks for it."""
-    batch = without_crossings({key: value for key, value in batch.items() if not key.startswith("_")})
+    """One micro-batch, as a trainer's `_ba_lora_inputs` made it, through the model's forward."""
     return model(**batch, ba_lora=StepRequest(config=TERMS.resolved("nlg"), lambdas=TOKEN_TERMS))
 
 
@@ -39,7 +39,7 @@ def documents(batch):
             found.append((row, 0, length))
             continue
         edges = [*(positions[row] == 0).nonzero().flatten().tolist(), ids.shape[1]]
-        found += [(row, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+        found += [(row, start, stop) for start, stop in pairwise(edges)]
     return [(row, start, stop) for row, start, stop in found if (batch["labels"][row, start:stop] != -100).any()]
 
 
@@ -74,7 +74,10 @@ def gradient(model, batches):
 
 def assert_same_terms(model, packed, alone, tolerance):
     """Count, each term's sum for each document, and gradients of two arrangements of the same documents."""
-    theirs, ours = ({k: v for batch in batches for k, v in sums_by_document(model, batch).items()} for batches in (alone, packed))
+    theirs, ours = (
+        {key: sums for batch in batches for key, sums in sums_by_document(model, batch).items()}
+        for batches in (alone, packed)
+    )
     assert ours.keys() == theirs.keys() and len(ours) > 2
     for key, expected in theirs.items():
         assert ours[key][0] == expected[0]
@@ -83,9 +86,12 @@ def assert_same_terms(model, packed, alone, tolerance):
     assert ((a - b).norm() / b.norm()).item() < tolerance
 
 
-def leak(model, batch):
-    """How far the second document's terms move when the first one's tokens change: 0 without a leak."""
-    first, second, *_ = documents(batch)
+def leak(model, batch, inside=None):
+    """How far the second document's terms move when the first one's tokens change: 0 without a leak.
+
+    `inside`: where the documents are, for a batch that does not say so.
+    """
+    first, second, *_ = inside or documents(batch)
     changed = batch["input_ids"].clone()
     row, start, stop = first
     assert row == second[0]  # of one row

@@ -275,7 +275,10 @@ def test_the_command(on, tmp_path, capsys):
     config.write_text(yaml.safe_dump({"flash_attention": True, "load_in_4bit": True, "bf16": True}))
     assert on(CPU, "--config", config) == 1
     text = capsys.readouterr().out
-    assert [line.split()[1] for line in text.splitlines() if line.startswith("PROBLEM")] == ["flash_attention:", "bf16:"]
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("PROBLEM")] == [
+        "flash_attention:",
+        "bf16:",
+    ]
     assert on(CPU, "--config", config, "--json") == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["usable"] and report["config"] == str(config)
@@ -303,7 +306,9 @@ def test_the_plugins_own_checks_are_asked_too(tmp_path):
         (found,) = problems({**values, **changes}, here)
         assert found.key == key and words in str(found)
     found = problems({**values, "flash_attention": True}, here)
-    assert {problem.key for problem in found} == {"flash_attention"}  # a setting is named where it stands, once a reason
+    assert {problem.key for problem in found} == {
+        "flash_attention"
+    }  # a setting is named where it stands, once a reason
     assert {problem.why for problem in found} == {
         "needs a GPU, and there is none here",
         "computes in half precision alone, this run in float32",

@@ -35,7 +35,7 @@ class Problem(NamedTuple):
         return f"{self.key}:{value} {self.why}{self.remedy and f': {self.remedy}'}"
 
 
-def attention_of(values: dict[str, Any]) -> tuple[str, Any, str]:
+def attention_of(values: Any) -> tuple[str, Any, str]:
     """Key and value of the line about attention, and the implementation it asks for; ("", None, "sdpa") without one."""
     for key in ("attn_implementation", *FLAGS):
         if values.get(key):
@@ -83,7 +83,7 @@ def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
         if not half:
             yield Problem(key, value, "computes in half precision alone, this run in float32", "write bf16: true")
     elif name in NEEDS and NEEDS[name][0] not in machine.modules:
-        module, package = NEEDS[name]
+        package = NEEDS[name][1]
         yield Problem(key, value, f"needs the package {package}", f"pip install {package}, or {instead}")
     elif name == "flex_attention" and machine.device == "cpu":
         yield Problem(key, value, "has no backward pass on a CPU", instead)
@@ -101,7 +101,10 @@ def _precision(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
             yield Problem(key, True, "needs a GPU, and there is none here", f"write {key}: false")
     if for_axolotl(values) and without and values.get("bf16", "auto") == "auto" and values.get("fp16") is None:
         yield Problem(
-            "bf16", "auto", "becomes fp16: true where there is no GPU, which needs one", "write bf16: false, fp16: false"
+            "bf16",
+            "auto",
+            "becomes fp16: true where there is no GPU, which needs one",
+            "write bf16: false, fp16: false",
         )
     if values.get("tf32") is True and (machine.capability or (0, 0)) < (8, 0):
         yield Problem("tf32", True, "needs a CUDA device of compute capability 8.0 or more", "write tf32: false")
@@ -111,7 +114,7 @@ def _precision(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
 
 def _quantisation(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
     optimizer = str(values.get("optimizer") or values.get("optim") or "")
-    lines = [(key, True) for key in ("load_in_4bit", "load_in_8bit") if values.get(key) is True]
+    lines: list[tuple[str, Any]] = [(key, True) for key in ("load_in_4bit", "load_in_8bit") if values.get(key) is True]
     if "8bit" in optimizer or "bnb" in optimizer:
         lines.append(("optimizer" if values.get("optimizer") else "optim", optimizer))
     if machine.bitsandbytes is None:
@@ -123,7 +126,7 @@ def _quantisation(values: dict[str, Any], machine: Machine) -> Iterator[Problem]
 
 
 def _compiling(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
-    block = values.get("ba_lora") if isinstance(values.get("ba_lora"), dict) else {}
+    block = _block(values)
     key = "ba_lora.compile" if block.get("compile") else "compile" if values.get("compile") is True else None
     bring = "apt install g++" if machine.device == "cpu" else "pip install triton, apt install gcc"
     if key is not None and machine.compiler is None:
@@ -148,7 +151,7 @@ def _engines(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
 
 def _paths(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
     """Paths that look local and are not there; names on the hub are not looked up."""
-    block = values.get("ba_lora") if isinstance(values.get("ba_lora"), dict) else {}
+    block = _block(values)
     named = [(key, values.get(key)) for key in ("base_model", "lora_model_dir", "resume_from_checkpoint", "deepspeed")]
     named.append(("ba_lora.start_from", block.get("start_from")))
     for key in ("datasets", "test_datasets"):
@@ -164,7 +167,7 @@ def _paths(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
 def looks_local(name: str) -> bool:
     """True for what can be no name on the hub: a path with a lead, an ending or more than one slash."""
     ends = (".json", ".jsonl", ".yaml", ".yml", ".parquet", ".csv", ".safetensors")
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 and "://" not in name or name.endswith(ends)
+    return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name) or name.endswith(ends)
 
 
 def _of_the_plugin(values: dict[str, Any], known: set[str]) -> list[Problem]:
@@ -179,11 +182,14 @@ def _of_the_plugin(values: dict[str, Any], known: set[str]) -> list[Problem]:
     return []
 
 
+def _block(values: dict[str, Any]) -> dict[str, Any]:
+    block = values.get("ba_lora")
+    return block if isinstance(block, dict) else {}
+
+
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(name for name in names if name in ("inductor", "eager", "aot_eager", "cudagraphs"))
 
 
 def _brief(value: Any) -> Any:
     return value if isinstance(value, str) else "{...}"
-
-

@@ -1,4 +1,4 @@
-"""Versions: what is installed, what was tested, and what installed packages ask of one another. Imports none of them."""
+"""Versions: what is installed, what was tested, what packages ask of one another. Imports none of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.version import InvalidVersion, Version
 
 
 class Bounds(NamedTuple):
-    """Least version that works, first and last release tested; a test holds them to pyproject.toml and requirements/."""
+    """Least version that works, first and last release tested: those of pyproject.toml and requirements/ (a test)."""
 
     least: str
     first: str
@@ -90,9 +90,7 @@ class Conflict(NamedTuple):
     found: str
 
 
-def conflicts(
-    versions: Mapping[str, str | None], required: Mapping[str, list[str]] | None = None
-) -> list[Conflict]:
+def conflicts(versions: Mapping[str, str | None], required: Mapping[str, list[str]] | None = None) -> list[Conflict]:
     """What installed packages ask of one another and do not get.
 
     Args:

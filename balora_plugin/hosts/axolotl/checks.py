@@ -16,6 +16,7 @@ import torch
 from ...attention import check_flash, is_flash
 from ...checks import MUTATING_STARTS
 from ...config import RegularizerConfig
+from ...doctor.requested import attention_of
 from .classification import check as check_classification
 from .classification import is_classification
 
@@ -331,32 +332,17 @@ def _check_engine(data: dict[str, Any]) -> None:
         if str(data.get(key) or 1) != "1":
             raise ValueError(f"{key}: {data[key]} is not supported with BA-LoRA yet: use DDP or DeepSpeed.")
     half = data.get("bf16", "auto") or data.get("fp16") or data.get("bfloat16") or data.get("float16")  # as Axolotl's
-    if is_flash(attention_of(data)) and half in (False, None, "false"):
+    if is_flash(attention_of(data)[2]) and half in (False, None, "false"):
         raise ValueError(f"{attention_setting(data)} {_HALF}")
 
 
 _HALF = "needs half precision: write bf16: true, or attn_implementation: sdpa."
-_FLAGS = {  # Axolotl's older keys -> attn_implementation; the first that is true counts
-    "xformers_attention": "xformers",
-    "sage_attention": "sage",
-    "flex_attention": "flex_attention",
-    "flash_attention": "flash_attention_2",
-    "sdp_attention": "sdpa",
-    "eager_attention": "eager",
-}
-
-
-def attention_of(data: Any) -> str | None:
-    """The attn_implementation of a YAML, written or validated; None: the model's default."""
-    return data.get("attn_implementation") or next((name for key, name in _FLAGS.items() if data.get(key)), None)
 
 
 def attention_setting(data: Any) -> str:
-    """The line of the YAML that says so."""
-    key = next((key for key in _FLAGS if data.get(key)), None)
-    if data.get("attn_implementation") or key is None:
-        return f"attn_implementation: {data.get('attn_implementation')}"
-    return f"{key}: true"
+    """The line of a YAML, written or validated, that names the attention implementation; empty without one."""
+    key, value, _ = attention_of(data)
+    return f"{key}: {str(value).lower() if value is True else value}" if key else ""
 
 
 def check_attention_here(cfg: Any, setting: str) -> None:
@@ -365,8 +351,9 @@ def check_attention_here(cfg: Any, setting: str) -> None:
     Raises:
         ValueError: `setting` (the line of the YAML), what is missing and what to write.
     """
-    if not is_flash(attention_of(cfg)):
+    name = attention_of(cfg)[2]
+    if not is_flash(name):
         return
-    check_flash(attention_of(cfg), setting, "attn_implementation: sdpa")
+    check_flash(name, setting, "attn_implementation: sdpa")
     if cfg.get("torch_dtype") == torch.float32:
         raise ValueError(f"{setting} {_HALF}")
