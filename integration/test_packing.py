@@ -5,25 +5,28 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from attention_kernels import install_reference_flash_attention, watched
 from datasets import Dataset
 from helpers import TERMS, fresh
 from models import tiny_llama
 from packing import assert_same_terms, documents, leak, move, step
+from torch._dynamo.backends.debugging import aot_eager
 from trl import SFTConfig
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer
+from balora_plugin.compile import backend
 
 ROWS = [{"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}" + " ok" * (i % 3)} for i in range(5)]
 KERNELS = {"sdpa": 1e-10, "eager": 1e-5, "flash_attention_2": 1e-10}  # tolerances: eager's softmax is float32
 ARRANGEMENTS = {"packing": {"packing": True, "max_length": 256}, "padding_free": {"padding_free": True}}
 
 
-def batches(tmp_path, tokenizer, model=None, **changes):
+def batches(tmp_path, tokenizer, model=None, compile=False, **changes):
     """A trainer on a float64 model, and its training batches."""
     values = {"output_dir": str(tmp_path), "per_device_train_batch_size": 3, "max_length": None, "report_to": []}
     values |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
-    config = BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=TERMS)
+    config = BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=TERMS, compile=compile)
     trainer = BaLoraSFTTrainer(
         model=tiny_llama().double() if model is None else model,
         args=SFTConfig(**{**values, **changes}),
@@ -89,3 +92,36 @@ def test_a_second_model_as_teacher_attends_by_the_same_kernel(tmp_path, tokenize
             regularizers=TERMS,
             teacher_model=teacher,
         )
+
+
+def test_flash_attention_in_compiled_graphs(tmp_path, tokenizer, monkeypatch):
+    """Packed rows compile whole, teacher and student; without inductor below, whose C++ takes most of a minute."""
+    lowered = []
+
+    def lower(module, inputs, options):
+        lowered.append(module)
+        return aot_eager(module, inputs)
+
+    monkeypatch.setattr(backend, "lower", lower)
+    torch._dynamo.reset()
+    losses = []
+    for kernel, compiled in (("sdpa", False), ("flash_attention_2", True)):
+        trainer, _ = batches(
+            tmp_path,
+            tokenizer,
+            tiny_llama(num_hidden_layers=1).double(),
+            compile=compiled,
+            packing=True,
+            max_length=64,
+            max_steps=3,
+            logging_steps=1,
+            per_device_train_batch_size=1,
+            learning_rate=1e-2,
+        )
+        use(trainer.model, kernel, monkeypatch)
+        trainer.train()
+        assert "compile" not in trainer._ba_lora_warned  # it did not fall back
+        losses.append([row[key] for row in trainer.state.log_history for key in ("loss", "grad_norm") if key in row])
+    torch._dynamo.reset()
+    assert lowered
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

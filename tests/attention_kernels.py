@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -20,13 +19,19 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
     return out.transpose(1, 2)
 
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **kwargs):
-    """q (tokens, H, D): each piece between two entries of cu_seqlens on its own."""
-    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-    assert int(cu_seqlens_q.diff().max()) == int(max_seqlen_q)
-    edges = cu_seqlens_q.tolist()
-    pieces = [slice(start, stop) for start, stop in pairwise(edges)]
-    return torch.cat([flash_attn_func(q[None, at], k[None, at], v[None, at], **kwargs)[0] for at in pieces])
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+):
+    """q (tokens, H, D): what stands between two entries of cu_seqlens sees itself alone. Nothing in Python depends on
+    the data, so that a graph can hold it, as it holds the operator of the package.
+    """
+    at = torch.arange(q.shape[0], device=q.device)
+    query, key = (torch.searchsorted(edges.to(at.dtype), at, right=True) for edges in (cu_seqlens_q, cu_seqlens_k))
+    mask = query[:, None] == key[None, :]
+    mask = mask & (at[:, None] >= at[None, :]) if causal else mask
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=softmax_scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 def install_reference_flash_attention(monkeypatch):
@@ -39,6 +44,7 @@ def install_reference_flash_attention(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
     monkeypatch.setattr(flash, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(flash, "_loaded_implementation", None)
+    flash.lazy_import_flash_attention("flash_attention_2")  # as when a model is loaded: no graph can hold it
 
 
 @contextmanager
