@@ -35,7 +35,7 @@ test-pins: .venv-axolotl/.ready
 
 # pure maths does not depend on the hosts: only what touches PEFT, TRL and transformers runs again
 test-newest: .venv-newest/.ready
-	$(THREADS) $(NEWEST) $(PYTEST) tests/test_adapter.py tests/test_checkpoint.py tests/test_head.py tests/test_experts.py tests/test_quantised.py tests/test_teacher_cache.py tests/test_package.py tests/test_whole.py tests/test_starts.py tests/test_export.py tests/test_verify.py tests/test_card.py tests/test_nlu.py
+	$(THREADS) $(NEWEST) $(PYTEST) tests/test_adapter.py tests/test_checkpoint.py tests/test_head.py tests/test_experts.py tests/test_quantised.py tests/test_teacher_cache.py tests/test_package.py tests/test_whole.py tests/test_starts.py tests/test_export.py tests/test_verify.py tests/test_card.py tests/test_nlu.py tests/test_doctor.py
 	$(THREADS) $(NEWEST) $(PYTEST) integration -m "not slow"
 
 .venv/.ready: requirements/quickstart.txt pyproject.toml
