@@ -16,7 +16,7 @@ PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 
 # unit tests of what touches PEFT and transformers; pure maths does not depend on them
-TOUCHING_HOSTS = adapter card checkpoint compile_passes experts export head nlu package quantised starts teacher_cache verify whole
+TOUCHING_HOSTS = adapter card checkpoint compile_passes doctor experts export head nlu package quantised starts teacher_cache verify whole
 
 .PHONY: quickstart quickstart-trl test test-pins test-newest lint clean
 

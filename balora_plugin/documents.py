@@ -11,10 +11,45 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 # where documents begin, said once more for kernels that take it so
 BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def without_crossings(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose labels say nothing of a document's first token, as where it stands alone in its row.
+
+    In a packed row that token would be predicted from the end of the document before it: TRL masks it, Axolotl's
+    collators do not (train_on_inputs: true). inputs: labels (B, L), position_ids (B, L) that begin anew at 0.
+    """
+    labels, positions = inputs.get("labels"), inputs.get("position_ids")
+    if not isinstance(labels, Tensor) or not isinstance(positions, Tensor) or positions.shape != labels.shape:
+        return inputs
+    return {**inputs, "labels": labels.masked_fill(positions.to(labels.device) == 0, -100)}
+
+
+def with_boundaries(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A packed batch with its documents' edges as flash kernels take them, so that no layer has to look for them.
+
+    transformers finds them in each layer by a branch on the data, which no graph can hold. inputs: position_ids (1, L)
+    that begin anew at 0, and no attention_mask; other batches are left as they are.
+    """
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
+        return inputs
+    if inputs.get("attention_mask") is not None or BOUNDARIES & inputs.keys() or positions[0, 0] != 0:
+        return inputs
+    edges = F.pad((positions[0] == 0).nonzero().flatten(), (0, 1), value=positions.shape[1]).to(torch.int32)
+    longest = int(edges.diff().max())
+    return {
+        **inputs,
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 @dataclass(frozen=True)

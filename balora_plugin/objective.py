@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .attention import implementation_of, is_flash
 from .config import RegularizerConfig
 from .cost import CostMeter
-from .documents import counted_positions
+from .documents import counted_positions, with_boundaries
 from .fused import TopLogProbs, head_spectral_term, spectral_ratio
 from .fused.project import project
 from .fused.spectrum import drawn_rows, usable_k
@@ -168,6 +169,8 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
 
     if request.compiled is not None:
         drop_input_hooks(model)
+        if is_flash(implementation_of(model)):
+            inputs = with_boundaries(inputs)
     check_head_now(model, inputs["input_ids"].device)
     head = read_head(model)
     teacher = teacher_head = None

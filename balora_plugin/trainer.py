@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from . import card, provenance
 from .adapter.config import BaLoraConfig
+from .attention import check_attention, check_same_attention
 from .checks import (
     as_regularizers,
     check_arguments,
@@ -29,6 +30,7 @@ from .checks import (
 from .compiling import BACKEND, compiled_passes, take_backend
 from .config import RegularizerConfig
 from .cost import CostCallback, CostMeter, format_report, write_report
+from .documents import without_crossings
 from .guard import FiniteGuard
 from .head import FactorCache, Head, check_head, read_head
 from .metrics import TERMS, TermMetrics
@@ -112,6 +114,7 @@ class BaLoraTrainerMixin(_Base):
         if getattr(self, "compute_loss_func", None) is not None:
             raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        check_attention(causal_lm, self.args)
         config = resolve(causal_lm, regularizers)
         if config.lambda_consistency:
             check_teacher(adapter, teacher_model, cached=config.teacher_cache is not None, model=causal_lm)
@@ -125,6 +128,7 @@ class BaLoraTrainerMixin(_Base):
         if teacher_model is not None:
             if config.task == "nlg":
                 check_head(teacher_model)
+            check_same_attention(causal_lm, teacher_model)
             teacher_model.requires_grad_(False).eval().to(self.args.device)
         if isinstance(adapter, BaLoraConfig):
             adapter.regularizers = regularizers  # what is used is what the adapter's file says
@@ -319,7 +323,14 @@ class BaLoraTrainerMixin(_Base):
 
     def _ba_lora_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What a batch gives to the model's forward."""
-        return self._extend_inputs({key: value for key, value in inputs.items() if not key.startswith("_")})
+        inputs = {key: value for key, value in inputs.items() if not key.startswith("_")}
+        return self._extend_inputs(without_crossings(inputs))
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the host's, which counts the tokens of the accumulated batch here."""
+        if self.ba_lora is not None:
+            epoch_iterator = map(without_crossings, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -340,6 +340,10 @@ WRONG = {
     "reward_model": ({"reward_model": True}, "reward_model"),
     "flash_in_float32": ({"flash_attention": True}, "flash_attention"),
     "flash_implementation": ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2"),
+    "flash_without_a_gpu": (
+        {"flash_attention": True, "bf16": "auto", "fp16": None},
+        "flash_attention: true needs a GPU",
+    ),
     "context_parallel": ({"context_parallel_size": 2}, "context_parallel_size: 2"),
     "fsdp2": (
         {"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}},

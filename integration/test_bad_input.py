@@ -6,14 +6,23 @@ Axolotl's own table, of YAMLs, is in test_axolotl.py.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from models import character_tokenizer, tiny_llama
 from peft import LoraConfig, PromptTuningConfig
 from transformers import DataCollatorForSeq2Seq, LlamaModel, TrainerCallback, TrainingArguments
 
-from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, BaLoraTrainer, RegularizerConfig, get_ba_lora_model
+from balora_plugin import (
+    BaLoraConfig,
+    BaLoraSFTTrainer,
+    BaLoraTrainer,
+    RegularizerConfig,
+    attention,
+    get_ba_lora_model,
+)
 
 HOSTS = ("trl", "transformers")
 TEXT = [f"The number {i} comes before {i + 1}" for i in range(4)]
@@ -88,6 +97,7 @@ def nothing_counted():
     return [{"input_ids": [5, 6, 7, 8], "labels": [-100] * 4} for _ in range(4)]
 
 
+FLASH = "attn_implementation='flash_attention_2'"
 NAN, INF = float("nan"), float("inf")
 # name -> (settings, made when the test runs; what the error says: key, value, remedy)
 WRONG = {
@@ -169,6 +179,18 @@ WRONG = {
         lambda: {**adapter(compile=True), "torch_compile": True},
         "torch_compile=True|set torch_compile to False",
     ),
+    "flash": (
+        lambda: {**adapter(), "model": base(config("_attn_implementation", "flash_attention_2"))},
+        f"{FLASH}|needs a GPU|attn_implementation='sdpa'",
+    ),
+    "flash under a plain LoRA": (
+        lambda: {**lora(), "model": base(config("_attn_implementation", "flash_attention_2"))},
+        f"{FLASH}|needs a GPU|attn_implementation='sdpa'",
+    ),
+    "another kernel for the teacher": (
+        lambda: {**lora(), "teacher_model": base(lambda model: model.set_attn_implementation("eager"))},
+        "teacher_model attends by 'eager', the model by 'sdpa'|teacher_model.set_attn_implementation('sdpa')",
+    ),
     "reentrant": (
         lambda: {
             **adapter(compile=True),
@@ -178,7 +200,9 @@ WRONG = {
         "compile=True|'use_reentrant': False",
     ),
 }
+ELSEWHERE = {"model": "there/is no such model", "model_init_kwargs": {"attn_implementation": "flash_attention_2"}}
 TRL_ALONE = {
+    "flash to load": (lambda: {**adapter(), **ELSEWHERE}, f"{FLASH} in model_init_kwargs|GPU|write 'sdpa'"),
     "loss type": (lambda: {**adapter(), "loss_type": "dft"}, "loss_type='dft'|leave it at its default"),
     "template": (lambda: {**adapter(), "chat_template_path": "some/model"}, "chat_template_path='some/model'|.jinja"),
 }
@@ -197,6 +221,50 @@ def test_one_clear_error_before_the_first_step(case, host, tmp_path):
     assert len(message) < 450 and "\n" not in message
     assert started.steps == 0
     assert not list(tmp_path.glob("out/**/*.safetensors"))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU that flash attention runs on, as far as settings are looked at."""
+    monkeypatch.setattr(attention, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(attention.torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    ("installed", "dtype", "words"),
+    [
+        ((), torch.bfloat16, ("needs the package flash-attn", "pip install flash-attn --no-build-isolation, or write")),
+        (("flash_attn",), torch.float32, ("half precision alone", "in float32", "bf16=True", "dtype=torch.bfloat16")),
+        (("kernels",), torch.float64, ("half precision alone", "in float64", "bf16=True", "dtype=torch.bfloat16")),
+    ],
+    ids=["no package", "float32", "float64"],
+)
+def test_flash_attention_on_a_gpu(installed, dtype, words, host, tmp_path, gpu):
+    """Without its package, or in a precision it has not: refused before the first matrix is factorised."""
+    gpu.setattr(attention, "importable", lambda module: module.partition(".")[0] in installed)
+    gpu.setattr(f"balora_plugin.hosts.{host}.get_ba_lora_model", lambda *_, **__: pytest.fail("factorised"))
+    model, started = base(config("_attn_implementation", "flash_attention_2")).to(dtype), Started()
+    with pytest.raises(ValueError, match=r"^attn_implementation='flash_attention_2' ") as caught:
+        train(host, tmp_path, started, model=model, **adapter())
+    assert all(part in str(caught.value) for part in words)
+    assert started.steps == 0
+
+
+@pytest.mark.parametrize("autocast", [{"bf16": True}, {"fp16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}])
+def test_flash_attention_in_half_precision_passes(autocast, gpu):
+    gpu.setattr(attention, "importable", lambda module: True)
+    model = base(config("_attn_implementation", "flash_attention_2"))
+    args = SimpleNamespace(device=torch.device("cuda"), bf16=False, fp16=False)
+    attention.check_attention(model.to(torch.bfloat16), args)
+    with pytest.raises(ValueError, match="half precision"):
+        attention.check_attention(model.float(), args)
+    for key, value in autocast.items():
+        gpu.setenv(key, value) if key.isupper() else setattr(args, key, value)
+    attention.check_attention(model, args)
 
 
 @pytest.mark.parametrize("host", HOSTS)

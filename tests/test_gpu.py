@@ -6,11 +6,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from attention_kernels import watched
 from helpers import TERMS, ba_lora, quantised_layers, train, trainable
 from models import load_quantised, tiny_llama
+from packing import assert_same_terms, documents, leak, move
 
+from balora_plugin.attention import FLASH, flash_lacks, importable, is_flash
 from balora_plugin.cost import CostMeter
-from balora_plugin.documents import counted_positions
+from balora_plugin.documents import counted_positions, without_crossings
 from balora_plugin.fused import HeadFactor, TopLogProbs, spectral_term, spectrum, token_terms, top_log_probs
 from balora_plugin.objective import StepRequest, install
 from balora_plugin.schedules import Lambdas
@@ -159,6 +162,39 @@ def test_an_autocast_step_is_the_float32_step():
         assert mixed_terms[name].item() == pytest.approx(value.item(), rel=5e-2), name
         assert value.item() != 0
     assert 0 < relative(mixed_gradient, gradient) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "tolerance"),
+    [
+        ("sdpa", torch.float32, 1e-4),
+        ("sdpa", torch.bfloat16, 5e-2),
+        ("flash_attention_2", torch.bfloat16, 5e-2),
+        ("flash_attention_3", torch.bfloat16, 5e-2),
+        ("flex_attention", torch.float32, 5e-3),
+    ],
+)
+def test_packed_documents_have_the_terms_they_have_alone(kernel, dtype, tolerance):
+    """By the device's kernels, teacher and student by the same one. (On a CPU FlexAttention has no gradients.)"""
+    lacks = flash_lacks(kernel, DEVICE, torch.cuda.get_device_capability(), importable)
+    if is_flash(kernel) and (lacks or not importable(FLASH[kernel].module)):
+        pytest.skip(f"{kernel} {lacks[0] if lacks else 'would come from the hub'}")
+    base = tiny_llama(hidden_size=128, intermediate_size=128, max_position_embeddings=512).to(DEVICE, dtype)
+    base.set_attn_implementation(kernel)
+    model = ba_lora(base)
+    install(model.get_base_model())
+    move(model)
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(3, 90, (1, n), generator=generator) for n in (37, 64, 19, 80)]
+    alone = [{"input_ids": ids.to(DEVICE), "labels": ids.to(DEVICE)} for ids in texts]
+    row, positions = torch.cat(texts, 1), torch.cat([torch.arange(ids.shape[1]) for ids in texts])[None]
+    packed = without_crossings({"input_ids": row, "labels": row, "position_ids": positions})
+    packed = {key: value.to(DEVICE) for key, value in packed.items()}
+    with watched(kernel) as calls:
+        assert_same_terms(model, [packed], alone, tolerance)
+        assert leak(model, packed) < (tolerance if dtype == torch.bfloat16 else 1e-5)
+    assert len(calls) % 4 == 0 and set(calls) == {False, True}
+    assert leak(model, {**packed, "position_ids": None}, documents(packed)) > 0.1  # as where they see each other
 
 
 def test_the_cache_gives_the_device_what_it_was_given(tmp_path):

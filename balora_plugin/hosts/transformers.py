@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
+from ..attention import check_attention
 from ..checks import as_regularizers, check_arguments, resolve
 from ..head import check_head
 from ..trainer import BaLoraTrainerMixin
@@ -40,6 +41,7 @@ class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
             if isinstance(peft_config, BaLoraConfig):
                 if args is not None:
                     check_arguments(args)
+                    check_attention(model, args)
                 terms = as_regularizers(kwargs.get("regularizers") or peft_config.regularizers)
                 if resolve(model, terms, adapter_follows=True).task == "nlg":  # before the SVDs
                     check_head(model)

@@ -15,6 +15,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
+from ..attention import check_attention, check_flash
 from ..checks import as_regularizers, check_arguments, check_teacher, resolve
 from ..config import RegularizerConfig
 from ..head import check_head
@@ -52,6 +53,8 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
                     "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
                     "peft_config out."
                 )
+            if args is not None:
+                check_attention(model, args)
             self._ba_lora_check_task(resolve(model, as_regularizers(regularizers), adapter_follows=True))  # before SVDs
             check_head(model)
             self._ba_lora_head_checked = True
@@ -102,6 +105,8 @@ def _check_settings(
         check_teacher(peft_config, kwargs.get("teacher_model"), cached=regularizers.teacher_cache is not None)
     if args is not None:
         check_arguments(args)
+        attention = (getattr(args, "model_init_kwargs", None) or {}).get("attn_implementation")
+        check_flash(attention, f"attn_implementation={attention!r} in model_init_kwargs", "'sdpa' there")
         path = getattr(args, "chat_template_path", None)
         if path is not None and not (os.path.isfile(path) and path.endswith((".jinja", ".j2"))):
             raise ValueError(

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+import torch
 
+from ...attention import check_flash, is_flash
 from ...checks import MUTATING_STARTS
 from ...compiling import BACKEND
 from ...config import RegularizerConfig
+from ...doctor.requested import attention_of
 from .classification import check as check_classification
 from .classification import is_classification
 
@@ -330,10 +333,29 @@ def _check_engine(data: dict[str, Any]) -> None:
     for key in ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size"):
         if str(data.get(key) or 1) != "1":
             raise ValueError(f"{key}: {data[key]} is not supported with BA-LoRA yet: use DDP or DeepSpeed.")
-    attention = data.get("attn_implementation") or ("flash_attention_2" if data.get("flash_attention") else None)
     half = data.get("bf16", "auto") or data.get("fp16") or data.get("bfloat16") or data.get("float16")  # as Axolotl's
-    if attention and str(attention).startswith("flash_attention") and half in (False, None, "false"):
-        raise ValueError(
-            f"{'flash_attention: true' if data.get('flash_attention') else f'attn_implementation: {attention}'} needs "
-            "half precision: write bf16: true, or attn_implementation: sdpa."
-        )
+    if is_flash(attention_of(data)[2]) and half in (False, None, "false"):
+        raise ValueError(f"{attention_setting(data)} {_HALF}")
+
+
+_HALF = "needs half precision: write bf16: true, or attn_implementation: sdpa."
+
+
+def attention_setting(data: Any) -> str:
+    """The line of a YAML, written or validated, that names the attention implementation; empty without one."""
+    key, value, _ = attention_of(data)
+    return f"{key}: {str(value).lower() if value is True else value}" if key else ""
+
+
+def check_attention_here(cfg: Any, setting: str) -> None:
+    """The final config, before the model loads: flash attention that this machine or the precision cannot run.
+
+    Raises:
+        ValueError: `setting` (the line of the YAML), what is missing and what to write.
+    """
+    name = attention_of(cfg)[2]
+    if not is_flash(name):
+        return
+    check_flash(name, setting, "attn_implementation: sdpa")
+    if cfg.get("torch_dtype") == torch.float32:
+        raise ValueError(f"{setting} {_HALF}")

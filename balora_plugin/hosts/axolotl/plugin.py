@@ -31,6 +31,8 @@ from .checks import (
     SettingError,
     active,
     as_setting_errors,
+    attention_setting,
+    check_attention_here,
     check_command_line,
     check_raw,
     check_refused,
@@ -44,6 +46,7 @@ class BaLoraPlugin(BasePlugin):
     """`plugins: [balora_plugin.BaLoraPlugin]`, `adapter: ba_lora`, and a `ba_lora:` block or none."""
 
     _inference = False  # `axolotl inference` says so at register alone: validation drops its key
+    _attention = ""  # the line about it as it was written: validation rewrites older keys
 
     def register(self, cfg: Any) -> None:
         """Called with the YAML as written, before validation."""
@@ -51,6 +54,25 @@ class BaLoraPlugin(BasePlugin):
         with as_setting_errors():
             check_command_line()
             values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
+            self.check(values)
+            if values.get("adapter") == ADAPTER:
+                kbit.arrange(cfg)
+            if classifies(cfg):
+                classification.arrange(cfg)
+        self._inference, self._attention = bool(cfg.get("inference")), attention_setting(values)
+        if active(cfg):
+            for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
+                if cfg.get(key) is None:
+                    cfg[key] = False
+
+    @staticmethod
+    def check(values: dict[str, Any]) -> None:
+        """What a YAML as it was written would train otherwise than it says; needs no model and no data.
+
+        Raises:
+            SettingError: a ValueError, for the first such setting: key, value, remedy.
+        """
+        with as_setting_errors():
             check_raw(values)
             if values.get("ba_lora") is not None:
                 try:
@@ -58,15 +80,6 @@ class BaLoraPlugin(BasePlugin):
                 except ValidationError as error:
                     raise SettingError(_one_line(error)) from None
                 block.regularizers().resolved("nlu" if classification.is_classification(values) else "nlg")
-            if values.get("adapter") == ADAPTER:
-                kbit.arrange(cfg)
-            if classifies(cfg):
-                classification.arrange(cfg)
-        self._inference = bool(cfg.get("inference"))
-        if active(cfg):
-            for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
-                if cfg.get(key) is None:
-                    cfg[key] = False
 
     def get_input_args(self) -> str:
         return "balora_plugin.hosts.axolotl.args.BaLoraArgs"
@@ -79,6 +92,7 @@ class BaLoraPlugin(BasePlugin):
         with as_setting_errors():
             if active(cfg):
                 check_refused(cfg)
+                check_attention_here(cfg, self._attention or attention_setting(cfg))
             if cfg.adapter:
                 check_resumed(cfg)
             if cfg.adapter == ADAPTER:

@@ -1,0 +1,75 @@
+"""Say what is installed and what this machine can do, and whether a config can run here.
+
+  balora doctor
+  balora doctor --config config.yaml
+  balora doctor --json
+
+Versions are held against those that were tested; what is missing stands with the command that brings it. With --config
+(an Axolotl YAML, or plain keys of the same names) everything in it that cannot run here is listed. Nothing is loaded,
+written or asked of the network. The exit code is 0 when all is usable, 1 when something is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..doctor import Report
+
+HELP = "what is installed, what this machine can do, and whether a config can run here"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="a YAML to hold against this machine")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    values = None if args.config is None else read(args.config)
+    # before anything heavy is imported: packages that look for kernels on the hub, or report that they were imported
+    os.environ.update(HF_HUB_OFFLINE="1", AXOLOTL_DO_NOT_TRACK="1")
+    from ..doctor import about, look
+    from ._models import quiet
+
+    with quiet():
+        report = about(look(), values, args.config)
+    print(json.dumps(report.as_json(), indent=2, default=str) if args.json else in_words(report))
+    return 0 if report.usable else 1
+
+
+def read(path: str) -> dict[str, Any]:
+    """The YAML's keys.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping of keys to values.
+    """
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            values = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} is no mapping of keys to values: write one, such as an Axolotl YAML.")
+    return values
+
+
+def in_words(report: Report) -> str:
+    """The report as one screen of text."""
+    rows = [(line.state, line.subject, line.text, line.remedy) for line in report.lines]
+    width = max(len(subject) for _, subject, _, _ in rows)
+    text = []
+    for state, subject, what, remedy in rows:
+        bring = f"  ->  {remedy}" if remedy else ""
+        text.append(f"{state:7}  {subject:{width}}  {what}{bring}".rstrip())
+    if report.config is not None and report.problems:
+        text.append(f"{report.config} cannot run here:")
+        text += [f"{'PROBLEM':7}  {problem}" for problem in report.problems]
+    elif report.config is not None:
+        text.append(f"{report.config}: nothing in it that could not run here")
+    text.append("OK" if report.usable else "Not everything is usable: see PROBLEM above.")
+    return "\n".join(text)

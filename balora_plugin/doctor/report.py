@@ -1,0 +1,140 @@
+"""The facts of a machine as lines for people: what is there, what was tested together, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..attention import FLASH, flash_lacks
+from . import versions
+from .machine import Machine
+from .requested import Problem, attention_of, problems
+from .versions import ABSENT, BOUNDS, NEWER, OLD
+
+TOGETHER = (
+    "axolotl 0.19, trl 1.9, peft 0.20, transformers 5.16",
+    "trl 1.16, peft 0.21, transformers 5.23",
+)
+OK, NOTE, PROBLEM = "", "note", "PROBLEM"
+
+
+@dataclass
+class Line:
+    """One fact; `remedy` is the command that mends or brings it, empty where there is nothing to do."""
+
+    subject: str
+    text: str
+    state: str = OK
+    remedy: str = ""
+
+
+@dataclass
+class Report:
+    """Everything `balora doctor` says. `config`: the file that was asked about, None without one."""
+
+    lines: list[Line]
+    config: str | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the command's exit code is 0."""
+        return not self.problems and all(line.state != PROBLEM for line in self.lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "usable": self.usable,
+            "lines": [asdict(line) for line in self.lines],
+            "config": self.config,
+            "problems": [problem._asdict() for problem in self.problems],
+        }
+
+
+def about(machine: Machine, values: dict[str, Any] | None = None, config: str | None = None) -> Report:
+    """The report on `machine`, and on what of a YAML's `values` (from the file `config`) cannot run on it."""
+    asked = values or {}
+    lines = [*_versions(machine), *_device(machine), *_attention(machine, asked), *_compile(machine), _bits(machine)]
+    return Report(lines, config, [] if values is None else problems(values, machine))
+
+
+def _versions(machine: Machine) -> Iterator[Line]:
+    for name in versions.NAMES:
+        version = machine.versions.get(name)
+        standing = versions.standing(name, version)
+        bounds = BOUNDS.get(name)
+        if standing == ABSENT:
+            needed = bounds is not None and bounds.needed
+            yield Line(name, ABSENT, PROBLEM if needed else OK, versions.remedy(name))
+        elif standing == OLD:
+            assert bounds is not None
+            yield Line(name, f"{version}  {OLD}: needs {bounds.least} or newer", PROBLEM, versions.remedy(name))
+        elif standing == NEWER:
+            assert bounds is not None
+            yield Line(name, f"{version}  {NEWER} ({_span(bounds)})", NOTE, versions.remedy(name))
+        else:
+            tested = "" if bounds is None or standing == versions.TESTED else f" (tested: {_span(bounds)})"
+            yield Line(name, f"{version}  {standing}{tested}")
+    found = versions.conflicts(machine.versions)
+    for conflict in found:
+        yield Line(
+            "together",
+            f"{conflict.name} {conflict.version} asks for {conflict.requirement}, found {conflict.found}",
+            PROBLEM,
+            f'pip install "{conflict.requirement}"',
+        )
+    if not found:
+        yield Line("together", "; or ".join(TOGETHER))
+
+
+def _span(bounds: versions.Bounds) -> str:
+    return bounds.last if bounds.first == bounds.last else f"{bounds.first} to {bounds.last}"
+
+
+def _device(machine: Machine) -> Iterator[Line]:
+    if machine.device == "cpu":
+        yield Line("device", f"CPU ({machine.name}), no GPU: small models and tests")
+        return
+    capability = "" if machine.capability is None else ", compute capability {}.{}".format(*machine.capability)
+    memory = f", {machine.memory_gib:.0f} GiB" if machine.memory_gib else ""
+    several = f"{machine.count} x " if machine.count > 1 else ""
+    bf16 = "bf16" if machine.bf16 else "no bf16: write bf16: false, fp16: true"
+    yield Line("device", f"{several}{machine.name}{memory}{capability}, {bf16}", OK if machine.bf16 else NOTE)
+
+
+def _attention(machine: Machine, values: dict[str, Any]) -> Iterator[Line]:
+    """The kernel that will be used, and what the flash implementations lack."""
+    key, value, name = attention_of(values)
+    kernels = f" ({', '.join(machine.sdpa)})" if name == "sdpa" else ""
+    why = f"by {key}: {str(value).lower() if isinstance(value, bool) else value}" if key else "the default"
+    yield Line("attention", f"{name}{kernels}, {why}")
+    device = None if machine.device == "cpu" else machine.device
+    for flash in FLASH:
+        lacks = flash_lacks(flash, device, machine.capability, machine.modules.__contains__)
+        if lacks is not None:
+            yield Line(flash, lacks[0], OK, lacks[1])
+        elif machine.device == "cuda" and FLASH[flash].module not in machine.modules:
+            yield Line(flash, "from the hub at its first use, by the package kernels")
+        else:
+            yield Line(flash, "usable, in half precision")
+
+
+def _compile(machine: Machine) -> Iterator[Line]:
+    if "ba_lora" in machine.backends:
+        yield Line("compile", "torch.compile knows the backend ba_lora; ba_lora: {compile: true} turns it on")
+    else:
+        text = "the backend ba_lora is not registered: compile: true works, torch.compile(backend=...) does not"
+        yield Line("compile", text, NOTE, "pip install . in a clone of balora-plugin")
+    if machine.compiler is None:
+        what = "a C++ compiler" if machine.device == "cpu" else "triton or a C compiler"
+        bring = "apt install g++" if machine.device == "cpu" else "pip install triton, apt install gcc"
+        yield Line("compiler", f"{what} is missing: compile: true would run eagerly", NOTE, bring)
+    else:
+        yield Line("compiler", machine.compiler)
+
+
+def _bits(machine: Machine) -> Line:
+    if machine.bitsandbytes is None:
+        return Line("4-bit, 8-bit", f"bitsandbytes {machine.versions.get('bitsandbytes')} on {machine.device}")
+    return Line("4-bit, 8-bit", f"bitsandbytes {machine.bitsandbytes}", NOTE, versions.remedy("bitsandbytes"))

@@ -1,0 +1,192 @@
+"""What of a YAML (Axolotl's, or plain keys of the same names) cannot run on a machine: key, value, remedy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ..attention import flash_lacks, is_flash
+from . import versions
+from .machine import Machine
+
+PLUGIN = "balora_plugin.BaLoraPlugin"
+FLAGS = {  # Axolotl's older keys -> attn_implementation
+    "xformers_attention": "xformers",
+    "sage_attention": "sage",
+    "flex_attention": "flex_attention",
+    "flash_attention": "flash_attention_2",
+    "sdp_attention": "sdpa",
+    "eager_attention": "eager",
+}
+NEEDS = {"xformers": ("xformers", "xformers"), "sage": ("sageattention", "sageattention")}  # module, pip's name
+
+
+class Problem(NamedTuple):
+    """One setting that cannot run here."""
+
+    key: str
+    value: Any
+    why: str
+    remedy: str
+
+    def __str__(self) -> str:
+        value = "" if self.value is None else f" {str(self.value).lower() if self.value is True else self.value}"
+        return f"{self.key}:{value} {self.why}{self.remedy and f': {self.remedy}'}"
+
+
+def attention_of(values: Any) -> tuple[str, Any, str]:
+    """Key and value of the line about attention, and the implementation it asks for; ("", None, "sdpa") without one."""
+    for key in ("attn_implementation", *FLAGS):
+        if values.get(key):
+            return key, values[key], str(values[key]) if key == "attn_implementation" else FLAGS[key]
+    return "", None, "sdpa"
+
+
+def for_axolotl(values: dict[str, Any]) -> bool:
+    """True for a YAML that Axolotl is to run: plain keys have no base_model."""
+    return "base_model" in values
+
+
+def problems(values: dict[str, Any], machine: Machine) -> list[Problem]:
+    """Everything in a YAML that cannot run on `machine`.
+
+    Args:
+        values: The YAML as it was written.
+        machine: The facts to hold it against.
+    """
+    checks = (_hosts, _attention, _precision, _quantisation, _compiling, _engines, _paths)
+    found = [problem for check in checks for problem in check(values, machine)]
+    if for_axolotl(values) and machine.has("axolotl"):
+        found += _of_the_plugin(values, {problem.key for problem in found})
+    return found
+
+
+def _hosts(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+    if for_axolotl(values) and not machine.has("axolotl"):
+        yield Problem(
+            "base_model", values["base_model"], "needs Axolotl, which is not installed", versions.remedy("axolotl")
+        )
+    if values.get("adapter") == "ba_lora" and PLUGIN not in (values.get("plugins") or []):
+        yield Problem("adapter", "ba_lora", "is this plug-in's, and no line names it", f"write plugins: [{PLUGIN}]")
+
+
+def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+    key, value, name = attention_of(values)
+    instead = "write attn_implementation: sdpa"
+    if is_flash(name):
+        device = None if machine.device == "cpu" else machine.device
+        lacks = flash_lacks(name, device, machine.capability, machine.modules.__contains__)
+        if lacks is not None:
+            yield Problem(key, value, lacks[0], f"{lacks[1]}, or {instead}" if lacks[1] else instead)
+        half = values.get("bf16", "auto") or values.get("fp16") or values.get("bfloat16") or values.get("float16")
+        if not half:
+            yield Problem(key, value, "computes in half precision alone, this run in float32", "write bf16: true")
+    elif name in NEEDS and NEEDS[name][0] not in machine.modules:
+        package = NEEDS[name][1]
+        yield Problem(key, value, f"needs the package {package}", f"pip install {package}, or {instead}")
+    elif name == "flex_attention" and machine.device == "cpu":
+        yield Problem(key, value, "has no backward pass on a CPU", instead)
+
+
+def _precision(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+    without = machine.device == "cpu" and not values.get("use_cpu")
+    for key in ("bf16", "bfloat16"):
+        if values.get(key) is True and without:
+            yield Problem(key, True, "needs a GPU, and there is none here", f"write {key}: false")
+        elif values.get(key) is True and machine.device != "cpu" and not machine.bf16:
+            yield Problem(key, True, f"is not computed by {machine.name}", f"write {key}: false and fp16: true")
+    for key in ("fp16", "float16"):
+        if values.get(key) is True and without:
+            yield Problem(key, True, "needs a GPU, and there is none here", f"write {key}: false")
+    if for_axolotl(values) and without and values.get("bf16", "auto") == "auto" and values.get("fp16") is None:
+        yield Problem(
+            "bf16",
+            "auto",
+            "becomes fp16: true where there is no GPU, which needs one",
+            "write bf16: false, fp16: false",
+        )
+    if values.get("tf32") is True and (machine.capability or (0, 0)) < (8, 0):
+        yield Problem("tf32", True, "needs a CUDA device of compute capability 8.0 or more", "write tf32: false")
+    if values.get("fp8") and (machine.capability or (0, 0)) < (8, 9):
+        yield Problem("fp8", values["fp8"], "needs a CUDA device of compute capability 8.9 or more", "remove it")
+
+
+def _quantisation(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+    optimizer = str(values.get("optimizer") or values.get("optim") or "")
+    lines: list[tuple[str, Any]] = [(key, True) for key in ("load_in_4bit", "load_in_8bit") if values.get(key) is True]
+    if "8bit" in optimizer or "bnb" in optimizer:
+        lines.append(("optimizer" if values.get("optimizer") else "optim", optimizer))
+    if machine.bitsandbytes is None:
+        return
+    command = versions.remedy("bitsandbytes")
+    for key, value in lines:
+        instead = f"write {key}: false" if value is True else f"write {key}: adamw_torch"
+        yield Problem(key, value, f"needs bitsandbytes, which {machine.bitsandbytes}", f"{command}, or {instead}")
+
+
+def _compiling(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+    block = _block(values)
+    key = "ba_lora.compile" if block.get("compile") else "compile" if values.get("compile") is True else None
+    bring = "apt install g++" if machine.device == "cpu" else "pip install triton, apt install gcc"
+    if key is not None and machine.compiler is None:
+        yield Problem(key, True, "has no compiler here, so it would run eagerly", f"{bring}, or remove it")
+    backend = values.get("torch_compile_backend")
+    if backend is None:
+        return
+    if backend not in machine.backends:
+        yield Problem("torch_compile_backend", backend, "is no backend here", f"write one of {_some(machine.backends)}")
+    elif backend in ("inductor", "ba_lora") and machine.compiler is None:
+        yield Problem("torch_compile_backend", backend, "has no compiler here", bring)
+
+
+def _engines(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+    value = values.get("deepspeed")
+    if value and not machine.has("deepspeed"):
+        yield Problem("deepspeed", _brief(value), "needs the package deepspeed", "pip install deepspeed")
+
+
+def _paths(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+    """Paths that look local and are not there; names on the hub are not looked up."""
+    block = _block(values)
+    named = [(key, values.get(key)) for key in ("base_model", "lora_model_dir", "resume_from_checkpoint", "deepspeed")]
+    named.append(("ba_lora.start_from", block.get("start_from")))
+    for key in ("datasets", "test_datasets"):
+        entries = values.get(key)
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, dict):
+                named.append((f"{key}[{index}].path", entry.get("path")))
+    for key, value in named:
+        if isinstance(value, str) and looks_local(value) and not os.path.exists(os.path.expanduser(value)):
+            yield Problem(key, value, "does not exist", "write a path that does (relative ones count from here)")
+
+
+def looks_local(name: str) -> bool:
+    """True for what can be no name on the hub: a path with a lead, an ending or more than one slash."""
+    ends = (".json", ".jsonl", ".yaml", ".yml", ".parquet", ".csv", ".safetensors")
+    return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name) or name.endswith(ends)
+
+
+def _of_the_plugin(values: dict[str, Any], known: set[str]) -> list[Problem]:
+    """The first finding of the plug-in's own checks, if it is about another key."""
+    from .. import BaLoraPlugin
+
+    try:
+        BaLoraPlugin.check(values)
+    except ValueError as error:
+        key, _, rest = str(error).partition(":")
+        return [] if key in known else [Problem(key, None, rest.strip(), "")]
+    return []
+
+
+def _block(values: dict[str, Any]) -> dict[str, Any]:
+    block = values.get("ba_lora")
+    return block if isinstance(block, dict) else {}
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(name for name in names if name in ("inductor", "eager", "aot_eager", "cudagraphs"))
+
+
+def _brief(value: Any) -> Any:
+    return value if isinstance(value, str) else "{...}"

@@ -1,0 +1,122 @@
+"""Versions: what is installed, what was tested, what packages ask of one another. Imports none of them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import NamedTuple
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import InvalidVersion, Version
+
+
+class Bounds(NamedTuple):
+    """Least version that works, first and last release tested: those of pyproject.toml and requirements/ (a test)."""
+
+    least: str
+    first: str
+    last: str
+    needed: bool = False
+
+
+BOUNDS = {
+    "python": Bounds("3.10", "3.11", "3.11", needed=True),
+    "torch": Bounds("2.6", "2.13", "2.13", needed=True),
+    "transformers": Bounds("5.16", "5.16", "5.23", needed=True),
+    "peft": Bounds("0.20", "0.20", "0.21", needed=True),
+    "trl": Bounds("1.9", "1.9", "1.16"),
+    "axolotl": Bounds("0.19", "0.19", "0.19"),
+    "accelerate": Bounds("1.4", "1.13", "1.15"),
+    "bitsandbytes": Bounds("0.50", "0.50", "0.50"),
+}
+OTHERS = ("deepspeed", "flash-attn")  # optional, and no release of theirs is pinned
+NAMES = (*BOUNDS, *OTHERS)
+
+TESTED, SUPPORTED, NEWER, OLD, ABSENT = "tested", "supported", "newer than tested", "too old", "not installed"
+
+
+def installed() -> dict[str, str | None]:
+    """The version of every package this command speaks of, None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in NAMES[1:]:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def standing(name: str, version: str | None) -> str:
+    """TESTED, SUPPORTED (between the least and the first tested, or nothing is pinned), NEWER, OLD or ABSENT."""
+    if version is None:
+        return ABSENT
+    bounds = BOUNDS.get(name)
+    if bounds is None:
+        return SUPPORTED
+    try:
+        here = Version(version).release[:2]
+    except InvalidVersion:  # a checkout
+        return SUPPORTED
+    least, first, last = (Version(text).release[:2] for text in bounds[:3])
+    if here < least:
+        return OLD
+    if here > last:
+        return NEWER
+    return TESTED if here >= first else SUPPORTED
+
+
+def remedy(name: str) -> str:
+    """The command that brings a version that was tested."""
+    if name == "flash-attn":
+        return "pip install flash-attn --no-build-isolation"
+    bounds = BOUNDS.get(name)
+    if bounds is None:
+        return f"pip install {name}"
+    if name == "python":
+        return f"make an environment with python {bounds.last}"
+    if bounds.first == bounds.last:
+        return f'pip install "{name}=={bounds.last}.*"'
+    major, minor = Version(bounds.last).release
+    return f'pip install "{name}>={bounds.first},<{major}.{minor + 1}"'
+
+
+class Conflict(NamedTuple):
+    """`name` `version` asks for `requirement`, and `found` is installed."""
+
+    name: str
+    version: str
+    requirement: str
+    found: str
+
+
+def conflicts(versions: Mapping[str, str | None], required: Mapping[str, list[str]] | None = None) -> list[Conflict]:
+    """What installed packages ask of one another and do not get.
+
+    Args:
+        versions: As from `installed`.
+        required: Requirement lines by package; None: as their own metadata says.
+    """
+    found = []
+    for name, version in versions.items():
+        if version is None or name == "python":
+            continue
+        for line in _requires(name) if required is None else required.get(name, []):
+            try:
+                requirement = Requirement(line)
+            except InvalidRequirement:
+                continue
+            here = versions.get(requirement.name.lower())
+            if here is None or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
+                continue
+            if not requirement.specifier.contains(here, prereleases=True):
+                wanted = f"{requirement.name}{requirement.specifier}"
+                found.append(Conflict(name, version, wanted, here))
+    return found
+
+
+def _requires(name: str) -> list[str]:
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []

@@ -1,0 +1,85 @@
+"""Packed batches in Axolotl: the terms of the same samples unpacked; flash attention that cannot run here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("axolotl")
+
+from attention_kernels import install_reference_flash_attention, watched
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.train import setup_model_and_trainer
+from packing import assert_same_terms, documents, leak, move
+
+from balora_plugin.hosts.axolotl import checks
+from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin
+
+PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 1}
+
+
+def set_up(path):
+    """Axolotl's trainer for a YAML, its model in float64 and away from its start, and its collator's batches."""
+    cfg = load_cfg(str(path))
+    trainer = setup_model_and_trainer(cfg=cfg, dataset_meta=load_datasets(cfg=cfg, cli_args=TrainerCliArgs()))[0]
+    move(trainer.model.double())
+    return trainer, [dict(batch) for batch in trainer.get_train_dataloader()]
+
+
+def test_the_terms_are_those_of_the_same_samples_unpacked(written, monkeypatch):
+    """Prompts counted too: Axolotl counts a document's first token after the one before it, which no sample alone does.
+
+    By SDPA, and by FlashAttention's functions written with PyTorch's.
+    """
+    shared = {"sequence_len": 768, "train_on_inputs": True, "attn_implementation": "sdpa"}
+    trainer, packed = set_up(written(**shared, **PACKED))
+    _, padded = set_up(written(**shared, micro_batch_size=4))
+    assert all(len(batch["input_ids"]) == 1 and "attention_mask" not in batch for batch in packed)
+    several = next(batch for batch in packed if len(documents(batch)) > 2)
+    assert all(several["labels"][0, start] != -100 for _, start, _ in documents(several))  # as the host has it
+    _, count = trainer.get_batch_samples(iter(packed), len(packed), torch.device("cpu"))
+    assert int(count) == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in padded)
+    model, several = trainer.model, trainer._ba_lora_inputs(several)
+    packed, padded = ([trainer._ba_lora_inputs(batch) for batch in batches] for batches in (packed, padded))
+    assert_same_terms(model, packed, padded, 1e-10)
+    assert leak(model, several) < 1e-12
+    install_reference_flash_attention(monkeypatch)
+    model.config._attn_implementation = "flash_attention_2"  # Axolotl itself would look for a GPU
+    with watched("flash_attention_2") as calls:
+        assert_same_terms(model, packed, padded, 1e-10)
+        assert leak(model, several) < 1e-12
+    assert calls
+    assert leak(model, {**several, "position_ids": None}, documents(several)) > 0.1  # as where they see each other
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"flash_attention": True, "bf16": "auto", "fp16": None}, "flash_attention: true"),
+        ({"attn_implementation": "flash_attention_3", "fp16": True}, "attn_implementation: flash_attention_3"),
+    ],
+)
+def test_flash_attention_without_a_gpu_is_refused_in_the_yamls_words(changes, setting, written, monkeypatch):
+    """Before the model loads, not when the YAML is read: data may be prepared on another machine."""
+    monkeypatch.setattr("balora_plugin.attention.accelerator", lambda: None)
+    cfg = load_cfg(str(written(**changes)))
+    plugin = next(p for p in _plugins() if isinstance(p, BaLoraPlugin))
+    with pytest.raises(ValueError, match=rf"^{setting} needs a GPU, and there is none here: write attn_impl"):
+        plugin.pre_model_load(cfg)
+
+
+def _plugins():
+    from axolotl.integrations.base import PluginManager
+
+    return PluginManager.get_instance().plugins.values()
+
+
+def test_flash_attention_in_the_precision_of_the_final_config(monkeypatch):
+    """bf16: auto on a GPU that has none, and fp16: false."""
+    monkeypatch.setattr("balora_plugin.attention.accelerator", lambda: "xpu")
+    setting, cfg = "flash_attention: true", {"attn_implementation": "flash_attention_2", "torch_dtype": torch.float32}
+    with pytest.raises(ValueError, match=r"^flash_attention: true needs half precision: write bf16: true"):
+        checks.check_attention_here(cfg, setting)
+    checks.check_attention_here({**cfg, "torch_dtype": torch.bfloat16}, setting)
