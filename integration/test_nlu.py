@@ -275,3 +275,33 @@ def test_gathered_statistics_on_two_ranks_are_one_processs(tmp_path):
     for alone, both in zip(one["logs"], two["logs"], strict=True):
         for key, value in alone.items():
             assert both[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    # nine samples: the last batch of the second rank is nothing but repeats
+    assert "eval_balora/svd" in one["evaluation"]
+    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=1e-4, abs=1e-6)
+    assert two["predictions"] == pytest.approx(one["predictions"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [{}, {"multi": True}, {"regression": True}])
+def test_a_batch_of_nothing_but_repeats_counts_nothing(kind, tmp_path, monkeypatch):
+    """A label of -100 is a score like another in a regression, and the mean loss over no sample NaN."""
+    trainer = build(
+        tmp_path,
+        classifier(num_labels=1 if "regression" in kind else 3),
+        SAMPLE_TERMS,
+        rows(8, **kind),
+        per_device_eval_batch_size=4,
+    )
+    first = trainer.evaluate(rows(8, **kind).select(range(4)))
+    batches = []
+
+    def repeated(accelerator, n):
+        batches.append(n)
+        return n if len(batches) % 2 == 0 else 0
+
+    monkeypatch.setattr("balora_plugin.trainer.repeated_rows", repeated)
+    both = trainer.evaluate(rows(8, **kind))
+    assert len(batches) == 2
+    for key in ("eval_balora/task", "eval_balora/loss", "eval_balora/consistency"):
+        assert both[key] == pytest.approx(first[key], rel=1e-6), key
+    unlabelled = rows(8, **kind).remove_columns("labels")
+    assert trainer.predict(unlabelled).predictions.shape[0] == 8 and len(batches) == 4
