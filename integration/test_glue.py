@@ -19,7 +19,7 @@ from balora_plugin.commands import main
 from balora_plugin.glue import report
 from balora_plugin.glue.metrics import score
 from balora_plugin.glue.recipe import METHODS, read_recipe
-from balora_plugin.glue.tasks import GLUE_X, LABELS, TASKS, comparable, label_of
+from balora_plugin.glue.tasks import GLUE_X, LABELS, TASKS, comparable, label_of, positive_class
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs" / "glue").glob("*.yaml"))
 # the text columns as GLUE names them
@@ -185,6 +185,20 @@ def test_scores():
     assert score(("pearson", "spearman", "matthews"), [1, 1], [0, 1]) == {"pearson": 0, "spearman": 0, "matthews": 0}
     with pytest.raises(ValueError, match="no samples"):
         score(names, [], [])
+
+
+def test_answers_score_alike_as_paraphrases_and_as_entailment():
+    """MRPC's model on HANS: F1 of class 1 would there be that of what does not follow."""
+    pytest.importorskip("sklearn")
+    answers, meant = [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]  # of a paraphrase model: 1 is yes
+    found = {}
+    for data in ("paraphrase", "nli2"):
+        gold = meant if data == "paraphrase" else [1 - label for label in meant]
+        found[data] = score(
+            TASKS["mrpc"].scores, *comparable(answers, gold, "paraphrase", data), positive=positive_class(data)
+        )
+    assert found["nli2"] == found["paraphrase"] == pytest.approx({"accuracy": 500 / 6, "f1": 800 / 9})
+    assert positive_class("nli3") == positive_class("qnli") == 0 and positive_class("sentiment") == 1
 
 
 def test_the_best_rate_is_chosen_over_seeds():

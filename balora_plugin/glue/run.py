@@ -21,7 +21,7 @@ from .data import read_jsonl, read_split
 from .metrics import score
 from .recipe import Recipe, Settings
 from .separation import FeatureTap, save
-from .tasks import GLUE_X, Task, comparable
+from .tasks import GLUE_X, Task, comparable, positive_class
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def _scores(trainer: Any, task: Task, rows: Any, kind: str) -> dict[str, float]:
     if task.kind == "similarity":
         return score(task.scores, logits[:, 0].tolist(), gold)
     found, gold = comparable(logits.argmax(-1).tolist(), [int(label) for label in gold], task.kind, kind)
-    return score(task.scores, found, gold)
+    return score(task.scores, found, gold, positive=positive_class(kind))
 
 
 def _glue_x(trainer: Any, task: Task, job: Job, directory: str | None, prepared: Any) -> dict[str, dict[str, float]]:
