@@ -235,6 +235,20 @@ def _teacher_key(adapter):
     return "classifier.weight" if adapter == "full" else "base_model.model.classifier.original_module.weight"
 
 
+def test_a_head_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path):
+    """An SVD of NaN raises by itself, and says nothing of term, step or checkpoint."""
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.get_base_model().classifier.modules_to_save["default"].weight.data[0, 0] = math.nan
+
+    trainer = build(tmp_path, save_strategy="steps", save_steps=2, logging_steps=100, callbacks=[Poison()])
+    with pytest.raises(FloatingPointError, match=r"balora/task: .* NaN or inf at step 3\b.*checkpoint-2"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
 def test_refused_by_name(tmp_path):
     for terms, changes, message in (
         ({"head_warmup_steps": 4}, {}, "head_warmup_steps=4 is not below the 4 optimizer steps"),
