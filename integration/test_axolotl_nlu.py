@@ -140,6 +140,7 @@ REFUSED = {
     "merging": ({"merge_method": "memory_efficient"}, "merge_method: memory_efficient would leave out"),
     "top": ({"label_column": "y"}, "write ba_lora.label_column"),
     "cache": ({"ba_lora": {"teacher_cache": "x"}}, "teacher_cache='x' with task='nlu'"),
+    "deepspeed": ({"deepspeed": "zero2.json"}, "deepspeed: zero2.json does not work with model_type"),
     "compile": ({"ba_lora": {"compile": True}}, "ba_lora.compile: true"),
 }
 

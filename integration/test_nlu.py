@@ -264,6 +264,37 @@ def test_refused_by_name(tmp_path):
         build(tmp_path, new_head(1), adapter="full", teacher_model=new_head(2))
 
 
+@pytest.mark.parametrize("kind", ["llama", "deberta-v2", "roberta"])
+def test_the_head_of_a_half_precision_base_trains_in_float32(kind, tmp_path, caplog):
+    """At 2e-5 most of a bfloat16 head's weights would not move at all."""
+    trainer = build(tmp_path, classifier(kind).bfloat16(), bf16=True, learning_rate=2e-5, max_steps=2)
+    heads = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_" not in n}
+    before = {n: p.detach().clone() for n, p in heads.items()}
+    assert trainer.evaluate()["eval_balora/consistency"] == 0.0
+    trainer.train()
+    for name, p in heads.items():
+        assert p.dtype == torch.float32, name
+        assert (p != before[name]).float().mean() > 0.9, name
+    trainer.model.eval()(**batch())  # without autocast too
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        build(tmp_path, classifier(kind).bfloat16())
+    assert "would train in half precision" in caplog.text and "bf16=True" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_that_would_lose_the_teachers_head_are_refused(engine, tmp_path, monkeypatch):
+    original = BaLoraTrainer.create_accelerator_and_postprocess
+
+    def create(self):
+        original(self)
+        setattr(self, f"is_{engine}_enabled", True)
+
+    monkeypatch.setattr(BaLoraTrainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(ValueError, match=f"{engine}=True does not work with task='nlu'.*use DDP"):
+        build(tmp_path)
+
+
 def test_gathered_statistics_on_two_ranks_are_one_processs(tmp_path):
     """Covariance and spectrum over both ranks' samples: losses, gradients and logs of one process with all of them."""
     from integration.nlu_worker import train
