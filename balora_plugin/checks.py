@@ -170,10 +170,10 @@ def check_teacher(
     if teacher_model is not None or (adapter is None and cached):
         return
     if adapter is None:
+        cache = "" if is_classifier(model) else " set teacher_cache=<a directory> (filled before the first step),"
         raise ValueError(
             "lambda_consistency > 0 in full fine-tuning has no adapter to switch off for the teacher: pass "
-            "teacher_model=<the pre-trained model>, set teacher_cache=<a directory> (filled before the first step), or "
-            "set lambda_consistency=0."
+            f"teacher_model=<the pre-trained model>,{cache} or set lambda_consistency=0."
         )
     if getattr(adapter, "is_prompt_learning", False):
         raise ValueError(f"{type(adapter).__name__} cannot be switched off for the teacher: pass teacher_model=...")

@@ -13,12 +13,14 @@ import torch
 import yaml
 from classifiers import batch, classifier
 from models import character_tokenizer
+from transformers import TrainingArguments
 
 from balora_plugin.commands import glue as command
 from balora_plugin.commands import main
 from balora_plugin.glue import report
 from balora_plugin.glue.metrics import score
 from balora_plugin.glue.recipe import METHODS, read_recipe
+from balora_plugin.glue.run import jobs_of, run
 from balora_plugin.glue.tasks import GLUE_X, LABELS, TASKS, comparable, label_of, positive_class
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs" / "glue").glob("*.yaml"))
@@ -126,6 +128,16 @@ def test_a_wrong_command_is_one_line(changes, message, local, tmp_path, capsys):
     assert len(error) == 1 and message in error[0]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_several_gpus_in_one_process_are_refused_for_every_method(method, local, tmp_path, monkeypatch):
+    """DataParallel would multiply the batch of full fine-tuning, the baseline, alone."""
+    recipe = read_recipe(str(local / "recipe.yaml"))
+    (job,) = jobs_of(recipe, [TASKS["wnli"]], [method], [1], 0)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"n_gpu=2: nn\.DataParallel is not supported"):
+        run(job, TASKS["wnli"], data=str(local / "data"), glue_x=None, keep=str(tmp_path))
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_papers_recipes(path):
     recipe = read_recipe(str(path))
@@ -149,6 +161,12 @@ def test_the_papers_recipes(path):
         ({"model": "m", "tasks": {"ax": {}}}, "'ax' is not a task of GLUE"),
         ({"model": "m", "defaults": {"learning_rates": ["1e-4"]}}, r"YAML reads 1e-4 as text"),
         ({"model": "m", "defaults": {"batch_size": 0}}, "batch_size: 0 must be a whole number"),
+        ({"model": "m", "defaults": {"epochs": "10"}}, "epochs: '10' must be a number above 0"),
+        ({"model": "m", "defaults": {"warmup_ratio": 6}}, "warmup_ratio: 6 must be a number from 0 to below 1"),
+        ({"model": "m", "defaults": {"max_steps": 0}}, "max_steps: 0 must be a whole number >= 1, or -1"),
+        ({"model": "m", "defaults": {"lora_dropout": 1}}, "lora_dropout: 1 must be a number from 0 to below 1"),
+        ({"model": "m", "tasks": {"rte": {"lora_alpha": -8}}}, "lora_alpha: -8 must be a number above 0"),
+        ({"model": "m", "defaults": {"weight_decay": float("nan")}}, "weight_decay: nan must be a number >= 0"),
         ({"model": "m", "regularizers": {"svd_layout": "flattened"}}, "svd_layout='flattened' with task='nlu'"),
     ],
 )

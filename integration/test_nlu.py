@@ -257,6 +257,8 @@ def test_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             build(tmp_path, terms=RegularizerConfig(**terms), **changes).train()
+    with pytest.raises(ValueError, match="pass teacher_model=<the pre-trained model>, or set lambda_consistency=0"):
+        build(tmp_path, adapter="full")  # a cache would be refused next
     config = BaLoraConfig(r=2, compile=True)
     with pytest.raises(ValueError, match="compile=True is for causal language models"):
         BaLoraTrainer(classifier(), arguments(tmp_path), peft_config=config, train_dataset=rows())

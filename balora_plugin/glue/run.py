@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.config import BaLoraConfig
+from ..checks import check_arguments
 from ..config import RegularizerConfig
 from ..nlu.data import columns_of, tokenised
 from .data import read_jsonl, read_split
@@ -170,7 +171,7 @@ def _arguments(job: Job, output: str) -> Any:
     from transformers import TrainingArguments
 
     settings = job.settings
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=output,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
@@ -189,6 +190,8 @@ def _arguments(job: Job, output: str) -> Any:
         logging_steps=50,
         disable_tqdm=True,
     )
+    check_arguments(args)  # full fine-tuning asks for it too: DataParallel would multiply its batch
+    return args
 
 
 def _scores(trainer: Any, task: Task, rows: Any, kind: str) -> dict[str, float]:
