@@ -1,5 +1,4 @@
-"""Trains a classifier with gathered batch statistics on this rank's share, then evaluates; rank 0 stores gradients, logs
-and evaluations."""
+"""Trains a classifier with gathered batch statistics on this rank's share, then evaluates; rank 0 stores what came."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from integration.test_nlu import Gradients, build, rows
 
 
 def train(batch: int) -> dict[str, Any] | None:
-    """Gradients of the first step, the logs of two, of `batch` samples a rank and step, and evaluations of nine samples.
+    """Gradients of the first step and the logs of two, of `batch` samples a rank and step; an evaluation of nine samples.
 
     On two ranks of four the second has nothing but repeats in the last batch.
     """

@@ -143,8 +143,7 @@ REFUSED = {
     "deepspeed": ({"deepspeed": "zero2.json"}, "deepspeed: zero2.json does not work with model_type"),
     "full": (
         {"adapter": None, "ba_lora": {"apply_to": "full", "teacher_cache": "x"}},
-        "ba_lora.lambda_consistency: the preset has no teacher in full fine-tuning, where no adapter can be switched off: "
-        "write 0.",
+        "has no teacher in full fine-tuning, where no adapter can be switched off: write 0.",
     ),
     "compile": ({"ba_lora": {"compile": True}}, "ba_lora.compile: true"),
 }

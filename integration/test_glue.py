@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +111,52 @@ def test_methods_seeds_and_runs_that_are_not_repeated(local, tmp_path, capsys):
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == files
+
+
+def test_a_run_is_repeated_where_more_is_asked_of_it_or_its_data_have_changed(local, tmp_path, capsys, monkeypatch):
+    """The trainings are counted; a second call with what the record holds makes none."""
+    pytest.importorskip("sklearn")
+    for name, source in (("data/sst2", "data/sst2"), ("x", "glue-x")):
+        shutil.copytree(local / source, tmp_path / name)
+    runs, drawn = [], []
+
+    def counted(*args, **how):
+        runs.append(how)
+        return run(*args, **how)
+
+    def figure(methods, path, title):
+        drawn.append([snapshot.step for snapshot in methods["ba_lora"]])
+        return {}
+
+    monkeypatch.setattr("balora_plugin.glue.run.run", counted)
+    monkeypatch.setattr("balora_plugin.glue.separation.check_matplotlib", lambda: None)
+    monkeypatch.setattr("balora_plugin.glue.separation.figure", figure)
+    base = ["glue", "--recipe", str(local / "recipe.yaml"), "--data", str(tmp_path / "data"), "--task", "sst2"]
+    base += ["--seeds", "1", "--output", str(tmp_path / "out")]
+    more = [*base, "--glue-x", str(tmp_path / "x"), "--keep"]
+
+    def trainings(arguments):
+        before = len(runs)
+        assert main(arguments) == 0
+        return len(runs) - before
+
+    def entry():
+        return json.loads((tmp_path / "out" / "results.json").read_text())[0]
+
+    assert trainings(base) == 1 and not entry()["glue_x"]
+    assert trainings(more) == 1 and set(entry()["glue_x"]) == set(GLUE_X["sst2"])
+    (adapter,) = (tmp_path / "out" / "adapters").iterdir()
+    assert trainings(more) == trainings(base) == 0
+    shutil.rmtree(adapter)
+    assert trainings(more) == 1
+    write(tmp_path / "x" / "imdb.jsonl", rows(("sentence",), [1], 4))
+    assert trainings(more) == 1
+    assert trainings([*base, "--separation", "0"]) == 1 and trainings([*base, "--separation", "1"]) == 1
+    assert trainings([*more, "--separation", "0"]) == 0  # nothing that was asked before is lost
+    assert drawn == [[0, 2], [1, 2], [0, 2]]
+    old = entry()["scores"]
+    write(tmp_path / "data" / "sst2" / "validation.jsonl", rows(("sentence",), [1, 0], 7))
+    assert trainings(base) == 1 and entry()["scores"] != old and not entry()["glue_x"]
 
 
 @pytest.mark.parametrize(
