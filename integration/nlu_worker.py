@@ -13,7 +13,7 @@ from integration.test_nlu import Gradients, build, rows
 
 
 def train(batch: int) -> dict[str, Any] | None:
-    """Gradients of the first step and the logs of two, of `batch` samples a rank and step; an evaluation of nine samples.
+    """Gradients of the first step and the logs of two, of `batch` samples a rank; an evaluation of nine samples.
 
     On two ranks of four the second has nothing but repeats in the last batch.
     """
