@@ -170,10 +170,10 @@ def check_teacher(
     if teacher_model is not None or (adapter is None and cached):
         return
     if adapter is None:
+        cache = "" if is_classifier(model) else " set teacher_cache=<a directory> (filled before the first step),"
         raise ValueError(
             "lambda_consistency > 0 in full fine-tuning has no adapter to switch off for the teacher: pass "
-            "teacher_model=<the pre-trained model>, set teacher_cache=<a directory> (filled before the first step), or "
-            "set lambda_consistency=0."
+            f"teacher_model=<the pre-trained model>,{cache} or set lambda_consistency=0."
         )
     if getattr(adapter, "is_prompt_learning", False):
         raise ValueError(f"{type(adapter).__name__} cannot be switched off for the teacher: pass teacher_model=...")
@@ -269,12 +269,22 @@ def _check_classifier(model: PreTrainedModel, *, adapter_follows: bool) -> None:
         check_head_trains(model)
 
 
-def check_classifier_run(model: PreTrainedModel, config: RegularizerConfig, args: Any, *, compiled: bool) -> None:
-    """What does not go together in a classification run.
+def check_classifier_run(
+    model: PreTrainedModel, config: RegularizerConfig, args: Any, *, compiled: bool, fsdp: bool, deepspeed: bool
+) -> None:
+    """What does not go together in a classification run. `fsdp`, `deepspeed`: the engine that the host runs on.
 
     Raises:
         ValueError: names the key, its value and what to write.
     """
+    if fsdp or deepspeed or is_sharded(model):  # a resumed run would give the teacher another random head
+        key = "deepspeed" if deepspeed else "fsdp"
+        given = getattr(args, key, None)
+        raise ValueError(
+            f"{key}={given if isinstance(given, str) and given else True!r} does not work with task='nlu': the "
+            f"teacher's head is not restored under {'DeepSpeed' if deepspeed else 'FSDP'}. Leave {key} out (also of "
+            "accelerate's config) and use DDP."
+        )
     if compiled:
         raise ValueError("compile=True is for causal language models: leave it out for a classifier.")
     if not config.head_warmup_steps:
@@ -283,10 +293,6 @@ def check_classifier_run(model: PreTrainedModel, config: RegularizerConfig, args
         raise ValueError(
             f"head_warmup_steps={config.head_warmup_steps} leaves the adapter without gradients for that long, which "
             "ddp_find_unused_parameters=False does not allow: set it to True, or leave it out."
-        )
-    if is_sharded(model):
-        raise ValueError(
-            f"head_warmup_steps={config.head_warmup_steps} does not work on a sharded model: use DDP, or set it to 0."
         )
 
 

@@ -44,6 +44,7 @@ class StepRequest:
     `lambdas` are the weights in force; lambdas.consistency includes `teacher_factor`, the teacher interval (or 0).
     `teacher_head`: the teacher's head where the student's own has moved and no copy is in the model. `fill`: only make
     sure that the cache holds the batch's teacher states. `head_only`: a classifier's head on the pre-trained features.
+    `counts`: False where a classifier's samples were all evaluated before.
     """
 
     config: RegularizerConfig
@@ -60,6 +61,7 @@ class StepRequest:
     teacher_head: Head | None = None
     fill: bool = False
     head_only: bool = False
+    counts: bool = True
     meter: CostMeter | None = None
 
     def part(self, name: str) -> AbstractContextManager[None]:

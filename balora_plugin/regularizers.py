@@ -65,12 +65,17 @@ def spectral(student: Tensor, *, k: int, norm: str = "nuclear", centered: bool =
             callers clamp k and say so.
         norm: "nuclear" = sum_k / sum of all, "frobenius" = sum_k / ||Z||_F, "none" = sum_k.
         centered: Subtract each row's mean first, which no probability sees.
+
+    Rows that are not finite give NaN, as they do in the other terms.
     """
     z = upcast(student)
     if centered:
         z = z - z.mean(dim=-1, keepdim=True)
-    if not bool(z.any()):  # no rows, or all zero: 0 with a gradient of 0, not 0 / 0
+    some, finite = torch.stack([z.any(), z.isfinite().all()]).tolist()
+    if not some:  # no rows, or all zero: 0 with a gradient of 0, not 0 / 0
         return z.sum() * 0.0
+    if not finite:  # an SVD raises without a word on what it was given
+        return z.sum() * torch.nan
     return -singular_value_ratio(torch.linalg.svdvals(z), k, norm)
 
 

@@ -28,10 +28,12 @@ def repeated_rows(accelerator: Any, rows: int) -> int:
     return rows - min(max(left, 0), rows)
 
 
-def drop_rows(inputs: dict[str, Any], repeated: int) -> dict[str, Any]:
-    """`inputs` without their last `repeated` rows; where that is all, one stays, of which no token counts.
+def drop_rows(inputs: dict[str, Any], repeated: int, *, token_labels: bool = True) -> dict[str, Any]:
+    """`inputs` without their last `repeated` rows; where that is all, one stays, and does not count.
 
-    A forward pass may be collective, so every rank needs something to run.
+    A forward pass may be collective, so every rank needs something to run. `token_labels`: labels are one a token, so
+    that -100 leaves the row out. A classifier's are left as they are, for -100 is a score like another: its request
+    says that nothing counts.
     """
     rows = len(inputs["input_ids"])
     kept = max(rows - repeated, 1)
@@ -39,7 +41,7 @@ def drop_rows(inputs: dict[str, Any], repeated: int) -> dict[str, Any]:
         key: value[:kept] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
         for key, value in inputs.items()
     }
-    if repeated == rows:
+    if repeated == rows and token_labels and "labels" in inputs:
         inputs["labels"] = torch.full_like(inputs["labels"], -100)
     return inputs
 

@@ -147,6 +147,7 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_shares_due = False
         self._ba_lora_measured_at = 0
         self._ba_lora_wants_logits = False
+        self._ba_lora_counts = True
         if isinstance(adapter, BaLoraConfig):
             provenance.prepare(model, _teacher_in_words(config, teacher_model))
         if config.teacher_cache is not None and config.lambda_consistency:
@@ -297,6 +298,7 @@ class BaLoraTrainerMixin(_Base):
             seed=state.global_step if training else 0,  # evaluations compare
             cache=cache,
             teacher_head=self._initial_head_here(),
+            counts=self._ba_lora_counts,
         )
 
     def _ba_lora_fill_request(self) -> StepRequest:
@@ -440,15 +442,17 @@ class BaLoraTrainerMixin(_Base):
         repeated = repeated_rows(self.accelerator, rows)
         if repeated == rows and self._ba_lora_cache is not None:
             repeated = 0  # what counts nothing is no document of the cache's
+        self._ba_lora_counts = repeated < rows
+        shown = drop_rows(inputs, repeated, token_labels=self.ba_lora.task == "nlg")
         try:
             with quantised_layers_stay_in_training_mode(self.model):
                 loss, logits, labels = super().prediction_step(
-                    model, drop_rows(inputs, repeated), prediction_loss_only, ignore_keys=ignore_keys
+                    model, shown, prediction_loss_only, ignore_keys=ignore_keys
                 )
             missing = min(repeated, rows - 1)
             return loss, refill(logits, missing), refill(labels, missing)
         finally:
-            self._ba_lora_wants_logits = False
+            self._ba_lora_wants_logits, self._ba_lora_counts = False, True
 
 
 def _teacher_runs(index: int, interval: int, epoch: int) -> bool:

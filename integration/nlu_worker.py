@@ -1,4 +1,4 @@
-"""Trains a classifier with gathered batch statistics on this rank's share; rank 0 stores gradients and logs."""
+"""Trains a classifier with gathered batch statistics on this rank's share, then evaluates; rank 0 stores what came."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from integration.test_nlu import Gradients, build, rows
 
 
 def train(batch: int) -> dict[str, Any] | None:
-    """Gradients of the first step and the logs of two, of `batch` samples a rank and step."""
+    """Gradients of the first step and the logs of two, of `batch` samples a rank; an evaluation of nine samples.
+
+    On two ranks of four the second has nothing but repeats in the last batch.
+    """
     terms = RegularizerConfig(
         lambda_consistency=0.5,
         lambda_diversity=0.5,
@@ -26,11 +29,21 @@ def train(batch: int) -> dict[str, Any] | None:
     keep = Gradients()
     with tempfile.TemporaryDirectory() as directory:
         trainer = build(
-            directory, terms=terms, data=rows(16), per_device_train_batch_size=batch, max_steps=2, callbacks=[keep]
+            directory,
+            terms=terms,
+            data=rows(16),
+            per_device_train_batch_size=batch,
+            per_device_eval_batch_size=batch,
+            max_steps=2,
+            callbacks=[keep],
         )
         trainer.train()
+        found = trainer.evaluate(rows(9))
+        predicted = trainer.predict(rows(9).remove_columns("labels")).predictions
     logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
-    return {"gradients": keep.found, "logs": logs} if trainer.accelerator.is_main_process else None
+    found = {key: value for key, value in found.items() if key == "eval_loss" or "balora" in key}
+    result = {"gradients": keep.found, "logs": logs, "evaluation": found, "predictions": predicted}
+    return result if trainer.accelerator.is_main_process else None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +14,15 @@ import torch
 import yaml
 from classifiers import batch, classifier
 from models import character_tokenizer
+from transformers import TrainingArguments
 
 from balora_plugin.commands import glue as command
 from balora_plugin.commands import main
 from balora_plugin.glue import report
 from balora_plugin.glue.metrics import score
 from balora_plugin.glue.recipe import METHODS, read_recipe
-from balora_plugin.glue.tasks import GLUE_X, LABELS, TASKS, comparable, label_of
+from balora_plugin.glue.run import jobs_of, run
+from balora_plugin.glue.tasks import GLUE_X, LABELS, TASKS, comparable, label_of, positive_class
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs" / "glue").glob("*.yaml"))
 # the text columns as GLUE names them
@@ -110,6 +113,52 @@ def test_methods_seeds_and_runs_that_are_not_repeated(local, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == files
 
 
+def test_a_run_is_repeated_where_more_is_asked_of_it_or_its_data_have_changed(local, tmp_path, capsys, monkeypatch):
+    """The trainings are counted; a second call with what the record holds makes none."""
+    pytest.importorskip("sklearn")
+    for name, source in (("data/sst2", "data/sst2"), ("x", "glue-x")):
+        shutil.copytree(local / source, tmp_path / name)
+    runs, drawn = [], []
+
+    def counted(*args, **how):
+        runs.append(how)
+        return run(*args, **how)
+
+    def figure(methods, path, title):
+        drawn.append([snapshot.step for snapshot in methods["ba_lora"]])
+        return {}
+
+    monkeypatch.setattr("balora_plugin.glue.run.run", counted)
+    monkeypatch.setattr("balora_plugin.glue.separation.check_matplotlib", lambda: None)
+    monkeypatch.setattr("balora_plugin.glue.separation.figure", figure)
+    base = ["glue", "--recipe", str(local / "recipe.yaml"), "--data", str(tmp_path / "data"), "--task", "sst2"]
+    base += ["--seeds", "1", "--output", str(tmp_path / "out")]
+    more = [*base, "--glue-x", str(tmp_path / "x"), "--keep"]
+
+    def trainings(arguments):
+        before = len(runs)
+        assert main(arguments) == 0
+        return len(runs) - before
+
+    def entry():
+        return json.loads((tmp_path / "out" / "results.json").read_text())[0]
+
+    assert trainings(base) == 1 and not entry()["glue_x"]
+    assert trainings(more) == 1 and set(entry()["glue_x"]) == set(GLUE_X["sst2"])
+    (adapter,) = (tmp_path / "out" / "adapters").iterdir()
+    assert trainings(more) == trainings(base) == 0
+    shutil.rmtree(adapter)
+    assert trainings(more) == 1
+    write(tmp_path / "x" / "imdb.jsonl", rows(("sentence",), [1], 4))
+    assert trainings(more) == 1
+    assert trainings([*base, "--separation", "0"]) == 1 and trainings([*base, "--separation", "1"]) == 1
+    assert trainings([*more, "--separation", "0"]) == 0  # nothing that was asked before is lost
+    assert drawn == [[0, 2], [1, 2], [0, 2]]
+    old = entry()["scores"]
+    write(tmp_path / "data" / "sst2" / "validation.jsonl", rows(("sentence",), [1, 0], 7))
+    assert trainings(base) == 1 and entry()["scores"] != old and not entry()["glue_x"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -124,6 +173,16 @@ def test_a_wrong_command_is_one_line(changes, message, local, tmp_path, capsys):
     assert main([*arguments, "--output", str(tmp_path), *changes]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error: ")]
     assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_gpus_in_one_process_are_refused_for_every_method(method, local, tmp_path, monkeypatch):
+    """DataParallel would multiply the batch of full fine-tuning, the baseline, alone."""
+    recipe = read_recipe(str(local / "recipe.yaml"))
+    (job,) = jobs_of(recipe, [TASKS["wnli"]], [method], [1], 0)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"n_gpu=2: nn\.DataParallel is not supported"):
+        run(job, TASKS["wnli"], data=str(local / "data"), glue_x=None, keep=str(tmp_path))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -149,6 +208,12 @@ def test_the_papers_recipes(path):
         ({"model": "m", "tasks": {"ax": {}}}, "'ax' is not a task of GLUE"),
         ({"model": "m", "defaults": {"learning_rates": ["1e-4"]}}, r"YAML reads 1e-4 as text"),
         ({"model": "m", "defaults": {"batch_size": 0}}, "batch_size: 0 must be a whole number"),
+        ({"model": "m", "defaults": {"epochs": "10"}}, "epochs: '10' must be a number above 0"),
+        ({"model": "m", "defaults": {"warmup_ratio": 6}}, "warmup_ratio: 6 must be a number from 0 to below 1"),
+        ({"model": "m", "defaults": {"max_steps": 0}}, "max_steps: 0 must be a whole number >= 1, or -1"),
+        ({"model": "m", "defaults": {"lora_dropout": 1}}, "lora_dropout: 1 must be a number from 0 to below 1"),
+        ({"model": "m", "tasks": {"rte": {"lora_alpha": -8}}}, "lora_alpha: -8 must be a number above 0"),
+        ({"model": "m", "defaults": {"weight_decay": float("nan")}}, "weight_decay: nan must be a number >= 0"),
         ({"model": "m", "regularizers": {"svd_layout": "flattened"}}, "svd_layout='flattened' with task='nlu'"),
     ],
 )
@@ -185,6 +250,20 @@ def test_scores():
     assert score(("pearson", "spearman", "matthews"), [1, 1], [0, 1]) == {"pearson": 0, "spearman": 0, "matthews": 0}
     with pytest.raises(ValueError, match="no samples"):
         score(names, [], [])
+
+
+def test_answers_score_alike_as_paraphrases_and_as_entailment():
+    """MRPC's model on HANS: F1 of class 1 would there be that of what does not follow."""
+    pytest.importorskip("sklearn")
+    answers, meant = [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]  # of a paraphrase model: 1 is yes
+    found = {}
+    for data in ("paraphrase", "nli2"):
+        gold = meant if data == "paraphrase" else [1 - label for label in meant]
+        found[data] = score(
+            TASKS["mrpc"].scores, *comparable(answers, gold, "paraphrase", data), positive=positive_class(data)
+        )
+    assert found["nli2"] == found["paraphrase"] == pytest.approx({"accuracy": 500 / 6, "f1": 800 / 9})
+    assert positive_class("nli3") == positive_class("qnli") == 0 and positive_class("sentiment") == 1
 
 
 def test_the_best_rate_is_chosen_over_seeds():

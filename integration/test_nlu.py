@@ -235,6 +235,20 @@ def _teacher_key(adapter):
     return "classifier.weight" if adapter == "full" else "base_model.model.classifier.original_module.weight"
 
 
+def test_a_head_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path):
+    """An SVD of NaN raises by itself, and says nothing of term, step or checkpoint."""
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.get_base_model().classifier.modules_to_save["default"].weight.data[0, 0] = math.nan
+
+    trainer = build(tmp_path, save_strategy="steps", save_steps=2, logging_steps=100, callbacks=[Poison()])
+    with pytest.raises(FloatingPointError, match=r"balora/task: .* NaN or inf at step 3\b.*checkpoint-2"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
 def test_refused_by_name(tmp_path):
     for terms, changes, message in (
         ({"head_warmup_steps": 4}, {}, "head_warmup_steps=4 is not below the 4 optimizer steps"),
@@ -243,11 +257,44 @@ def test_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             build(tmp_path, terms=RegularizerConfig(**terms), **changes).train()
+    with pytest.raises(ValueError, match="pass teacher_model=<the pre-trained model>, or set lambda_consistency=0"):
+        build(tmp_path, adapter="full")  # a cache would be refused next
     config = BaLoraConfig(r=2, compile=True)
     with pytest.raises(ValueError, match="compile=True is for causal language models"):
         BaLoraTrainer(classifier(), arguments(tmp_path), peft_config=config, train_dataset=rows())
     with pytest.raises(ValueError, match="another head than the model"):
         build(tmp_path, new_head(1), adapter="full", teacher_model=new_head(2))
+
+
+@pytest.mark.parametrize("kind", ["llama", "deberta-v2", "roberta"])
+def test_the_head_of_a_half_precision_base_trains_in_float32(kind, tmp_path, caplog):
+    """At 2e-5 most of a bfloat16 head's weights would not move at all."""
+    trainer = build(tmp_path, classifier(kind).bfloat16(), bf16=True, learning_rate=2e-5, max_steps=2)
+    heads = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_" not in n}
+    before = {n: p.detach().clone() for n, p in heads.items()}
+    assert trainer.evaluate()["eval_balora/consistency"] == 0.0
+    trainer.train()
+    for name, p in heads.items():
+        assert p.dtype == torch.float32, name
+        assert (p != before[name]).float().mean() > 0.9, name
+    trainer.model.eval()(**batch())  # without autocast too
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        build(tmp_path, classifier(kind).bfloat16())
+    assert "would train in half precision" in caplog.text and "bf16=True" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_that_would_lose_the_teachers_head_are_refused(engine, tmp_path, monkeypatch):
+    original = BaLoraTrainer.create_accelerator_and_postprocess
+
+    def create(self):
+        original(self)
+        setattr(self, f"is_{engine}_enabled", True)
+
+    monkeypatch.setattr(BaLoraTrainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(ValueError, match=f"{engine}=True does not work with task='nlu'.*use DDP"):
+        build(tmp_path)
 
 
 def test_gathered_statistics_on_two_ranks_are_one_processs(tmp_path):
@@ -275,3 +322,33 @@ def test_gathered_statistics_on_two_ranks_are_one_processs(tmp_path):
     for alone, both in zip(one["logs"], two["logs"], strict=True):
         for key, value in alone.items():
             assert both[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    # nine samples: the last batch of the second rank is nothing but repeats
+    assert "eval_balora/svd" in one["evaluation"]
+    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=1e-4, abs=1e-6)
+    assert two["predictions"] == pytest.approx(one["predictions"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [{}, {"multi": True}, {"regression": True}])
+def test_a_batch_of_nothing_but_repeats_counts_nothing(kind, tmp_path, monkeypatch):
+    """A label of -100 is a score like another in a regression, and the mean loss over no sample NaN."""
+    trainer = build(
+        tmp_path,
+        classifier(num_labels=1 if "regression" in kind else 3),
+        SAMPLE_TERMS,
+        rows(8, **kind),
+        per_device_eval_batch_size=4,
+    )
+    first = trainer.evaluate(rows(8, **kind).select(range(4)))
+    batches = []
+
+    def repeated(accelerator, n):
+        batches.append(n)
+        return n if len(batches) % 2 == 0 else 0
+
+    monkeypatch.setattr("balora_plugin.trainer.repeated_rows", repeated)
+    both = trainer.evaluate(rows(8, **kind))
+    assert len(batches) == 2
+    for key in ("eval_balora/task", "eval_balora/loss", "eval_balora/consistency"):
+        assert both[key] == pytest.approx(first[key], rel=1e-6), key
+    unlabelled = rows(8, **kind).remove_columns("labels")
+    assert trainer.predict(unlabelled).predictions.shape[0] == 8 and len(batches) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -250,13 +251,25 @@ class Poison(TrainerCallback):
         layer = model.get_base_model().model.layers[0].self_attn.q_proj
         if self.name == "task":  # the student alone: the teacher would be NaN with the base
             layer.lora_B["default"].weight.data[0, 0] = self.value
+        elif self.name in ("svd", "diversity"):  # nothing in a model spoils one of them alone
+            metrics, bad = self.trainer.ba_lora_metrics, torch.tensor(self.value)
+            record = metrics.record
+            metrics.record = lambda out, *rest: record(dataclasses.replace(out, **{self.name: bad}), *rest)
         else:
             self.trainer._ba_lora_teacher = copy.deepcopy(tiny_llama()).eval()
             self.trainer._ba_lora_teacher.lm_head.weight.data[5] = self.value
 
 
-@pytest.mark.parametrize(("name", "value"), [("task", math.nan), ("task", math.inf), ("consistency", math.nan)])
-@pytest.mark.parametrize(("logging", "stops_at"), [(1, 3), (100, 4)])
+@pytest.mark.parametrize(
+    ("name", "value", "logging", "stops_at"),
+    [
+        ("task", math.nan, 1, 3),
+        ("task", math.inf, 100, 4),
+        ("consistency", math.nan, 100, 4),
+        ("diversity", math.nan, 1, 3),
+        ("svd", math.inf, 100, 4),
+    ],
+)
 def test_a_term_that_is_not_finite_stops_the_run_before_anything_is_saved(
     name, value, logging, stops_at, tmp_path, tokenizer
 ):

@@ -13,6 +13,7 @@ from balora_plugin import BaLoraConfig, BaLoraModel, RegularizerConfig, get_ba_l
 from balora_plugin.checks import check_model, check_same_head, check_tokenizer, resolve
 from balora_plugin.fingerprint import model_fingerprint
 from balora_plugin.nlu import terms
+from balora_plugin.nlu.data import check_labels
 from balora_plugin.nlu.heads import HEAD_FILE, hand_over, head_names, teacher_head
 from balora_plugin.nlu.objective import features, run_step, samples_of
 from balora_plugin.objective import StepRequest, install
@@ -361,6 +362,14 @@ def test_settings_of_the_other_family_are_refused(tmp_path):
         RegularizerConfig(**changes).resolved("nlu")
     with pytest.raises(ValueError, match="the batch holds no labels"):
         adapted()(**{key: value for key, value in batch().items() if key != "labels"}, ba_lora=request())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_labels_that_are_not_finite_are_refused(value, num_labels):
+    with pytest.raises(ValueError, match=rf"rows, row 1: label {value!r} is not a .*num_labels={num_labels}: remove"):
+        check_labels([0, value], num_labels, "rows")
+    check_labels([0, 0.0], num_labels, "rows")
 
 
 def test_a_quantised_base_with_a_head_in_floats(tmp_path):

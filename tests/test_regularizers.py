@@ -303,6 +303,18 @@ def test_no_rows_give_zero_with_a_zero_gradient(name):
     assert z.grad.shape == (0, 5)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_finite_give_nan_as_in_the_other_terms(value):
+    """torch's SVD raises at a NaN."""
+    z = torch.randn(4, 3)
+    z[1, 2] = value
+    z.requires_grad_()
+    spectral = reg.spectral(z, k=2)
+    assert spectral.isnan() and reg.covariance(z).isnan()
+    spectral.backward()
+    assert z.grad.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (0, 3), (4, 1)])
 def test_covariance_refuses_what_has_none(shape):
     with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]}"):

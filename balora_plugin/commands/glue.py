@@ -3,7 +3,8 @@
   balora glue --recipe example_configs/glue/roberta-large.yaml --task rte --output outputs/glue
 
 Data come from the hub, or with --data from <DIR>/<task>/{train,validation}.jsonl. Runs that have finished are kept in
-<OUTPUT>/runs and not repeated. <OUTPUT>/results.json and results.md hold mean and standard deviation over seeds.
+<OUTPUT>/runs and not repeated, unless a later call asks for more of them or the files have changed.
+<OUTPUT>/results.json and results.md hold mean and standard deviation over seeds.
 docs/glue.md describes recipes, files and how the sets of GLUE-X are prepared.
 """
 
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..glue import records as kept
     from ..glue import report, separation
     from ..glue import run as runs
     from ..glue.metrics import score
@@ -69,30 +71,39 @@ def run(args: argparse.Namespace) -> int:
     recipe = _changed(read_recipe(args.recipe), args)
     tasks = [TASKS[name] for name in dict.fromkeys(args.task)]
     seeds = args.seeds or list(recipe.seeds)
-    jobs = runs.jobs_of(recipe, tasks, list(dict.fromkeys(args.method)), seeds, max(args.limit, 0))
+    methods = list(dict.fromkeys(args.method))
+    jobs = runs.jobs_of(recipe, tasks, methods, seeds, max(args.limit, 0), args.data)
     records = []
     for number, job in enumerate(jobs, 1):
-        record = runs.stored(args.output, job)
         what = f"{job.task} {job.method}, learning rate {job.learning_rate:g}, seed {job.seed}"
-        taps = str(Path(args.output, "separation", f"{Path(job.file).stem}.npz")) if args.separation else None
-        if record is None or (taps is not None and not Path(taps).exists()):
-            keep = str(Path(args.output, "adapters", Path(job.file).stem)) if args.keep else None
+        name = Path(job.file).stem
+        wanted = kept.Wanted(
+            glue_x=args.glue_x,
+            keep=str(Path(args.output, "adapters", name)) if args.keep else None,
+            steps=args.separation or (),
+            taps=str(Path(args.output, "separation", f"{name}.npz")) if args.separation else None,
+        )
+        before = kept.stored(args.output, job)
+        if before is not None and wanted.held_by(before, TASKS[job.task]):
+            record = before
+        else:
             with quiet():
                 record = runs.run(
                     job,
                     TASKS[job.task],
                     data=args.data,
                     glue_x=args.glue_x,
-                    keep=keep,
-                    watch=None if taps is None else (args.separation, taps),
+                    keep=wanted.keep,
+                    watch=None if wanted.taps is None else (wanted.with_steps_of(before), wanted.taps),
                 )
-            runs.store(args.output, job, record)
+            record = kept.carried_over(record, before, wanted)
+            kept.store(args.output, job, record)
         first = record["scores"][TASKS[job.task].splits[0]]
         shown = ", ".join(f"{name} {value:.2f}" for name, value in first.items())
         print(f"[{number}/{len(jobs)}] {what}: {shown}", file=sys.stderr)
         records.append(record)
     if args.separation:
-        _draw(args.output, jobs)
+        _draw(args.output, jobs, args.separation)
     entries = report.summary(records)
     table = report.markdown(entries)
     Path(args.output, "results.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
@@ -101,13 +112,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _draw(output: str, jobs: list[Job]) -> None:
-    """One PNG and one JSON of silhouettes for each task, learning rate and seed; methods in rows."""
+def _draw(output: str, jobs: list[Job], steps: list[int]) -> None:
+    """One PNG and one JSON of silhouettes for each task, learning rate and seed; methods in rows, `steps` and the last
+    one in columns."""
     from ..glue import separation
 
     groups: dict[str, dict[str, list[Any]]] = {}
     for job in jobs:
         snapshots = separation.load(str(Path(output, "separation", f"{Path(job.file).stem}.npz")))
+        snapshots = [snapshot for snapshot in snapshots if snapshot.step in (*steps, snapshots[-1].step)]
         groups.setdefault(f"{job.task}-{job.learning_rate:g}-{job.seed}", {})[job.method] = snapshots
     for name, methods in groups.items():
         path = Path(output, "separation", name)

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Sequence
 
 
-def score(names: Sequence[str], found: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
+def score(
+    names: Sequence[str], found: Sequence[float], gold: Sequence[float], *, positive: int = 1
+) -> dict[str, float]:
     """The named scores, in percent as GLUE is reported, of predictions against labels.
 
-    accuracy, f1 (of class 1), matthews, pearson, spearman; a correlation with a constant is 0.
+    accuracy, f1 (of the class `positive`), matthews, pearson, spearman; a correlation with a constant is 0.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -24,7 +26,7 @@ def score(names: Sequence[str], found: Sequence[float], gold: Sequence[float]) -
         raise ValueError("there are no samples with a label to score.")
     functions = {
         "accuracy": metrics.accuracy_score,
-        "f1": lambda y, x: metrics.f1_score(y, x, zero_division=0.0),
+        "f1": lambda y, x: metrics.f1_score(y, x, pos_label=positive, zero_division=0.0),
         "matthews": metrics.matthews_corrcoef,
         "pearson": lambda y, x: stats.pearsonr(y, x).statistic if len(y) > 1 else 0.0,
         "spearman": lambda y, x: stats.spearmanr(y, x).statistic if len(y) > 1 else 0.0,

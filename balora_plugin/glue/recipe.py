@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,14 @@ from ..config import RegularizerConfig
 from .tasks import TASKS
 
 METHODS = ("ba_lora", "pissa", "lora", "full")
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("lora_alpha", lambda x: x > 0, "above 0"),
+    ("lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ("epochs", lambda x: x > 0, "above 0"),
+    ("warmup_ratio", lambda x: 0 <= x < 1, "from 0 to below 1, a part of all steps"),
+    ("weight_decay", lambda x: x >= 0, ">= 0"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,14 @@ class Settings:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{key}: {value!r} must be a whole number >= 1.")
+        steps = self.max_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not (steps == -1 or steps >= 1):
+            raise ValueError(f"max_steps: {steps!r} must be a whole number >= 1, or -1 for all epochs.")
+        for key, fits, expected in _RANGES:
+            value = getattr(self, key)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not fits(value):
+                raise ValueError(f"{key}: {value!r} must be a number {expected}.")
 
 
 @dataclass(frozen=True)

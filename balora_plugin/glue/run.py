@@ -11,24 +11,26 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..adapter.config import BaLoraConfig
+from ..checks import check_arguments
 from ..config import RegularizerConfig
 from ..nlu.data import columns_of, tokenised
 from .data import read_jsonl, read_split
 from .metrics import score
 from .recipe import Recipe, Settings
+from .records import data_digest, glue_x_digests
 from .separation import FeatureTap, save
-from .tasks import GLUE_X, Task, comparable
+from .tasks import GLUE_X, Task, comparable, positive_class
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one run is: everything its result depends on, but for data and software."""
+    """What one run is: everything its result depends on, but for the software and what the hub or a model's directory
+    holds. `data`: the digest of its JSONL files, or "hub"."""
 
     task: str
     method: str
@@ -38,6 +40,7 @@ class Job:
     settings: Settings
     regularizers: RegularizerConfig
     limit: int = 0
+    data: str = "hub"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -52,10 +55,23 @@ class Job:
         return f"{self.task}-{self.method}-{self.learning_rate:g}-{self.seed}-{digest}.json"
 
 
-def jobs_of(recipe: Recipe, tasks: list[Task], methods: list[str], seeds: list[int], limit: int) -> list[Job]:
-    """Every combination of task, method, learning rate and seed."""
+def jobs_of(
+    recipe: Recipe, tasks: list[Task], methods: list[str], seeds: list[int], limit: int, data: str | None = None
+) -> list[Job]:
+    """Every combination of task, method, learning rate and seed, on the JSONL files in `data` or the hub's."""
+    digests = {task.name: data_digest(data, task) for task in tasks}
     return [
-        Job(task.name, method, recipe.model, rate, seed, recipe.of(task.name), recipe.regularizers, limit)
+        Job(
+            task.name,
+            method,
+            recipe.model,
+            rate,
+            seed,
+            recipe.of(task.name),
+            recipe.regularizers,
+            limit,
+            digests[task.name],
+        )
         for task in tasks
         for method in methods
         for rate in recipe.of(task.name).learning_rates
@@ -126,6 +142,9 @@ def run(
         "job": job.to_dict(),
         "scores": scores,
         "glue_x": shifted,
+        "glue_x_data": {} if glue_x is None else glue_x_digests(glue_x, task),
+        "kept": keep is not None,
+        "steps_drawn": [] if watch is None else sorted(watch[0]),
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -170,7 +189,7 @@ def _arguments(job: Job, output: str) -> Any:
     from transformers import TrainingArguments
 
     settings = job.settings
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=output,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
@@ -189,6 +208,8 @@ def _arguments(job: Job, output: str) -> Any:
         logging_steps=50,
         disable_tqdm=True,
     )
+    check_arguments(args)  # full fine-tuning asks for it too: DataParallel would multiply its batch
+    return args
 
 
 def _scores(trainer: Any, task: Task, rows: Any, kind: str) -> dict[str, float]:
@@ -199,7 +220,7 @@ def _scores(trainer: Any, task: Task, rows: Any, kind: str) -> dict[str, float]:
     if task.kind == "similarity":
         return score(task.scores, logits[:, 0].tolist(), gold)
     found, gold = comparable(logits.argmax(-1).tolist(), [int(label) for label in gold], task.kind, kind)
-    return score(task.scores, found, gold)
+    return score(task.scores, found, gold, positive=positive_class(kind))
 
 
 def _glue_x(trainer: Any, task: Task, job: Job, directory: str | None, prepared: Any) -> dict[str, dict[str, float]]:
@@ -216,18 +237,3 @@ def _glue_x(trainer: Any, task: Task, job: Job, directory: str | None, prepared:
         scores = _scores(trainer, task, prepared(rows, name), kind)
         found[name] = {**scores, "samples": len(rows), "without_label": dropped}
     return found
-
-
-def stored(directory: str, job: Job) -> dict[str, Any] | None:
-    """The record of a job that has run before."""
-    path = Path(directory, "runs", job.file)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def store(directory: str, job: Job, record: dict[str, Any]) -> None:
-    """Writes a record whole or not at all."""
-    path = Path(directory, "runs", job.file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    temporary.replace(path)

@@ -85,6 +85,11 @@ def label_of(value: Any, kind: str) -> int | float | None:
     raise ValueError(f"label {value!r} is none of {', '.join(f'{i} ({words[0]})' for i, words in enumerate(classes))}.")
 
 
+def positive_class(kind: str) -> int:
+    """The class whose F1 counts: the one that says "follows" or "means the same", else 1."""
+    return _YES.get(kind, 1)
+
+
 def comparable(found: Sequence[int], gold: Sequence[int], model: str, data: str) -> tuple[list[int], list[int]]:
     """Predictions of a model of one kind and labels of another kind, both as classes of the data's kind.
 

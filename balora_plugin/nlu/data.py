@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,11 +68,12 @@ def check_labels(values: Sequence[Any], num_labels: int, where: str) -> None:
         ValueError: the first of them, and what to do.
     """
     for row, value in enumerate(values):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if num_labels == 1 and number and value == value:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if num_labels == 1 and number:
             continue
         if number and int(value) == value and 0 <= value < num_labels:
             continue
         hint = " (the test splits of GLUE have none: take the validation split)" if value == -1 else ""
-        expected = "a number" if num_labels == 1 else f"a whole number from 0 to {num_labels - 1}"
+        hint = ": remove such rows" if isinstance(value, float) and not math.isfinite(value) else hint
+        expected = "a finite number" if num_labels == 1 else f"a whole number from 0 to {num_labels - 1}"
         raise ValueError(f"{where}, row {row}: label {value!r} is not {expected}, with num_labels={num_labels}{hint}.")

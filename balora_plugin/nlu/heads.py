@@ -81,6 +81,31 @@ def wrapped_heads(model: Any) -> dict[str, ModulesToSaveWrapper]:
     return {name: module for name, module in found.items() if isinstance(module, ModulesToSaveWrapper)}
 
 
+def half_heads(model: Any, adapter_name: str) -> dict[str, nn.Module]:
+    """The head's copies that train in half precision, by name."""
+    copies = {
+        name: module.modules_to_save[adapter_name]
+        for name, module in wrapped_heads(model).items()
+        if adapter_name in module.modules_to_save
+    }
+    half = (torch.bfloat16, torch.float16)
+    return {name: copy for name, copy in copies.items() if any(p.dtype in half for p in copy.parameters())}
+
+
+def train_in_float32(copy: nn.Module) -> None:
+    """Casts a head's copy (in place), as PEFT does the factors: in bfloat16 small updates are rounded away.
+
+    What it is given is cast too, so that the model still runs where there is no autocast.
+    """
+    copy.float()
+    copy.register_forward_pre_hook(_cast_inputs)
+
+
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+
 def check_head_trains(model: Any) -> None:
     """Refuses a classifier whose head, or a part of it, stays as it was initialised.
 

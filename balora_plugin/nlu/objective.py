@@ -44,7 +44,11 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     problem = problem_of(model, labels)
     single = problem == SINGLE_LABEL
     n = labels.shape[0]
-    counted = labels.reshape(n, -1)[:, 0] != IGNORED if single else torch.ones_like(labels.reshape(n, -1)[:, 0]).bool()
+    counted = labels.new_full((n,), request.counts, dtype=torch.bool)
+    if single:
+        counted = counted & (labels.reshape(n) != IGNORED)
+        # the mean over no sample is NaN, and so is its gradient: any class will do where none counts
+        labels = torch.where(counted.any(), labels, labels.clamp(min=0))
     _check_padding(model, inputs)
     teacher = None
     if lambdas.consistency:
@@ -131,6 +135,7 @@ def _rows(
     which: str | None,
 ) -> _Rows:
     rows = upcast(features(model, captured[0], inputs) if which == "features" else logits)
+    rows = rows if request.counts else rows[:0]
     if not request.config.gather_batch_statistics:
         return _Rows(rows, float(rows.shape[0]))
     rows = gather_rows(rows)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig
 from ..checks import check_classifier_run, check_same_head, check_tokenizer
-from .heads import HEAD_FILE, hand_over, read_head, write_head
+from .heads import HEAD_FILE, half_heads, hand_over, read_head, train_in_float32, write_head
 
 if TYPE_CHECKING:
     from ..trainer import BaLoraTrainerMixin
@@ -27,7 +27,14 @@ def set_up(trainer: BaLoraTrainerMixin, classifier: Any, teacher: Any, *, compil
     """
     config = trainer.ba_lora
     assert config is not None
-    check_classifier_run(classifier, config, trainer.args, compiled=compiled)
+    check_classifier_run(
+        classifier,
+        config,
+        trainer.args,
+        compiled=compiled,
+        fsdp=bool(trainer.is_fsdp_enabled),
+        deepspeed=bool(trainer.is_deepspeed_enabled),
+    )
     check_tokenizer(classifier, getattr(trainer, "processing_class", None))
     if teacher is not None and config.lambda_consistency:
         check_same_head(classifier, teacher)
@@ -39,8 +46,25 @@ def set_up(trainer: BaLoraTrainerMixin, classifier: Any, teacher: Any, *, compil
             "a regression has no classes: consistency is the squared difference of the outputs, not "
             f"{config.consistency!r}.",
         )
+    _keep_small_updates(trainer, classifier)
     if config.head_warmup_steps:
         trainer.add_callback(HeadWarmup(trainer, classifier))
+
+
+def _keep_small_updates(trainer: BaLoraTrainerMixin, classifier: Any) -> None:
+    """A base loaded in half precision has its new head in it: trained so, the head would stand still."""
+    if not isinstance(trainer.model, PeftModel):
+        return
+    heads = half_heads(classifier, trainer.model.active_adapters[0])
+    if trainer.args.bf16 or trainer.args.fp16:
+        for module in heads.values():
+            train_in_float32(module)
+    elif heads:  # without autocast its logits would be of another dtype than the teacher's
+        trainer._ba_lora_warn(
+            "half_head",
+            f"{', '.join(heads)} would train in half precision, where small updates are rounded away: load the model "
+            "with dtype=torch.float32, or set bf16=True.",
+        )
 
 
 class HeadWarmup(TrainerCallback):

@@ -204,11 +204,12 @@ def check_refused(data: Any) -> None:
 def _check_terms(data: dict[str, Any], block: dict[str, Any]) -> None:
     """What the core refuses once the model is there, said before and in the YAML's words."""
     target = block.get("apply_to")
-    if target == "full" and block.get("lambda_consistency") != 0 and not block.get("teacher_cache"):
+    cached = block.get("teacher_cache") and not is_classification(data)
+    if target == "full" and block.get("lambda_consistency") != 0 and not cached:
+        remedy = "ba_lora.teacher_cache: <a directory> (filled before the first step), or 0."
         raise ValueError(
             f"ba_lora.lambda_consistency: {block.get('lambda_consistency', 'the preset')} has no teacher in full "
-            "fine-tuning, where no adapter can be switched off: write ba_lora.teacher_cache: <a directory> (filled "
-            "before the first step), or 0."
+            f"fine-tuning, where no adapter can be switched off: write {'0.' if is_classification(data) else remedy}"
         )
     start = data.get("peft_init_lora_weights")
     if target == "lora" and isinstance(start, str) and start.lower().startswith(MUTATING_STARTS):

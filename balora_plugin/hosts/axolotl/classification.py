@@ -158,6 +158,11 @@ def check(data: dict[str, Any], block: dict[str, Any]) -> None:
     labels = data.get("num_labels")
     if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
         raise ValueError(f"num_labels: {labels} must be the number of classes, or 1 for regression.")
+    if data.get("deepspeed"):  # and fsdp, which is refused for all models
+        raise ValueError(
+            f"deepspeed: {data['deepspeed']} does not work with model_type: {model_type}, whose teacher's head it "
+            "would not restore: remove it; several GPUs train it with DDP."
+        )
     for key in _NOT_HERE:
         if data.get(key):
             raise ValueError(f"{key}: {data[key]} does not work with model_type: {model_type}: remove it.")
