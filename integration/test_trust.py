@@ -73,8 +73,9 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_pickle_in_the_place_of_the_weights_is_refused_unopened(tmp_path):
-    ba_lora(tiny_llama()).save_pretrained(tmp_path / "a")
+@pytest.mark.parametrize("start", ["pissa", True])
+def test_a_pickle_in_the_place_of_the_weights_is_refused_unopened(start, tmp_path):
+    ba_lora(tiny_llama(), init_lora_weights=start).save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     with open(tmp_path / "a" / "adapter_model.bin", "wb") as file:
         pickle.dump(Bomb(tmp_path / "exploded"), file)

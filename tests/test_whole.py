@@ -12,7 +12,7 @@ from helpers import ba_lora, fresh, logits, train
 from models import tiny_llama
 from safetensors.torch import load_file
 
-from balora_plugin import BaLoraModel, whole
+from balora_plugin import BaLoraConfig, BaLoraModel, get_ba_lora_model, whole
 from balora_plugin.checkpoint import INIT_FILE, SETTINGS_FILE, WEIGHTS_FILE
 
 
@@ -74,14 +74,35 @@ def test_a_checkpoint_cut_short_is_refused_and_the_last_whole_one_named(cut, run
         whole.check_whole(str(last))
 
 
-def test_a_damaged_adapter_names_the_last_whole_one(run):
+@pytest.mark.parametrize("start", ["pissa", True])
+def test_a_damaged_adapter_names_the_last_whole_one(start, run):
     _, directory = run
+    if start is True:  # an ordinary LoRA, loaded by PEFT
+        for step in (2, 3):
+            ba_lora(tiny_llama(), init_lora_weights=True).save_pretrained(directory / f"checkpoint-{step}")
     path = directory / "checkpoint-3" / WEIGHTS_FILE
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # one bit of one factor
     path.write_bytes(content)
     with pytest.raises(ValueError, match="checkpoint-2"):
         BaLoraModel.from_pretrained(tiny_llama(), str(directory / "checkpoint-3"))
+
+
+def test_an_adapter_of_another_name_is_looked_at_where_peft_saves_it(llama, tmp_path):
+    config = BaLoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"])
+    model = get_ba_lora_model(llama, config, adapter_name="mine")
+    model.add_adapter("second", config)
+    for step in (1, 2):
+        checkpoint(model, tmp_path / f"checkpoint-{step}")
+    both, last = ("mine", "second"), str(tmp_path / "checkpoint-2")
+    assert whole.checkpoint_flaw(last, both) is None
+    assert whole.checkpoint_flaw(last) is not None  # it holds no adapter called default
+    truncate(tmp_path / "checkpoint-2" / "second" / WEIGHTS_FILE)
+    assert whole.checkpoint_flaw(last, both[:1]) is None
+    with pytest.raises(ValueError, match="'second'.*checkpoint-1"):
+        whole.check_whole(last, both)
+    with pytest.raises(ValueError, match="checkpoint-1"):
+        model.load_adapter(tmp_path / "checkpoint-2" / "second", "second")
 
 
 def test_a_base_that_has_moved_may_be_edited_into_the_config(run):
@@ -154,3 +175,14 @@ def test_factors_that_are_not_finite_are_not_saved(run, value):
     with pytest.raises(FloatingPointError, match=r"lora_B.*holds NaN or inf"):
         model.save_pretrained(directory / "checkpoint-3")
     assert {p.name: p.read_bytes() for p in (directory / "checkpoint-3").iterdir()} == before
+
+
+def test_a_save_over_an_older_checkpoint_takes_its_wholeness_first(run):
+    _, directory = run
+    whole.begin_save(str(directory / "checkpoint-3"))
+    assert "trainer_state.json" in (whole.checkpoint_flaw(str(directory / "checkpoint-3")) or "")
+    assert not (directory / "checkpoint-3" / "optimizer.pt").exists()  # save_only_model would not replace it
+    (directory / "trainer_state.json").write_text("{}")
+    whole.begin_save(str(directory))  # the run's own state is no checkpoint's
+    assert (directory / "trainer_state.json").exists()
+    whole.begin_save(str(directory / "checkpoint-9"))

@@ -150,3 +150,9 @@ class BaLoraConfig(LoraConfig):
         from .. import checkpoint
 
         return checkpoint.read_config(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+
+
+def our_adapters(model: Any) -> list[str]:
+    """Names of the adapters of `model` that have a BaLoraConfig; none for a model without adapters."""
+    configs = getattr(model, "peft_config", None) or {}
+    return [name for name, config in configs.items() if isinstance(config, BaLoraConfig)]
