@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from . import provenance
 from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, split_factors, stack_factors, target_key
+from .cache_files import HEADER
 from .nlu.heads import HEAD_FILE, write_head
 
 if TYPE_CHECKING:
@@ -278,7 +280,7 @@ def write_settings(
         "sha256": hashes or {},
     }
     path = Path(directory, SETTINGS_FILE)
-    temporary = path.with_suffix(f".json.{os.getpid()}.tmp")  # Axolotl saves the config on every rank at once
+    temporary = path.with_suffix(f".json.{uuid.uuid4().hex}.tmp")  # Axolotl saves it on every rank at once
     temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     temporary.replace(path)
 
@@ -322,7 +324,11 @@ def read_settings(model_id: str, subfolder: str | None = None, **hub: Any) -> di
 
 
 def read_config(model_id: str, subfolder: str | None = None, **hub: Any) -> BaLoraConfig:
-    """The BaLoraConfig an adapter was saved with; ValueError if it is not a BA-LoRA adapter."""
+    """The BaLoraConfig an adapter was saved with; ValueError if it is not a BA-LoRA adapter.
+
+    A `teacher_cache` is taken over only where that directory already is one: an adapter from elsewhere does not choose
+    where files are written.
+    """
     from .adapter.config import BaLoraConfig
 
     settings = read_settings(model_id, subfolder, **hub)
@@ -340,10 +346,10 @@ def read_config(model_id: str, subfolder: str | None = None, **hub: Any) -> BaLo
         )
     config = BaLoraConfig(**values)
     cache = config.regularizers.teacher_cache
-    if cache is not None and not os.path.isdir(cache):  # somebody else's path is not made here
+    if cache is not None and not os.path.isfile(os.path.join(cache, HEADER)):  # somebody else's path
         logger.warning(
-            f"{model_id} was trained with teacher_cache={cache}, which is not here: going on without; name one of your "
-            "own to have it again."
+            f"{model_id} was trained with teacher_cache={cache}, which is no teacher cache here: going on without; "
+            "name one of your own to have it again."
         )
         config.regularizers = dataclasses.replace(config.regularizers, teacher_cache=None, teacher_cache_top_k=None)
     return config

@@ -37,6 +37,15 @@ def adapter_flaw(
     return None
 
 
+def is_finished(directory: str) -> bool:
+    """Whether `directory` holds an adapter of ours whose files are those it names."""
+    try:
+        settings = checkpoint.read_settings(directory) if os.path.isdir(directory) else None
+    except ValueError:
+        return False
+    return settings is not None and adapter_flaw(settings, directory) is None
+
+
 def check_adapter(settings: dict[str, Any], model_id: str, subfolder: str | None = None, **hub: Any) -> None:
     """Refuses files that are not the ones this ba_lora.json was written for (a crash, a mixed-up copy).
 

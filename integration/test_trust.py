@@ -63,6 +63,8 @@ def test_nothing_is_asked_of_the_network_and_no_program_is_started(audited):
 def test_no_adapter_is_unpickled(audited):
     _, seen = audited
     assert not [name for name in seen["unpickled"] if name.startswith(("torch", "balora", "peft"))]
+    assert set(seen["resumed"]) == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}  # the Trainer's own
+    assert not seen["pickles"]  # of those that lie beside the adapter
 
 
 class Bomb:
