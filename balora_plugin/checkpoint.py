@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+import torch.distributed as dist
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
@@ -277,12 +278,21 @@ def write_settings(
             config.family
         ).to_dict(),  # for readers: presets may change
         "config": values,
+        "ranks": ranks_here(),
         "sha256": hashes or {},
     }
     path = Path(directory, SETTINGS_FILE)
     temporary = path.with_suffix(f".json.{uuid.uuid4().hex}.tmp")  # Axolotl saves it on every rank at once
     temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     temporary.replace(path)
+
+
+def ranks_here() -> list[int]:
+    """The ranks of this node, whose random states a Trainer writes beside the adapter; none for a single process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return []
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return list(range(dist.get_rank(), dist.get_rank() + count))
 
 
 def find_file(model_id: str, name: str, subfolder: str | None = None, **hub: Any) -> str | None:

@@ -70,7 +70,6 @@ class BaLoraTrainerMixin(_Base):
     evaluation measures every configured term, at its full weight whatever the schedule.
     """
 
-    _ba_lora_frozen: dict[str, Tensor] = {}  # A0 and B0 while they are saved under ZeRO-3
     _ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
 
     def __init__(
@@ -84,6 +83,7 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_meter: CostMeter | None = None
         self._ba_lora_cache: TeacherCache | None = None
         self._ba_lora_initial_head: Head | None = None
+        self._ba_lora_frozen: dict[str, Tensor] = {}  # A0 and B0 while they are saved under ZeRO-3
         args, kwargs, self._ba_lora_backend = take_backend(args, kwargs)
         super().__init__(*args, **kwargs)
         self._set_up_ba_lora(regularizers, teacher_model)
@@ -383,20 +383,25 @@ class BaLoraTrainerMixin(_Base):
         if self.is_world_process_zero() and isinstance(_active_config(self.model), BaLoraConfig):
             card.update(self.args.output_dir, self.model)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As the host's, which every process calls; under ZeRO-3 with A0 and B0, which its state dict leaves out."""
+        if our_adapters(self.model):
+            begin_save(
+                output_dir or str(self.args.output_dir),
+                rank=self.args.process_index,
+                processes=self.args.world_size,
+                first=self.args.should_save,
+            )
         self._ba_lora_frozen = frozen_factors(self.model, keep=self.args.should_save)
         try:
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, *args, **kwargs)
         finally:
             self._ba_lora_frozen = {}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As the host's; beside any adapter the head of a classifier's teacher, which a resumed run needs."""
-        if isinstance(_active_config(self.model), BaLoraConfig):
-            begin_save(output_dir or str(self.args.output_dir))
-            if state_dict is not None:
-                state_dict = {**state_dict, **self._ba_lora_frozen}
+        if state_dict is not None and self._ba_lora_frozen:
+            state_dict = {**state_dict, **self._ba_lora_frozen}
         super()._save(output_dir, state_dict)
         if self.ba_lora is not None and self.ba_lora.task == "nlu" and self.ba_lora.lambda_consistency:
             run.save_head(self, output_dir or str(self.args.output_dir))

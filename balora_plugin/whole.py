@@ -60,15 +60,21 @@ def check_adapter(settings: dict[str, Any], model_id: str, subfolder: str | None
         )
 
 
-def begin_save(directory: str) -> None:
+def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool = True) -> None:
     """Makes an earlier checkpoint in `directory` one that is not whole, before a new one is written over it.
 
     Else a save that a crash cuts short would leave this run's adapter beside that run's optimizer, and count as whole.
-    The random states stay: other ranks may have written theirs already, and trainer_state.json decides.
+    Every rank calls it and removes its own random state; `first`, the one that saves, what is written once.
     """
     if re.fullmatch(r"checkpoint-\d+", Path(os.path.abspath(directory)).name):
-        for name in (STATE_FILE, *_ARCHIVES):  # save_only_model would leave another run's optimizer
+        once = (STATE_FILE, *_ARCHIVES) if first else ()  # save_only_model would leave another run's optimizer
+        for name in (*once, *_random_states([rank] if processes > 1 else [])):
             Path(directory, name).unlink(missing_ok=True)
+
+
+def _random_states(ranks: Sequence[int]) -> list[str]:
+    """A Trainer's files of them; of no ranks: those of a single process."""
+    return [f"rng_state_{rank}.pth" for rank in ranks] or ["rng_state.pth"]
 
 
 def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str | None:
@@ -103,6 +109,9 @@ def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str |
             return str(error)
         if settings is None and sharded:  # its tensors stand in the engine's own files
             continue
+        for file in _random_states(settings["ranks"]) if settings is not None and "ranks" in settings else ():
+            if not zipfile.is_zipfile(path / file):  # ranks write theirs when they get to it
+                return f"{file} is {'cut short' if (path / file).exists() else 'missing'}"
         flaw = adapter_flaw(settings, where)
         if flaw is not None:
             return flaw if name == "default" else f"adapter {name!r}: {flaw}"
