@@ -14,11 +14,13 @@ import json
 import logging
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+import torch.distributed as dist
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 from . import provenance
 from .adapter.delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, split_factors, stack_factors, target_key
+from .cache_files import HEADER
 from .nlu.heads import HEAD_FILE, write_head
 
 if TYPE_CHECKING:
@@ -275,12 +278,21 @@ def write_settings(
             config.family
         ).to_dict(),  # for readers: presets may change
         "config": values,
+        "ranks": ranks_here(),
         "sha256": hashes or {},
     }
     path = Path(directory, SETTINGS_FILE)
-    temporary = path.with_suffix(f".json.{os.getpid()}.tmp")  # Axolotl saves the config on every rank at once
+    temporary = path.with_suffix(f".json.{uuid.uuid4().hex}.tmp")  # Axolotl saves it on every rank at once
     temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     temporary.replace(path)
+
+
+def ranks_here() -> list[int]:
+    """The ranks of this node, whose random states a Trainer writes beside the adapter; none for a single process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return []
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return list(range(dist.get_rank(), dist.get_rank() + count))
 
 
 def find_file(model_id: str, name: str, subfolder: str | None = None, **hub: Any) -> str | None:
@@ -322,7 +334,11 @@ def read_settings(model_id: str, subfolder: str | None = None, **hub: Any) -> di
 
 
 def read_config(model_id: str, subfolder: str | None = None, **hub: Any) -> BaLoraConfig:
-    """The BaLoraConfig an adapter was saved with; ValueError if it is not a BA-LoRA adapter."""
+    """The BaLoraConfig an adapter was saved with; ValueError if it is not a BA-LoRA adapter.
+
+    A `teacher_cache` is taken over only where that directory already is one: an adapter from elsewhere does not choose
+    where files are written.
+    """
     from .adapter.config import BaLoraConfig
 
     settings = read_settings(model_id, subfolder, **hub)
@@ -340,10 +356,10 @@ def read_config(model_id: str, subfolder: str | None = None, **hub: Any) -> BaLo
         )
     config = BaLoraConfig(**values)
     cache = config.regularizers.teacher_cache
-    if cache is not None and not os.path.isdir(cache):  # somebody else's path is not made here
+    if cache is not None and not os.path.isfile(os.path.join(cache, HEADER)):  # somebody else's path
         logger.warning(
-            f"{model_id} was trained with teacher_cache={cache}, which is not here: going on without; name one of your "
-            "own to have it again."
+            f"{model_id} was trained with teacher_cache={cache}, which is no teacher cache here: going on without; "
+            "name one of your own to have it again."
         )
         config.regularizers = dataclasses.replace(config.regularizers, teacher_cache=None, teacher_cache_top_k=None)
     return config

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from .adapter.config import our_adapters
 from .whole import last_whole
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class FiniteGuard(TrainerCallback):
         if found is None:
             return
         name, step = found
-        whole = last_whole(str(trainer.args.output_dir))
+        whole = last_whole(str(trainer.args.output_dir), our_adapters(trainer.model))
         what = "the task loss" if name == "task" else f"the {name} term (lambda_{name})"
         raise FloatingPointError(
             f"balora/{name}: {what} was NaN or inf at step {step}. Training was stopped, nothing was saved after it. "

@@ -117,7 +117,8 @@ def check_base(
     """Refuses to train an adapter further on another base than the one it was trained on.
 
     Digests decide where they can. Where they cannot (a quantised base beside another form of it, float16, another
-    config) the stored probe does. Allowed with a warning: the same base in another dtype, or quantised otherwise.
+    config) the stored probe does. Allowed with a warning: the same base in another dtype, or quantised otherwise. Bases
+    that are quantised alike and hold other bytes are two, unless the probe says that they compute the same.
 
     Raises:
         ValueError: another base; names both.
@@ -142,7 +143,9 @@ def check_base(
     quantised = recorded.quantization != here.quantization
     near = distance is None or distance <= probe.tolerance(recorded.dtype, here.dtype, quantised=quantised)
     measured = "logits could not be compared" if distance is None else f"logits {distance:.2g} apart"
-    if verdict == "other" or (verdict == "unclear" and not near):
+    # quantised alike, the same weights have the same bytes: with no logits to say otherwise it is another model
+    alike = recorded.quantization is not None and not quantised and recorded.dtypes == here.dtypes
+    if verdict == "other" or (verdict == "unclear" and (not near or (distance is None and alike))):
         raise ValueError(
             f"the adapter in {model_id!r} belongs to another base ({both}; {measured}): load it onto its own. To go "
             "on from what it computes, merge it into its base first (balora export --merge)."

@@ -1,4 +1,4 @@
-"""Resuming under FSDP and DeepSpeed: the adapter comes from its own files, because the engine's do not hold it whole.
+"""Saving and resuming under FSDP and DeepSpeed: the adapter's own files hold it whole, which the engine's do not.
 
 They have what trains, without A0 and B0, and FSDP2's are loaded by the first rank alone.
 """
@@ -76,6 +76,23 @@ def restore(
         for name, value in values.items():
             if not frozen_alone or any(f".{attribute}." in name for attribute in FROZEN):
                 _write(parameters[name], value)
+
+
+def frozen_factors(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """{name in the state dict: A0 or B0, whole, on the CPU} of every factor that ZeRO-3 has split; else empty.
+
+    The state dict that ZeRO-3 gathers for a save leaves out what is frozen. Every rank calls this; one that does not
+    `keep` gets an empty dict. One factor at a time is whole.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id") and any(f".{attribute}." in name for attribute in FROZEN):
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter]):
+                if keep:
+                    found[name] = parameter.detach().cpu().clone()
+    return found
 
 
 def _tensors(model: PeftModel, adapter_name: str, directory: str) -> dict[str, Tensor]:

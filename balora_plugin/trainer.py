@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from . import card, provenance
-from .adapter.config import BaLoraConfig
+from .adapter.config import BaLoraConfig, our_adapters
 from .attention import check_attention, check_same_attention
 from .checks import (
     as_regularizers,
@@ -41,10 +41,10 @@ from .prefill import TeacherCacheCallback, choose_rows, open_cache
 from .quantised import protect_weights, quantised_layers_stay_in_training_mode
 from .repeats import drop_rows, refill, repeated_rows
 from .schedules import Lambdas, lambdas_at
-from .sharded import RestoreAdapter
+from .sharded import RestoreAdapter, frozen_factors
 from .teacher import TeacherSwitch
 from .teacher_cache import TeacherCache
-from .whole import check_whole
+from .whole import begin_save, check_whole
 
 logger = logging.get_logger(__name__)
 
@@ -85,6 +85,7 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_meter: CostMeter | None = None
         self._ba_lora_cache: TeacherCache | None = None
         self._ba_lora_initial_head: Head | None = None
+        self._ba_lora_frozen: dict[str, Tensor] = {}  # A0 and B0 while they are saved under ZeRO-3
         args, kwargs, self._ba_lora_backend = take_backend(args, kwargs)
         super().__init__(*args, **kwargs)
         self._set_up_ba_lora(regularizers, teacher_model)
@@ -202,7 +203,7 @@ class BaLoraTrainerMixin(_Base):
         if isinstance(checkpoint, str):
             check_checkpoint(_active_config(self.model), checkpoint)
             if isinstance(_active_config(self.model), BaLoraConfig):
-                check_whole(checkpoint)
+                check_whole(checkpoint, our_adapters(self.model))
             run.restore_head(self, checkpoint)
         if checkpoint and self._ba_lora_initial_head is not None and self._ba_lora_cache is not None:
             self._ba_lora_cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
@@ -395,8 +396,25 @@ class BaLoraTrainerMixin(_Base):
         if self.is_world_process_zero() and isinstance(_active_config(self.model), BaLoraConfig):
             card.update(self.args.output_dir, self.model)
 
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As the host's, which every process calls; under ZeRO-3 with A0 and B0, which its state dict leaves out."""
+        if our_adapters(self.model):
+            begin_save(
+                output_dir or str(self.args.output_dir),
+                rank=self.args.process_index,
+                processes=self.args.world_size,
+                first=self.args.should_save,
+            )
+        self._ba_lora_frozen = frozen_factors(self.model, keep=self.args.should_save)
+        try:
+            super().save_model(output_dir, *args, **kwargs)
+        finally:
+            self._ba_lora_frozen = {}
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As the host's; beside any adapter the head of a classifier's teacher, which a resumed run needs."""
+        if state_dict is not None and self._ba_lora_frozen:
+            state_dict = {**state_dict, **self._ba_lora_frozen}
         super()._save(output_dir, state_dict)
         if self.ba_lora is not None and self.ba_lora.task == "nlu" and self.ba_lora.lambda_consistency:
             run.save_head(self, output_dir or str(self.args.output_dir))

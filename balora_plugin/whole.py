@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from . import checkpoint  # the module alone: the adapter package and it import 
 
 STATE_FILE = "trainer_state.json"  # the last file of a Trainer's checkpoint
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "scaler.pt")  # zip files: their directory stands at their end
+_DEFAULT = ("default",)  # PEFT saves an adapter of this name in the directory itself, others below it
 _SHARDED = ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin", "global_step*", "zero_to_fp32.py")
 
 
@@ -35,6 +37,15 @@ def adapter_flaw(
     return None
 
 
+def is_finished(directory: str) -> bool:
+    """Whether `directory` holds an adapter of ours whose files are those it names."""
+    try:
+        settings = checkpoint.read_settings(directory) if os.path.isdir(directory) else None
+    except ValueError:
+        return False
+    return settings is not None and adapter_flaw(settings, directory) is None
+
+
 def check_adapter(settings: dict[str, Any], model_id: str, subfolder: str | None = None, **hub: Any) -> None:
     """Refuses files that are not the ones this ba_lora.json was written for (a crash, a mixed-up copy).
 
@@ -49,10 +60,28 @@ def check_adapter(settings: dict[str, Any], model_id: str, subfolder: str | None
         )
 
 
-def checkpoint_flaw(directory: str) -> str | None:
+def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool = True) -> None:
+    """Makes an earlier checkpoint in `directory` one that is not whole, before a new one is written over it.
+
+    Else a save that a crash cuts short would leave this run's adapter beside that run's optimizer, and count as whole.
+    Every rank calls it and removes its own random state; `first`, the one that saves, what is written once.
+    """
+    if re.fullmatch(r"checkpoint-\d+", Path(os.path.abspath(directory)).name):
+        once = (STATE_FILE, *_ARCHIVES) if first else ()  # save_only_model would leave another run's optimizer
+        for name in (*once, *_random_states([rank] if processes > 1 else [])):
+            Path(directory, name).unlink(missing_ok=True)
+
+
+def _random_states(ranks: Sequence[int]) -> list[str]:
+    """A Trainer's files of them; of no ranks: those of a single process."""
+    return [f"rng_state_{rank}.pth" for rank in ranks] or ["rng_state.pth"]
+
+
+def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str | None:
     """What is wrong with a checkpoint of a BA-LoRA trainer; None if training can be resumed from it exactly.
 
     A Trainer writes the adapter (ba_lora.json last of it), the optimizer and scheduler, and last trainer_state.json.
+    `adapters`: the names of the model's BA-LoRA adapters, each of which has to be whole where PEFT saves it.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -72,41 +101,51 @@ def checkpoint_flaw(directory: str) -> str | None:
             return f"{name} is cut short"
         if not archive.exists() and name == "optimizer.pt" and not sharded:
             return f"{name} is missing (save_only_model=True leaves it out), so the optimizer would start anew"
-    try:
-        settings = checkpoint.read_settings(directory)
-    except ValueError as error:
-        return str(error)
-    if settings is None and sharded:  # its tensors stand in the engine's own files
-        return None
-    return adapter_flaw(settings, directory)
+    for name in adapters:
+        where = directory if name == "default" else os.path.join(directory, name)
+        try:
+            settings = checkpoint.read_settings(where)
+        except ValueError as error:
+            return str(error)
+        if settings is None and sharded:  # its tensors stand in the engine's own files
+            continue
+        for file in _random_states(settings["ranks"]) if settings is not None and "ranks" in settings else ():
+            if not zipfile.is_zipfile(path / file):  # ranks write theirs when they get to it
+                return f"{file} is {'cut short' if (path / file).exists() else 'missing'}"
+        flaw = adapter_flaw(settings, where)
+        if flaw is not None:
+            return flaw if name == "default" else f"adapter {name!r}: {flaw}"
+    return None
 
 
-def check_whole(directory: str) -> None:
-    """Refuses to resume from a checkpoint that is not whole.
+def check_whole(directory: str, adapters: Sequence[str] = _DEFAULT) -> None:
+    """Refuses to resume from a checkpoint that is not whole; `adapters` as for [`checkpoint_flaw`].
 
     Raises:
         ValueError: names what is missing and the last whole checkpoint beside it.
     """
-    flaw = checkpoint_flaw(directory)
+    flaw = checkpoint_flaw(directory, adapters)
     if flaw is not None:
-        raise ValueError(f"cannot resume from {directory}: {flaw}. {_remedy(directory)}")
+        raise ValueError(f"cannot resume from {directory}: {flaw}. {_remedy(directory, adapters)}")
 
 
-def last_whole(directory: str, *, but: str | None = None) -> str | None:
-    """The newest whole `checkpoint-N` in `directory`, other than `but`."""
+def last_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str | None = None) -> str | None:
+    """The newest whole `checkpoint-N` in `directory`, other than `but`; `adapters` as for [`checkpoint_flaw`]."""
     found = []
     for entry in os.scandir(directory) if os.path.isdir(directory) else ():
         match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
         if match and entry.is_dir() and entry.name != but:
             found.append((int(match[1]), entry.path))
-    return next((path for _, path in sorted(found, reverse=True) if checkpoint_flaw(path) is None), None)
+    return next((path for _, path in sorted(found, reverse=True) if checkpoint_flaw(path, adapters) is None), None)
 
 
-def _remedy(directory: str) -> str:
+def _remedy(directory: str, adapters: Sequence[str] = _DEFAULT) -> str:
     path = Path(os.path.abspath(directory))
+    if re.fullmatch(r"checkpoint-\d+", path.parent.name):  # the directory of an adapter of another name
+        path, adapters = path.parent, (path.name,)
     if not re.fullmatch(r"checkpoint-\d+", path.name):
         return "Use the last whole checkpoint of that run."
-    whole = last_whole(str(path.parent), but=path.name)
+    whole = last_whole(str(path.parent), adapters, but=path.name)
     if whole is None:
         return f"There is no whole checkpoint in {path.parent}: start again without resuming."
     automatically = f" (to do so automatically, remove {path})" if path.exists() else ""

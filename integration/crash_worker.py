@@ -22,7 +22,7 @@ from tests.models import character_tokenizer, tiny_llama
 STEPS = 6
 ROWS = [{"text": f"The number {i} comes before {i + 1}" + " and so on" * (i % 3)} for i in range(10)]
 KILL_AT = 4  # optimizer step
-MOMENTS = ("in_step", "in_weights", "in_settings", "in_optimizer", "in_state")
+MOMENTS = ("in_step", "in_weights", "in_settings", "in_optimizer", "in_state", "over_another")
 
 
 def trainer(host: str, directory: Path, **changes: Any) -> Trainer:
@@ -107,17 +107,19 @@ def die_while_writing(part: str, directory: Path) -> None:
         import peft.peft_model
 
         wrap(peft.peft_model, "safe_save_file", 1)
-    elif part == "settings":
+    elif part in ("settings", "another"):  # before the adapter's last file, or after it
         from balora_plugin import checkpoint
 
         original = checkpoint.write_settings
 
-        def before(target: str, *args: Any) -> Any:
+        def writing_settings(target: str, *args: Any) -> Any:
+            if part == "another":
+                original(target, *args)
             if marker in str(target):
                 die()
-            return original(target, *args)
+            return None if part == "another" else original(target, *args)
 
-        checkpoint.write_settings = before
+        checkpoint.write_settings = writing_settings
     elif part == "optimizer":
         wrap(torch, "save", 1)
     else:
@@ -131,7 +133,9 @@ def run(host: str, moment: str, directory: Path) -> None:
         made = trainer(host, directory)
         made.add_callback(DieInStep())
     else:
-        die_while_writing(moment.removeprefix("in_"), directory)
+        if moment == "over_another":  # where an earlier run has left a whole checkpoint of the same step
+            trainer(host, directory, max_steps=KILL_AT, save_steps=KILL_AT, seed=4).train()
+        die_while_writing(moment.split("_")[1], directory)
         made = trainer(host, directory)
     made.train()
 

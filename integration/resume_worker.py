@@ -87,7 +87,11 @@ def model_and_adapter(args: TrainingArguments, dropout: float, flipped: bool = F
 def zero(stage: int) -> dict[str, Any]:
     """A DeepSpeed config with the trainer's own values."""
     return {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,  # split even what is tiny, as real sizes are
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "train_batch_size": "auto",

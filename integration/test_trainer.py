@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from balora_plugin import BaLoraConfig, BaLoraTrainer, BaLoraTrainerMixin, RegularizerConfig, whole
+from balora_plugin import BaLoraConfig, BaLoraTrainer, BaLoraTrainerMixin, RegularizerConfig, get_ba_lora_model, whole
 
 TEXTS = [f"The number {i} comes before {i + 1}" + " and so on" * (i % 3) for i in range(12)]
 
@@ -285,3 +285,21 @@ def test_a_term_that_is_not_finite_stops_the_run_before_anything_is_saved(
     assert str(good) in str(caught.value)
     assert whole.checkpoint_flaw(str(good)) is None
     assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+def test_a_run_whose_adapter_has_another_name_resumes(tmp_path, tokenizer):
+    def made():
+        model = get_ba_lora_model(tiny_llama(), adapter(), adapter_name="mine")
+        return build(tmp_path, tokenizer, model=model, save_strategy="steps", save_steps=2)
+
+    through = made()
+    through.train()
+    expected = {name: p.clone() for name, p in through.model.state_dict().items() if "lora_" in name}
+    resumed = made()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    found = resumed.model.state_dict()
+    assert all(torch.equal(found[name], p) for name, p in expected.items())
+    (tmp_path / "out" / "checkpoint-4" / "mine" / "ba_lora.json").unlink()
+    with pytest.raises(ValueError, match=r"'mine': ba_lora\.json.*checkpoint-2"):
+        made().train(resume_from_checkpoint=True)

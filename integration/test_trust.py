@@ -63,6 +63,8 @@ def test_nothing_is_asked_of_the_network_and_no_program_is_started(audited):
 def test_no_adapter_is_unpickled(audited):
     _, seen = audited
     assert not [name for name in seen["unpickled"] if name.startswith(("torch", "balora", "peft"))]
+    assert set(seen["resumed"]) == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}  # the Trainer's own
+    assert not seen["pickles"]  # of those that lie beside the adapter
 
 
 class Bomb:
@@ -73,8 +75,9 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_pickle_in_the_place_of_the_weights_is_refused_unopened(tmp_path):
-    ba_lora(tiny_llama()).save_pretrained(tmp_path / "a")
+@pytest.mark.parametrize("start", ["pissa", True])
+def test_a_pickle_in_the_place_of_the_weights_is_refused_unopened(start, tmp_path):
+    ba_lora(tiny_llama(), init_lora_weights=start).save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     with open(tmp_path / "a" / "adapter_model.bin", "wb") as file:
         pickle.dump(Bomb(tmp_path / "exploded"), file)

@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-SEEN: dict[str, list[str]] = {"written": [], "network": [], "unpickled": [], "executed": []}
+SEEN: dict[str, list[str]] = {"written": [], "network": [], "unpickled": [], "executed": [], "pickles": []}
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")  # torch.load(weights_only=True) unpickles past the audit's eyes
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 
 
@@ -16,6 +17,8 @@ def hook(event: str, args: tuple[object, ...]) -> None:
         path, _, flags = args
         if isinstance(path, (str, bytes)) and isinstance(flags, int) and flags & WRITES:
             SEEN["written"].append(os.path.realpath(os.fsdecode(path)))
+        elif isinstance(path, (str, bytes)) and os.fsdecode(path).endswith(PICKLES):
+            SEEN["pickles"].append(os.path.basename(os.fsdecode(path)))
     elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
         SEEN["written"].append(os.path.realpath(os.fsdecode(str(args[0]))))
     elif event in ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile"):
@@ -46,9 +49,13 @@ def main(directory: str) -> None:
     sys.addaudithook(hook)
     trainer("transformers", here, max_steps=2, save_steps=1).train()
     trained = SEEN["unpickled"].copy()  # a Trainer's own files come back by torch.load below, never an adapter
+    for name in ("adapter_model.bin", "ba_lora_init.pt", "ba_lora_head.pkl"):
+        for step in (1, 2):
+            torch.save({}, here / "out" / f"checkpoint-{step}" / name)
+    SEEN["pickles"].clear()
     resumed = trainer("transformers", here, max_steps=2)
     resumed.train(resume_from_checkpoint=str(here / "out" / "checkpoint-1"))
-    SEEN["unpickled"] = trained
+    SEEN["unpickled"], SEEN["resumed"], SEEN["pickles"] = trained, SEEN["pickles"], []
     adapter = str(here / "out" / "checkpoint-2")
     BaLoraModel.from_pretrained(tiny_llama(), adapter, is_trainable=True)
     codes = [

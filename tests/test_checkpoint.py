@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from balora_plugin import BaLoraConfig, BaLoraModel, RegularizerConfig, get_ba_lora_model
+from balora_plugin.checkpoint import write_settings
 
 VARIANTS = {
     "plain": {},
@@ -355,3 +357,39 @@ def test_a_leaked_frozen_factor_is_noticed(llama, ids, tmp_path):
     save_file({**load_file(path), name: torch.zeros(1)}, path)
     with pytest.raises(RuntimeError, match="frozen_A"):
         checkpoint.check_stock_file(str(tmp_path), model, "default")
+
+
+def test_a_config_saved_before_training_leaves_a_finished_adapter_as_it_is(llama, ids, tmp_path):
+    """Axolotl does so; the run may fail before it has an adapter of its own."""
+    expected = saved(ba_lora(llama), ids, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    config = BaLoraConfig(r=2, lora_alpha=16, target_modules=["q_proj"])
+    config.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert torch.equal(logits(BaLoraModel.from_pretrained(tiny_llama(), tmp_path).eval(), ids), expected)
+    (tmp_path / "adapter_model.safetensors").unlink()  # nothing left to keep
+    config.save_pretrained(tmp_path)
+    assert BaLoraConfig.from_pretrained(tmp_path).r == 2
+
+
+def test_an_adapter_does_not_choose_where_a_teacher_cache_is_written(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    terms = RegularizerConfig(teacher_cache=str(place))
+    BaLoraConfig(target_modules=["q_proj"], regularizers=terms).save_pretrained(tmp_path / "a")
+    assert BaLoraConfig.from_pretrained(tmp_path / "a").regularizers.teacher_cache is None
+    (place / "cache.json").write_text("{}")  # one that is there
+    assert BaLoraConfig.from_pretrained(tmp_path / "a").regularizers.teacher_cache == str(place)
+
+
+def test_two_nodes_with_equal_process_numbers_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    names = []
+    original = Path.write_text
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(
+        Path, "write_text", lambda path, *args, **kw: names.append(path.name) or original(path, *args, **kw)
+    )
+    for _ in range(2):
+        write_settings(str(tmp_path), BaLoraConfig(target_modules=["q_proj"]))
+    assert len(set(names)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["ba_lora.json"]

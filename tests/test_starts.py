@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,38 @@ def test_the_least_recently_used_go_first(store, monkeypatch):
     assert len(count) == made
     StartCache(directory).factors(weights[1], 2, 1.0, fast=False)
     assert len(count) == made + 1
+
+
+def test_a_directory_that_belongs_to_another_user_is_read_and_left_alone(store, monkeypatch):
+    directory, count = store
+    weight = torch.randn(12, 8)
+    expected = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(1, "not the owner")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    cache = StartCache(directory)
+    found = cache.factors(weight, 2, 1.0, fast=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (cache.found, len(count)) == (1, 1)
+    monkeypatch.setattr(start_cache, "LARGEST", 0)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    cache.computed = 1
+    cache.prune()
+    assert len(list(directory.iterdir())) == 1
+
+
+def test_what_a_killed_run_left_half_written_goes_with_time(store):
+    directory, _ = store
+    cache = StartCache(directory)
+    cache.factors(torch.randn(12, 8), 2, 1.0, fast=False)
+    for name in ("old.1.tmp", "young.2.tmp"):
+        (directory / name).write_bytes(b"half")
+    os.utime(directory / "old.1.tmp", (1, 1))
+    cache.prune()
+    assert [path.name for path in directory.glob("*.tmp")] == ["young.2.tmp"]
+    assert len(list(directory.glob("*.safetensors"))) == 1
 
 
 def _rank(rank, port, directory, case):

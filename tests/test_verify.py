@@ -9,11 +9,12 @@ import shutil
 
 import pytest
 import torch
+from classifiers import classifier
 from helpers import ba_lora, logits, stock, train
 from models import tiny_gpt2, tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from balora_plugin import BaLoraConfig, BaLoraModel, fingerprint, get_ba_lora_model, probe, provenance
 from balora_plugin.commands import main
@@ -497,3 +498,31 @@ def test_a_directory_without_its_probe_is_still_told_by_the_hash(base, adapter, 
     BaLoraModel.from_pretrained(loaded(base), tmp_path / "copied", is_trainable=True)
     with pytest.raises(ValueError, match="another base"):
         BaLoraModel.from_pretrained(changed_matrix(loaded(base)), tmp_path / "copied", is_trainable=True)
+
+
+def test_a_classifier_is_verified_by_files_and_hash(tmp_path, capsys):
+    classifier("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    get_ba_lora_model(model, BaLoraConfig(r=2, lora_alpha=2)).save_pretrained(tmp_path / "adapter")
+    code, out = verify(capsys, tmp_path / "adapter", "--base", tmp_path / "base")
+    assert code == 0 and "is the recorded one" in out, out
+    classifier("llama", seed=2).save_pretrained(tmp_path / "other")
+    code, out = verify(capsys, tmp_path / "adapter", "--base", tmp_path / "other")
+    assert code == 1 and mismatches(out) == ["base"]
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0\1"[:1])
+    path.write_bytes(path.read_bytes()[:-4] + b"1234")
+    code, out = verify(capsys, tmp_path / "adapter", "--base", tmp_path / "base")
+    assert code == 1 and mismatches(out) == ["adapter_model.safetensors"]
+
+
+def test_a_base_quantised_alike_with_other_bytes_needs_logits_to_be_accepted(base, quantised, tmp_path, said):
+    """A classifier's adapter has no probe; here that of a language model is taken away."""
+    ba_lora(quantised()).train().save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "ba_lora_probe.safetensors").unlink()
+    BaLoraModel.from_pretrained(quantised(), tmp_path / "adapter", is_trainable=True)
+    BaLoraModel.from_pretrained(quantised(bits=8), tmp_path / "adapter", is_trainable=True)  # that cannot be told
+    assert len(said) == 1
+    another_seed(tiny_llama(hidden_size=64, intermediate_size=64)).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"another base.*could not be compared"):
+        BaLoraModel.from_pretrained(quantised(), tmp_path / "adapter", is_trainable=True)

@@ -12,14 +12,15 @@ from helpers import ba_lora, fresh, logits, train
 from models import tiny_llama
 from safetensors.torch import load_file
 
-from balora_plugin import BaLoraModel, whole
+from balora_plugin import BaLoraConfig, BaLoraModel, get_ba_lora_model, whole
+from balora_plugin import checkpoint as format_1
 from balora_plugin.checkpoint import INIT_FILE, SETTINGS_FILE, WEIGHTS_FILE
 
 
 def checkpoint(model, directory):
     """What a Trainer leaves, in its order."""
     model.save_pretrained(directory)
-    for name in ("optimizer.pt", "scheduler.pt"):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": torch.zeros(1000)}, directory / name)
     (directory / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
     return str(directory)
@@ -46,6 +47,8 @@ CUTS = {
     "half_optimizer": (lambda d: truncate(d / "optimizer.pt"), "optimizer.pt is cut short"),
     "no_optimizer": (lambda d: (d / "optimizer.pt").unlink(), "save_only_model=True"),
     "half_scheduler": (lambda d: truncate(d / "scheduler.pt"), "scheduler.pt is cut short"),
+    "half_random_state": (lambda d: truncate(d / "rng_state.pth"), "rng_state.pth is cut short"),
+    "no_random_state": (lambda d: (d / "rng_state.pth").unlink(), "rng_state.pth is missing"),
     "no_settings": (lambda d: (d / SETTINGS_FILE).unlink(), SETTINGS_FILE),
     "half_settings": (lambda d: truncate(d / SETTINGS_FILE), "not JSON"),
     "half_weights": (lambda d: truncate(d / WEIGHTS_FILE), f"{WEIGHTS_FILE} is not the file"),
@@ -74,14 +77,35 @@ def test_a_checkpoint_cut_short_is_refused_and_the_last_whole_one_named(cut, run
         whole.check_whole(str(last))
 
 
-def test_a_damaged_adapter_names_the_last_whole_one(run):
+@pytest.mark.parametrize("start", ["pissa", True])
+def test_a_damaged_adapter_names_the_last_whole_one(start, run):
     _, directory = run
+    if start is True:  # an ordinary LoRA, loaded by PEFT
+        for step in (2, 3):
+            ba_lora(tiny_llama(), init_lora_weights=True).save_pretrained(directory / f"checkpoint-{step}")
     path = directory / "checkpoint-3" / WEIGHTS_FILE
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # one bit of one factor
     path.write_bytes(content)
     with pytest.raises(ValueError, match="checkpoint-2"):
         BaLoraModel.from_pretrained(tiny_llama(), str(directory / "checkpoint-3"))
+
+
+def test_an_adapter_of_another_name_is_looked_at_where_peft_saves_it(llama, tmp_path):
+    config = BaLoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"])
+    model = get_ba_lora_model(llama, config, adapter_name="mine")
+    model.add_adapter("second", config)
+    for step in (1, 2):
+        checkpoint(model, tmp_path / f"checkpoint-{step}")
+    both, last = ("mine", "second"), str(tmp_path / "checkpoint-2")
+    assert whole.checkpoint_flaw(last, both) is None
+    assert whole.checkpoint_flaw(last) is not None  # it holds no adapter called default
+    truncate(tmp_path / "checkpoint-2" / "second" / WEIGHTS_FILE)
+    assert whole.checkpoint_flaw(last, both[:1]) is None
+    with pytest.raises(ValueError, match=r"'second'.*checkpoint-1"):
+        whole.check_whole(last, both)
+    with pytest.raises(ValueError, match="checkpoint-1"):
+        model.load_adapter(tmp_path / "checkpoint-2" / "second", "second")
 
 
 def test_a_base_that_has_moved_may_be_edited_into_the_config(run):
@@ -154,3 +178,27 @@ def test_factors_that_are_not_finite_are_not_saved(run, value):
     with pytest.raises(FloatingPointError, match=r"lora_B.*holds NaN or inf"):
         model.save_pretrained(directory / "checkpoint-3")
     assert {p.name: p.read_bytes() for p in (directory / "checkpoint-3").iterdir()} == before
+
+
+def test_every_rank_of_the_node_has_its_random_state(run, monkeypatch):
+    model, directory = run
+    last = directory / "checkpoint-3"
+    monkeypatch.setattr(format_1, "ranks_here", lambda: [2, 3])
+    model.save_pretrained(last)
+    torch.save({}, last / "rng_state_2.pth")
+    assert "rng_state_3.pth is missing" in (whole.checkpoint_flaw(str(last)) or "")
+    torch.save({}, last / "rng_state_3.pth")
+    assert whole.checkpoint_flaw(str(last)) is None
+    whole.begin_save(str(last), rank=3, processes=4, first=False)  # another rank may have written its own
+    assert (last / "rng_state_2.pth").exists() and not (last / "rng_state_3.pth").exists()
+
+
+def test_a_save_over_an_older_checkpoint_takes_its_wholeness_first(run):
+    _, directory = run
+    whole.begin_save(str(directory / "checkpoint-3"))
+    assert "trainer_state.json" in (whole.checkpoint_flaw(str(directory / "checkpoint-3")) or "")
+    assert not (directory / "checkpoint-3" / "optimizer.pt").exists()  # save_only_model would not replace it
+    (directory / "trainer_state.json").write_text("{}")
+    whole.begin_save(str(directory))  # the run's own state is no checkpoint's
+    assert (directory / "trainer_state.json").exists()
+    whole.begin_save(str(directory / "checkpoint-9"))

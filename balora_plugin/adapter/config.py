@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from peft import LoraConfig
 from torch import nn
 
 from ..config import RegularizerConfig, as_path
+
+logger = logging.getLogger(__name__)
 
 DELTA_STARTS = ("pissa", "pissa_fast")
 
@@ -132,9 +135,18 @@ class BaLoraConfig(LoraConfig):
         return LoraConfig(**{**values, **changes})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes what a saved adapter carries: the *stock* config (rank 2r in delta form) and `ba_lora.json`."""
-        from .. import checkpoint
+        """Writes what a saved adapter carries: the *stock* config (rank 2r in delta form) and `ba_lora.json`.
 
+        Not over a finished adapter, whose weights these would not describe: Axolotl saves a config before the first
+        step, and a run that then fails must leave the adapter of the run before it as it was.
+        """
+        from .. import checkpoint, whole
+
+        if whole.is_finished(str(save_directory)):
+            logger.warning(
+                f"{save_directory} holds the adapter of an earlier run: it stays until the new one is saved over it."
+            )
+            return
         checkpoint.stock_config(self).save_pretrained(str(save_directory), **kwargs)
         checkpoint.write_settings(str(save_directory), self)
 
@@ -150,3 +162,9 @@ class BaLoraConfig(LoraConfig):
         from .. import checkpoint
 
         return checkpoint.read_config(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+
+
+def our_adapters(model: Any) -> list[str]:
+    """Names of the adapters of `model` that have a BaLoraConfig; none for a model without adapters."""
+    configs = getattr(model, "peft_config", None) or {}
+    return [name for name, config in configs.items() if isinstance(config, BaLoraConfig)]

@@ -243,6 +243,8 @@ class BaLoraModelMixin(_Base):
                     f"{'is missing' if settings is None else 'says so'}), but adapter {adapter_name!r} here is: "
                     "load it under another adapter_name, or with peft.PeftModel.from_pretrained."
                 )
+            if settings is not None:  # ours, as an ordinary LoRA
+                whole.check_adapter(settings, str(model_id), **hub)
             if is_trainable:
                 self._check_base(settings, str(model_id), hub)
             result = super().load_adapter(

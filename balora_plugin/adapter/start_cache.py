@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "BALORA_CACHE"  # a directory; "off" keeps nothing
 SMALLEST = 2**20  # entries of a matrix: below, its SVD takes a fraction of a second
+ABANDONED = 24 * 3600  # seconds after which nobody writes a temporary file any more
 LARGEST = 32 * 2**30  # bytes of all files; the least recently used go first
 
 
@@ -59,13 +63,14 @@ class StartCache:
 
     def _write(self, path: Path, a: Tensor, b: Tensor) -> None:
         tensors = {"A0": a.cpu().contiguous(), "B0": b.cpu().contiguous()}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, {"sha256": _digest(tensors)})
             temporary.replace(path)  # whole or not there, also beside another job
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             self.directory = None
             logger.warning(
                 f"BA-LoRA: A0 and B0 are not kept for the next run: {path.parent} cannot be written ({error}). Set "
@@ -73,19 +78,24 @@ class StartCache:
             )
 
     def prune(self) -> None:
-        """Removes the least recently used files over LARGEST bytes."""
+        """Removes what killed runs left half-written, and the least recently used files over LARGEST bytes."""
         if self.directory is None or not self.computed:
             return
-        try:
-            files = [(entry.stat(), entry) for entry in self.directory.glob("*.safetensors")]
-        except OSError:  # another job removes as well
-            return
+        files = []
+        for entry in self.directory.glob("*"):
+            with suppress(OSError):  # another job removes as well
+                stat = entry.stat()
+                if entry.suffix == ".safetensors":
+                    files.append((stat, entry))
+                elif entry.suffix == ".tmp" and stat.st_mtime < time.time() - ABANDONED:
+                    entry.unlink()
         total = sum(stat.st_size for stat, _ in files)
         for stat, entry in sorted(files, key=lambda pair: pair[0].st_mtime):
             if total <= LARGEST:
                 return
-            entry.unlink(missing_ok=True)
-            total -= stat.st_size
+            with suppress(OSError):  # gone already, or another user's
+                entry.unlink()
+                total -= stat.st_size
 
 
 def _key(weight: Tensor, rank: int, scaling: float, fast: bool) -> str:
@@ -110,9 +120,10 @@ def _read(path: Path, weight: Tensor, rank: int) -> tuple[Tensor, Tensor] | None
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("A0", "B0")}
             said = (file.metadata() or {}).get("sha256")
-        os.utime(path)
     except (OSError, SafetensorError):
         return None
+    with suppress(OSError):  # another user's file: of use all the same
+        os.utime(path)
     *batch, out_features, in_features = weight.shape
     shapes = (*batch, rank, in_features), (*batch, out_features, rank)
     if (tuple(tensors["A0"].shape), tuple(tensors["B0"].shape)) != shapes or said != _digest(tensors):

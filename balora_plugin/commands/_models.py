@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+CLASSES = {  # by an adapter's task type; of others the head is new, and no part of the base
+    "CAUSAL_LM": ("AutoModelForCausalLM", "causal language model"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "model for sequence classification"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "sequence-to-sequence model"),
+    "FEATURE_EXTRACTION": ("AutoModel", "model"),
+}
 
 
 def torch_dtype(name: str) -> Any:
@@ -33,16 +39,20 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_base(name: str, dtype: str, quantization: dict[str, Any] | None = None) -> Any:
-    """The causal language model `name` (a directory or a hub id) on the CPU or, if quantised, where it loads.
+def load_base(name: str, dtype: str, quantization: dict[str, Any] | None = None, task: str = "CAUSAL_LM") -> Any:
+    """The base model `name` (a directory or a hub id) on the CPU or, if quantised, where it loads.
 
-    `dtype`: of DTYPES, or "auto": as its files are. `quantization`: a recorded quantisation to load it with.
+    `dtype`: of DTYPES, or "auto": as its files are. `quantization`: a recorded quantisation to load it with. `task`: of
+    CLASSES.
 
     Raises:
         ValueError: names --base and what was wrong.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    class_name, what = CLASSES[task]
 
     if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(f"{name}/config.json"):
         raise ValueError(f"--base {name} is an adapter: give the model it was trained on.")
@@ -51,9 +61,9 @@ def load_base(name: str, dtype: str, quantization: dict[str, Any] | None = None)
         settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
         if quantization is not None and getattr(config, "quantization_config", None) is None:
             settings |= _as_quantised(quantization)
-        return AutoModelForCausalLM.from_pretrained(name, **settings).eval()
+        return getattr(transformers, class_name).from_pretrained(name, **settings).eval()
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--base {name} does not load as a causal language model: {error}") from None
+        raise ValueError(f"--base {name} does not load as a {what}: {error}") from None
 
 
 def is_quantised(name: str) -> bool:

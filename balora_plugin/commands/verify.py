@@ -1,4 +1,4 @@
-"""Check an adapter against its base: the files' hashes, the base's hash, and the logits of a stored probe.
+"""Check an adapter against its base: the files' hashes, the base's hash and, of causal LMs, a stored probe's logits.
 
 Exit code 0: nothing differs; 1: something does; 2: the command line or a file cannot be used.
 
@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._models import DTYPES, load_base, quiet
+from ._models import CLASSES, DTYPES, load_base, quiet
 
 if TYPE_CHECKING:
     from ..identity import BaseIdentity
@@ -61,7 +61,7 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
         ValueError: no adapter, no model, or one that does not load.
     """
     from .. import checkpoint, portable
-    from ..identity import BaseIdentity
+    from ..identity import BaseIdentity, base_identity, compare
     from ..probe import PROBE_FILE
     from ..raw_pissa import RAW_STARTS
 
@@ -70,8 +70,9 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
     if any(check.mismatch for check in checks):
         return [*checks, Check("not loaded", "because its files are not those that were saved", compared=False)]
     config, _ = portable.read_config(adapter)
-    if str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM") != "CAUSAL_LM":
-        raise ValueError(f"task_type={config.task_type!r} in {adapter!r}: only causal language models are verified.")
+    task = str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM")
+    if task not in CLASSES:
+        return [*checks, Check("base", f"not compared: task_type={task} has no base of its own class", compared=False)]
     origin = settings
     if settings is None:
         exported = portable.read_adapter(adapter).metadata.get("balora")
@@ -84,7 +85,11 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
             return [*checks, Check("not loaded", text, compared=False)]
     recorded = BaseIdentity.from_settings(origin)
     quantization = recorded.quantization if recorded is not None and dtype is None else None
-    model = load_base(base, dtype or (recorded.dtype if recorded is not None else "auto"), quantization)
+    model = load_base(base, dtype or (recorded.dtype if recorded is not None else "auto"), quantization, task)
+    if task != "CAUSAL_LM":  # no probe of its logits: the hash alone
+        here = base_identity(model)
+        remark = Check("probe", f"none for task_type={task}: logits are not compared", compared=False)
+        return [*checks, _base(compare(recorded, here), recorded, here), remark]
     listed = settings is not None and PROBE_FILE in settings["sha256"]
     path = checkpoint.find_file(adapter, PROBE_FILE) if listed else None
     delta = settings is not None and settings["delta_form"]
