@@ -1,4 +1,4 @@
-"""Runs the study, or what is left of it: `python -m integration.study --output DIR` (half an hour to an hour on one core).
+"""Runs the study, or what is left of it: `python -m integration.study --output DIR` (up to an hour on one core).
 
 Every run is kept in `DIR/study.json` as soon as it has finished and is not repeated; `DIR/study.md` has the tables.
 """
