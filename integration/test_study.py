@@ -118,15 +118,14 @@ def test_an_unknown_setting_is_refused(found):
 
 
 def test_scores_are_scikit_learns():
-    from sklearn.metrics import accuracy_score, f1_score, recall_score
-
+    scikit = pytest.importorskip("sklearn.metrics")
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(60, 5, generator=generator), torch.randint(0, 4, (60,), generator=generator)
     seen, said = Seen(logits, torch.randn(60, 8, generator=generator), labels), logits.argmax(1)
     found = train.measures(seen, seen, (1, 3))
-    assert found["accuracy"] == pytest.approx(accuracy_score(labels, said))
-    assert found["macro_f1"] == pytest.approx(f1_score(labels, said, average="macro"))
-    assert found["minority_recall"] == pytest.approx(recall_score(labels, said, labels=[1, 3], average="macro"))
+    assert found["accuracy"] == pytest.approx(scikit.accuracy_score(labels, said))
+    assert found["macro_f1"] == pytest.approx(scikit.f1_score(labels, said, average="macro"))
+    assert found["minority_recall"] == pytest.approx(scikit.recall_score(labels, said, labels=[1, 3], average="macro"))
     assert found["drift"] == 0 and found["feature_drift"] == 0
 
 
@@ -188,6 +187,17 @@ def test_every_method_trains_and_is_measured(tiny, found):
     assert len({result["drift"] for result in results.values()}) == len(results)
 
 
+def test_terms_are_compared_at_pissas_rate_too():
+    records = runs(**{"PiSSA": {1: 0.2, 2: 0.3}, "BA-LoRA paper": {1: 0.1, 2: 0.1}})
+    rates = {"PiSSA": 2e-3, "BA-LoRA paper": 1e-3}
+    for record in records:
+        record["rate"] = rates[record["method"]]
+    extra = [{**r, "rate": 2e-3} for r in runs(**{"BA-LoRA paper": {1: 0.3, 2: 0.5}})]
+    text = table.at_one_rate([*records, *extra], rates, {"clean": "Clean"})
+    assert "0.002" in text and "| BA-LoRA paper minus PiSSA | +15.0 ± 7.1 |" in text
+    assert table.at_one_rate(records, rates, {"clean": "Clean"}) == ""
+
+
 def test_finished_runs_are_not_repeated(monkeypatch, tmp_path, capsys):
     calls = []
 
@@ -212,6 +222,7 @@ def test_finished_runs_are_not_repeated(monkeypatch, tmp_path, capsys):
     stored = json.loads((tmp_path / "study.json").read_text())
     assert len(stored["runs"]) == 4 * 2 + 2 * 3 * 4 == len(calls) - 1
     assert {r["rate"] for r in stored["runs"] if r["seed"] == 1 and r["method"] == "LoRA"} == {0.02}
+    assert "PiSSA's learning rate" not in (tmp_path / "study.md").read_text()  # the others have it anyhow
     assert {r["rate"] for r in stored["runs"] if r["seed"] == 1 and r["method"] == "PiSSA"} == {0.01}
     text = (tmp_path / "study.md").read_text()
     assert "| LoRA | 70.0 ± 0.0 |" in text and "| LoRA minus PiSSA | +30.0 ± 0.0 * |" in text and "## Imbalance" in text

@@ -59,12 +59,20 @@ def best_rates(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     """The options, and the sizes among them."""
+    from .data import SETTINGS
     from .train import Sizes
 
     parser = argparse.ArgumentParser(prog="python -m integration.study", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
     parser.add_argument("--model", type=Path, help="directory of another BERT-like encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help=f"{TUNING_SEED} is taken")
+    parser.add_argument(
+        "--at-pissas-rate",
+        nargs="*",
+        choices=SETTINGS,
+        default=list(SETTINGS),
+        help="settings in which BA-LoRA, where its own learning rate is another one, also runs at PiSSA's",
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     for name, value in asdict(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
@@ -120,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .data import SETTINGS, build, samples
     from .encoder import PACKAGE, encoder_path
-    from .table import markdown
+    from .table import REFERENCE, at_one_rate, markdown
     from .train import METHODS, run
 
     options, sizes = parse(arguments)
@@ -159,9 +167,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for setting in SETTINGS:
             for method in METHODS:
                 once(setting, method, seed, rates[method])
-    reported = [r for r in kept.records if r["seed"] in options.seeds and r["rate"] == rates[r["method"]]]
+    moved = [method for method in METHODS if method.startswith("BA-LoRA") and rates[method] != rates[REFERENCE]]
+    for setting in options.at_pissas_rate:
+        for seed in options.seeds:
+            for method in moved:
+                once(setting, method, seed, rates[REFERENCE])
+    reported = [r for r in kept.records if r["seed"] in options.seeds]
+    own = [r for r in reported if r["rate"] == rates[r["method"]]]
     command = " ".join(["python -m integration.study", *(sys.argv[1:] if arguments is None else arguments)])
-    text = heading(sizes, shared, command) + markdown(reported, rates, titles(sizes))
+    text = heading(sizes, shared, command) + markdown(own, rates, titles(sizes))
+    if below := at_one_rate(reported, rates, titles(sizes)):
+        text += f"\n{below}"
     (options.output / "study.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nwritten to {options.output / 'study.md'} and {kept.path}")
     return 0

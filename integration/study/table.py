@@ -108,3 +108,15 @@ def markdown(records: Sequence[Mapping[str, Any]], rates: Mapping[str, float], t
                 parts += [f"Strongest term's gradient beside the task's, largest of those logged: {shares}."]
     chosen = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
     return "\n\n".join([*parts, f"Learning rates: {chosen}."]) + "\n"
+
+
+def at_one_rate(records: Sequence[Mapping[str, Any]], rates: Mapping[str, float], titles: Mapping[str, str]) -> str:
+    """Differences to PiSSA of the methods whose own rate is another one, all at PiSSA's; empty without such runs."""
+    rate = rates[REFERENCE]
+    moved = {method for method, own in rates.items() if own != rate}
+    runs = arranged(r for r in records if r["rate"] == rate and r["method"] in {REFERENCE, *moved})
+    parts = [f"## At PiSSA's learning rate, {rate:g}"]
+    for setting, title in titles.items():
+        if len(runs.get(setting, {})) > 1 and (below := paired_table(runs, setting)):
+            parts += [f"{title}.", below]
+    return "\n\n".join(parts) + "\n" if len(parts) > 1 else ""
