@@ -92,7 +92,7 @@ def _refuse_classification(task: str) -> None:
     if task == "nlu":
         raise ValueError(
             "task='nlu', or a classification model, in SFTTrainer, which trains language models: use "
-            "balora_plugin.BaLoraTrainer."
+            "balora_plugin.BaLoraTrainer; for a language model write task='nlg' (or 'auto')."
         )
 
 
