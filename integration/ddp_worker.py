@@ -69,6 +69,16 @@ def trl_trainer(args: dict[str, Any], keep: Keep, cache: str | None) -> Trainer:
     )
 
 
+def compiled_trainer(args: dict[str, Any], keep: Keep, cache: str | None) -> Trainer:
+    """TRL's with `compile=True`, autograd's tracing alone below our backend: compiling C++ takes most of a minute."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from balora_plugin.compile import backend
+
+    backend.lower = lambda module, inputs, options: aot_eager(module, inputs)
+    return trl_trainer({**args, "torch_compile": True, "torch_compile_backend": "ba_lora"}, keep, cache)
+
+
 def axolotl_trainer(args: dict[str, Any], keep: Keep, cache: str | None) -> Trainer:
     """The trainer that the plug-in gives Axolotl, with the argument that Axolotl's builder sets against us."""
     from axolotl.core.training_args import AxolotlTrainingArguments
@@ -97,11 +107,12 @@ def main(output: str, batch: int, accumulation: int, directory: str, host: str, 
     """Trains two steps on eight samples a step and stores gradients, logs, teacher passes and the adapter (rank 0)."""
     torch.set_num_threads(1)
     keep = Keep()
-    build = {"trl": trl_trainer, "axolotl": axolotl_trainer}[host]
+    build = {"trl": trl_trainer, "axolotl": axolotl_trainer, "compiled": compiled_trainer}[host]
     trainer = build(arguments(batch, accumulation, directory), keep, cache)
     trainer.train()
     result = trainer.evaluate()
     trainer.save_model(directory)
+    assert "compile" not in trainer._ba_lora_warned  # nothing fell back
     if trainer.accelerator.is_main_process:
         runs = trainer._ba_lora_cache.runs if cache else None
         logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
