@@ -29,7 +29,9 @@ CONSISTENCY, DIVERSITY = 0.5, 0.02
 class Case:
     """Random inputs of one shape; the logits have a standard deviation near 1."""
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, chunk: int | None = None
+    ) -> None:
         n, d, v = shape
         generator = torch.Generator().manual_seed(0)
 
@@ -39,7 +41,7 @@ class Case:
         self.hidden, self.teacher = random(n, d).requires_grad_(), random(n, d)
         self.weight = random(v, d) / d**0.5
         self.labels = torch.randint(0, v, (n,), generator=generator).to(device)
-        self.chunk = default_chunk(v, device.type)
+        self.chunk = chunk or default_chunk(v, device.type)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -66,6 +68,7 @@ def ours(case: Case, *, compiled: bool = False) -> Callable[[], None]:
             case.labels,
             lambda_consistency=CONSISTENCY,
             lambda_diversity=DIVERSITY,
+            chunk_size=case.chunk,
             compiled=compiled,
         )
         case.backward(terms.loss)
@@ -190,6 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--chunk", type=int, help="rows a chunk, ours and the products' (default: ours)")
+    parser.add_argument("--shapes", type=int, help="only the first so many shapes, and no spectrum")
     parser.add_argument("--output", type=Path, help="folder for loss.md and loss.png")
     parser.add_argument("--skip", nargs="*", default=[], choices=list(CONTENDERS), help="contenders to leave out")
     options = parser.parse_args()
@@ -199,9 +204,9 @@ def main() -> None:
     dtype = torch.bfloat16 if gpu else torch.float32
     lines = [f"`python -m integration.benchmarks.loss` on {machine(device)}, {str(dtype).removeprefix('torch.')}", ""]
     charts: dict[str, dict[str, float]] = {}
-    for shape in GPU_SHAPES if gpu else CPU_SHAPES:
+    for shape in (GPU_SHAPES if gpu else CPU_SHAPES)[: options.shapes]:
         torch._dynamo.reset()
-        case = Case(shape, device, dtype)
+        case = Case(shape, device, dtype, options.chunk)
         chosen = {name: prepare(make, case) for name, make in CONTENDERS.items() if name not in options.skip}
         found = measure(chosen, options.repeats, device)
         floor, mine = found["bare GEMMs"].seconds, found["ours"]
@@ -223,12 +228,13 @@ def main() -> None:
         lines += [table(header, rows), ""]
         charts[f"{n} x {d} x {v}"] = {k: r.seconds / floor for k, r in found.items() if not r.note}
         print("\n".join(lines[-4:]), flush=True)
-    entries = spectrum(device, options.repeats)
-    slowest = entries[-1][1].seconds
-    rows = [(name, f"{r.seconds:.3f}", f"{slowest / r.seconds:.1f} x") for name, r in entries]
-    lines += ["**Spectrum, N = d = 1024, V = 32000**, value and gradient (float64 inside)", ""]
-    lines += [table(("", "seconds", "faster than svdvals"), rows), ""]
-    print("\n".join(lines[-3:]))
+    if options.shapes is None:
+        entries = spectrum(device, options.repeats)
+        slowest = entries[-1][1].seconds
+        rows = [(name, f"{r.seconds:.3f}", f"{slowest / r.seconds:.1f} x") for name, r in entries]
+        lines += ["**Spectrum, N = d = 1024, V = 32000**, value and gradient (float64 inside)", ""]
+        lines += [table(("", "seconds", "faster than svdvals"), rows), ""]
+        print("\n".join(lines[-3:]))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "loss.md").write_text("\n".join(lines))
