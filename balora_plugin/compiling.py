@@ -7,9 +7,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from .objective import CompiledPasses, backbone_pass, student_pass
 
 BACKEND = "ba_lora"
+LAYERS = "layers"
 _NAMED = "ACCELERATE_DYNAMO_BACKEND"
 
 
@@ -31,24 +35,37 @@ def take_backend(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[
     return (arguments[0], given, *arguments[2:]), keywords, True
 
 
-def compiled_passes(args: Any, warn: Callable[[str, str], None]) -> CompiledPasses:
-    """Teacher and student as one graph each; eager, said once by `warn`, where they cannot be.
+def compiled_passes(args: Any, warn: Callable[[str, str], None], how: bool | str = True) -> CompiledPasses:
+    """Teacher and student as one graph each, or by layer; eager, said once by `warn`, where they cannot be.
+
+    Args:
+        how: `compile` of the adapter's config: True, or "layers".
 
     Raises:
         ValueError: arguments that rule it out, by name.
     """
     if getattr(args, "torch_compile", False):
         raise ValueError(
-            "compile=True in the adapter's config and torch_compile=True would compile the model twice: keep "
-            "compile=True (teacher, student and terms) and set torch_compile to False, or write "
+            f"compile={how!r} in the adapter's config and torch_compile=True would compile the model twice: keep "
+            f"compile={how!r} (teacher, student and terms) and set torch_compile to False, or write "
             f"torch_compile_backend={BACKEND!r}, which is the same."
         )
+    if how == LAYERS:
+        from .compiled_layers import CompiledLayers
+
+        layers = CompiledLayers(warn)
+
+        def teacher(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+            with layers.inside(model):
+                return backbone_pass(model, inputs)
+
+        return CompiledPasses(teacher, layers=layers)
     if getattr(args, "gradient_checkpointing", False) and (args.gradient_checkpointing_kwargs or {}).get(
         "use_reentrant"
     ):
         raise ValueError(
             "compile=True does not work with reentrant checkpointing: set gradient_checkpointing_kwargs="
-            "{'use_reentrant': False}."
+            f"{{'use_reentrant': False}}, or compile={LAYERS!r}."
         )
     from .compile import Compiled  # imports dynamo, which takes seconds
 

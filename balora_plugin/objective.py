@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from .schedules import Lambdas
 from .teacher import TeacherSwitch
 from .teacher_cache import TeacherCache
 from .teacher_rows import Teacher
+
+if TYPE_CHECKING:  # it imports dynamo, which takes seconds
+    from .compiled_layers import CompiledLayers
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
@@ -70,10 +73,11 @@ class StepRequest:
 
 
 class CompiledPasses(NamedTuple):
-    """[`backbone_pass`] and [`student_pass`], compiled."""
+    """[`backbone_pass`] and [`student_pass`], each compiled as one graph; or `layers`, and no pass of the student's."""
 
     teacher: Callable[..., Any]
-    student: Callable[..., Any]
+    student: Callable[..., Any] | None = None
+    layers: CompiledLayers | None = None
 
 
 @dataclass
@@ -169,7 +173,8 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     needed = counted_positions(inputs) if request.cache is not None else None
     inputs = backbone_inputs(inputs)
 
-    if request.compiled is not None:
+    compiled = request.compiled
+    if compiled is not None and compiled.student is not None:
         drop_input_hooks(model)
         if is_flash(implementation_of(model)):
             inputs = with_boundaries(inputs)
@@ -187,11 +192,12 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
         assert labels is not None
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     plan = _plan(request, head, teacher_head)
-    whole = request.compiled is not None and not (router or request.return_logits or request.measure_shares)
-    if request.compiled is not None and whole:
-        hidden, sums, ratio = request.compiled.student(model, inputs, targets, teacher, plan)
+    whole = not (router or request.return_logits or request.measure_shares)
+    if whole and compiled is not None and compiled.student is not None:
+        hidden, sums, ratio = compiled.student(model, inputs, targets, teacher, plan)
     else:
-        outputs = model.base_model(**inputs, **extra)
+        with nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model):
+            outputs = model.base_model(**inputs, **extra)
         hidden = outputs.last_hidden_state
         with request.part("token_terms"):
             sums = token_sums(hidden, targets, teacher, plan)

@@ -139,10 +139,10 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_factors = FactorCache()
         self._ba_lora_switch = TeacherSwitch(causal_lm)
         self._ba_lora_warned: set[str] = set()
-        compiled = bool(getattr(adapter, "compile", False)) or self._ba_lora_backend
+        compiled = getattr(adapter, "compile", False) or self._ba_lora_backend
         if config.task == "nlu":
-            run.set_up(self, causal_lm, teacher_model, compiled=compiled)
-        self._ba_lora_compiled = compiled_passes(self.args, self._ba_lora_warn) if compiled else None
+            run.set_up(self, causal_lm, teacher_model, compiled=bool(compiled))
+        self._ba_lora_compiled = compiled_passes(self.args, self._ba_lora_warn, compiled) if compiled else None
         self.ba_lora_metrics = TermMetrics(config, self._ba_lora_warn)
         self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it
         self._ba_lora_shares_due = False
@@ -221,6 +221,8 @@ class BaLoraTrainerMixin(_Base):
         finally:
             for callback in callbacks:
                 self.remove_callback(callback)
+            if self._ba_lora_compiled is not None and self._ba_lora_compiled.layers is not None:
+                self._ba_lora_compiled.layers.remove()
         self._report_cost()
         return result
 
@@ -230,7 +232,7 @@ class BaLoraTrainerMixin(_Base):
         if meter is None or not meter.steps or not self.is_world_process_zero():
             return
         report = meter.report(
-            compiled=self._ba_lora_compiled is not None,
+            compiled=self._ba_lora_compiled is not None and self._ba_lora_compiled.student is not None,
             teacher_interval=self.ba_lora.teacher_interval if self.ba_lora is not None else 1,
             device=torch.cuda.get_device_name(self.args.device) if meter.cuda else platform.machine() or "cpu",
             torch=torch.__version__,

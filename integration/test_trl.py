@@ -429,6 +429,67 @@ def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without
         assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), key
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}],
+    ids=["plain", "reentrant"],
+)
+def test_compiled_by_layer(changes, tmp_path, tokenizer, without_inductor):
+    """The same numbers, with graphs that do not grow with the layers, nor in evaluation; none is left afterwards."""
+    rows = [{"prompt": "a" * (i + 3), "completion": "b" * (i + 2)} for i in range(6)]
+    shape = {"rows": rows, "per_device_train_batch_size": 1, "max_steps": 6, **changes}
+    terms = RegularizerConfig(**WEIGHTS)
+    counts, runs = [], []
+    for layers, how in ((2, "layers"), (5, "layers"), (5, False)):
+        torch._dynamo.reset()
+        without_inductor.clear()
+        model = tiny_llama(num_hidden_layers=layers)
+        trainer = build(tmp_path, tokenizer, model=model, peft_config=adapter(regularizers=terms, compile=how), **shape)
+        seen = []
+        trainer.add_callback(Watch(lambda trainer=trainer, seen=seen: seen.append(wrapped(trainer.model))))
+        trainer.train()
+        assert set(seen) == {layers if how else 0}
+        assert wrapped(trainer.model) == 0
+        counts.append(len(without_inductor))
+        trainer.compute_loss(trainer.model.eval(), next(iter(trainer.get_train_dataloader())))
+        assert len(without_inductor) == counts[-1]
+        assert "compile" not in trainer._ba_lora_warned  # it did not fall back
+        runs.append(trainer)
+    assert counts[0] == counts[1] > counts[2] == 0
+    assert counts[1] <= 8
+    for key in ("loss", "grad_norm", "balora/consistency", "balora/svd"):
+        found, expected = ([r[key] for r in t.state.log_history if key in r] for t in runs[1:])
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5), key
+
+
+class Watch(TrainerCallback):
+    def __init__(self, at_step_end):
+        self.at_step_end = at_step_end
+
+    def on_step_end(self, *args, **kwargs):
+        self.at_step_end()
+
+
+def wrapped(model):
+    return sum(hasattr(vars(module).get("forward"), "compiled_by") for module in model.modules())
+
+
+def test_layers_that_cannot_be_compiled_run_eagerly(tmp_path, tokenizer, without_inductor, monkeypatch):
+    from balora_plugin.compile import backend
+
+    def lower(module, inputs, options):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(backend, "lower", lower)
+    terms, histories = RegularizerConfig(**WEIGHTS), []
+    for how in ("layers", False):
+        trainer = build(tmp_path, tokenizer, peft_config=adapter(regularizers=terms, compile=how))
+        trainer.train()
+        assert ("compile" in trainer._ba_lora_warned) == bool(how)
+        histories.append(history(trainer))
+    assert histories[0] == histories[1]
+
+
 def test_the_backends_name_among_the_hosts_arguments_compiles_too(tmp_path, tokenizer, without_inductor):
     """accelerate refuses the name: the trainer takes it out of a copy of the arguments."""
     asked = {"torch_compile": True, "torch_compile_backend": "ba_lora", "max_steps": 1}

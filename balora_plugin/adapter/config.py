@@ -62,7 +62,8 @@ class BaLoraConfig(LoraConfig):
 
     Args:
         regularizers: The three terms, see [`RegularizerConfig`]; a dict of its fields works too.
-        compile: Compile teacher, student and terms with the backend `ba_lora` (not beside the trainer's torch_compile).
+        compile: Compile teacher, student and terms with the backend `ba_lora` (not beside the trainer's torch_compile):
+            True: one graph each; "layers": each kind of decoder layer once, in a fraction of the time.
         init_lora_weights: `"pissa"` (default: exact SVD), `"pissa_fast"` (randomised SVD, fixed seed), both in delta
             form, so that the base weights stay as they are; `True`: the ordinary LoRA start with the regularisers;
             `False`: random factors, for tests.
@@ -82,7 +83,7 @@ class BaLoraConfig(LoraConfig):
     regularizers: RegularizerConfig = field(
         default_factory=RegularizerConfig, metadata={"help": "Settings of the three regularisers."}
     )
-    compile: bool = field(default=False, metadata={"help": "Compile teacher and student."})
+    compile: bool | str = field(default=False, metadata={"help": "Compile teacher and student: true or 'layers'."})
     start_from: str | None = field(
         default=None, metadata={"help": "The full-precision model that a quantised base takes A0 and B0 from."}
     )
@@ -103,8 +104,10 @@ class BaLoraConfig(LoraConfig):
         for key, neutral in NEUTRAL_OPTIONS.items():
             if getattr(self, key, neutral) not in (neutral, None, False):
                 raise ValueError(f"{key}={getattr(self, key)!r} does not work with BA-LoRA: leave it at {neutral!r}.")
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"compile={self.compile!r} must be True or False.")
+        if not isinstance(self.compile, bool) and self.compile != "layers":
+            raise (ValueError if isinstance(self.compile, str) else TypeError)(
+                f"compile={self.compile!r} must be True, False or 'layers'."
+            )
         self.start_from = as_path("start_from", self.start_from)
         if self.start_from is not None and not self.delta:
             raise ValueError(

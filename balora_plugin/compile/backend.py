@@ -20,6 +20,7 @@ from .products import accumulate_products
 from .siblings import stack_siblings
 
 logger = logging.getLogger(__name__)
+COMPILE_ERRORS = (TorchDynamoException, InductorError)
 HOOK = "post_grad_custom_pre_pass"  # inductor's setting for a pass on each graph of aten, forward and backward
 # in this order: each makes patterns of the next
 PASSES: tuple[Callable[[GraphModule], int], ...] = (drop_idle_dropout, share_casts, stack_siblings, accumulate_products)
@@ -72,6 +73,11 @@ def with_backward(module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         return ba_lora(module, example_inputs)
 
 
+def why(error: Exception) -> str:
+    """The first paragraph of one of COMPILE_ERRORS."""
+    return " ".join(str(error).strip().split("\n\n")[0].split())[:300]
+
+
 class Compiled:
     """A function compiled as one graph by this backend, or as it is where that fails, said once.
 
@@ -87,8 +93,8 @@ class Compiled:
             return self.function(*args, **kwargs)
         try:
             return self.compiled(*args, **kwargs)
-        except (TorchDynamoException, InductorError) as error:
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
+        except COMPILE_ERRORS as error:
+            reason = why(error)
         result = self.function(*args, **kwargs)  # dynamo raises the function's own errors as its own: not beyond here
         self.compiled = None
         self.warn("compile", f"compile: true does not work here, so training goes on without it: {reason}")

@@ -86,7 +86,10 @@ class BaLoraBlock(BaseModel):
     share_interval: int = Field(
         default=100, ge=0, description="Measure each term's share of the gradient every n steps; 0: never."
     )
-    compile: bool = Field(default=False, description="Compile teacher, student and terms with the backend ba_lora.")
+    compile: bool | Literal["layers"] = Field(
+        default=False,
+        description="Compile teacher, student and terms with the backend ba_lora; layers: each kind of layer once.",
+    )
     start_from: str | None = Field(
         default=None,
         min_length=1,
@@ -120,6 +123,8 @@ class BaLoraBlock(BaseModel):
                 "gather_batch_statistics",
             ):  # pydantic would make a weight of 1.0 of it
                 raise ValueError(f"ba_lora.{key}: {str(value).lower()} is no value for it: write a number or a name.")
+            if key == "compile" and value not in (True, False, "layers"):
+                raise ValueError(f"ba_lora.compile: {value!r} is no way to compile: write true, false or layers.")
             if key not in cls.model_fields:
                 near = nearest_field(str(key))
                 if str(key) in ("r", "alpha", "dropout") or str(key).startswith(("lora_", "peft_")):
@@ -136,7 +141,8 @@ class BaLoraBlock(BaseModel):
         self.regularizers()
         if self.compile and self.apply_to is not None:
             raise ValueError(
-                f"ba_lora.compile: true does not work with apply_to: {self.apply_to}: remove one of the two."
+                f"ba_lora.compile: {str(self.compile).lower()} does not work with apply_to: {self.apply_to}: remove "
+                "one of the two."
             )
         return self
 

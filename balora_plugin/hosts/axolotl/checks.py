@@ -328,8 +328,8 @@ def _check_engine(data: dict[str, Any]) -> None:
     ours = data.get("torch_compile_backend") == BACKEND  # the same, said twice
     if isinstance(block, dict) and block.get("compile") and data.get("torch_compile") and not ours:
         raise ValueError(
-            f"torch_compile: {data['torch_compile']} beside ba_lora.compile: true would compile the model twice: "
-            f"remove one of the two, or write torch_compile_backend: {BACKEND}."
+            f"torch_compile: {data['torch_compile']} beside ba_lora.compile: {str(block['compile']).lower()} would "
+            f"compile the model twice: remove one of the two, or write torch_compile_backend: {BACKEND}."
         )
     for key in ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size"):
         if str(data.get(key) or 1) != "1":

@@ -154,7 +154,7 @@ def check(data: dict[str, Any], block: dict[str, Any]) -> None:
     if block.get("task") == "nlg":
         raise ValueError(f"ba_lora.task: nlg with model_type: {model_type}, which classifies: write nlu.")
     if block.get("compile"):
-        raise ValueError("ba_lora.compile: true is for causal language models: remove it.")
+        raise ValueError(f"ba_lora.compile: {str(block['compile']).lower()} is for causal language models: remove it.")
     labels = data.get("num_labels")
     if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
         raise ValueError(f"num_labels: {labels} must be the number of classes, or 1 for regression.")

@@ -278,7 +278,7 @@ def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
         init_lora_weights="pissa" if start is None else start,
         task_type=TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM,
         regularizers=regularizers_of(cfg),
-        compile=bool((cfg.get("ba_lora") or {}).get("compile")),
+        compile=(cfg.get("ba_lora") or {}).get("compile") or False,
         start_from=(cfg.get("ba_lora") or {}).get("start_from"),
         **{key: _plain(value) for key, value in optional.items() if value},
     )
