@@ -87,7 +87,8 @@ def test_trains_from_a_zero_consistency_and_saves_a_stock_adapter(case, workspac
     assert (expected - logits(base_model(workspace), ids)).abs().max() > 1e-3
 
 
-def test_compiled(written, monkeypatch):
+@pytest.mark.parametrize("how", [True, "layers"])
+def test_compiled(how, written, monkeypatch):
     """One key of the block, said twice here; without inductor below, whose C++ takes most of a minute."""
     from torch._dynamo.backends.debugging import aot_eager
 
@@ -103,7 +104,7 @@ def test_compiled(written, monkeypatch):
     monkeypatch.setattr(backend, "lower", lower)
     plain = run(written(ba_lora=TERMS))
     host = {"torch_compile": True, "torch_compile_backend": "ba_lora"}
-    compiled = run(written(ba_lora={**TERMS, "compile": True}, **host))
+    compiled = run(written(ba_lora={**TERMS, "compile": how}, **host))
     torch._dynamo.reset()
     assert graphs
     assert "compile" not in compiled._ba_lora_warned  # it did not fall back
@@ -312,6 +313,7 @@ WRONG = {
     "lambda_at_top": ({"lambda_2": 0.1}, "ba_lora.lambda_diversity"),
     "preset_at_top": ({"preset": "iclr2026"}, "ba_lora.preset"),
     "rank_in_block": ({"ba_lora": {"r": 16}}, "write lora_r there"),
+    "compiled_how": ({"ba_lora": {"compile": "layer"}}, "write true, false or layers"),
     "compiled_twice": ({"ba_lora": {"compile": True}, "torch_compile": True}, "torch_compile: True"),
     "block_not_a_block": ({"ba_lora": True}, "ba_lora"),
     "negative": ({"ba_lora": {"lambda_svd": -1}}, "lambda_svd"),
