@@ -270,7 +270,7 @@ def _check_classifier(model: PreTrainedModel, *, adapter_follows: bool) -> None:
 
 
 def check_classifier_run(
-    model: PreTrainedModel, config: RegularizerConfig, args: Any, *, compiled: bool, fsdp: bool, deepspeed: bool
+    model: PreTrainedModel, config: RegularizerConfig, args: Any, *, compiled: bool | str, fsdp: bool, deepspeed: bool
 ) -> None:
     """What does not go together in a classification run. `fsdp`, `deepspeed`: the engine that the host runs on.
 

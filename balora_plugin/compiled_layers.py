@@ -18,6 +18,7 @@ from .compile.backend import COMPILE_ERRORS, why, with_backward
 # a kind of layer has a graph for the teacher and one for the student, for states that need gradients (below the first
 # layer) and not, for one length and for all: past dynamo's own limit of 8 where there are kinds (sliding windows)
 GRAPHS = 32
+_SETTINGS = inspect.signature(torch.compile).parameters
 
 
 class CompiledLayers:
@@ -31,8 +32,7 @@ class CompiledLayers:
         self.warn = warn
         self.failed = False
         self._inside = False
-        self._installed: list[nn.Module] = []
-        self._models: set[int] = set()
+        self._models: list[nn.Module] = []
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     @contextmanager
@@ -48,16 +48,16 @@ class CompiledLayers:
 
     def remove(self) -> None:
         """Gives the layers their own forward back."""
-        for layer in self._installed:
-            forward = vars(layer).get("forward")
-            if getattr(forward, "compiled_by", None) is self:
-                _take_off(layer)
-        self._installed, self._models = [], set()
+        for model in self._models:
+            for layer in outermost_layers(model):
+                if getattr(vars(layer).get("forward"), "compiled_by", None) is self:
+                    _take_off(layer)
+        self._models = []
 
     def _install(self, model: nn.Module) -> None:
-        if id(model) in self._models:
+        if any(model is known for known in self._models):
             return
-        self._models.add(id(model))
+        self._models.append(model)
         layers = list(outermost_layers(model))
         if not layers:
             self.failed = True
@@ -67,7 +67,6 @@ class CompiledLayers:
             if hasattr(vars(layer).get("forward"), "compiled_by"):  # of an earlier trainer
                 _take_off(layer)
             self._install_on(layer)
-            self._installed.append(layer)
 
     def _install_on(self, layer: nn.Module) -> None:
         own = vars(layer).get("forward")  # somebody's hook
@@ -100,13 +99,10 @@ class CompiledLayers:
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One for all layers of a class: their parameters are inputs of its graphs."""
         if function not in self._compiled:
-            known = "recompile_limit" in _COMPILES  # from PyTorch 2.13 on
+            known = "recompile_limit" in _SETTINGS  # older PyTorch: dynamo's own limit
             limit: dict[str, Any] = {"recompile_limit": GRAPHS} if known else {}
             self._compiled[function] = torch.compile(function, backend=with_backward, **limit)
         return self._compiled[function]
-
-
-_COMPILES = inspect.signature(torch.compile).parameters
 
 
 def outermost_layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -174,8 +174,9 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     inputs = backbone_inputs(inputs)
 
     compiled = request.compiled
-    if compiled is not None and compiled.student is not None:
-        drop_input_hooks(model)
+    if compiled is not None:
+        if compiled.student is not None:
+            drop_input_hooks(model)
         if is_flash(implementation_of(model)):
             inputs = with_boundaries(inputs)
     check_head_now(model, inputs["input_ids"].device)

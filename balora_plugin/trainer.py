@@ -141,7 +141,7 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_warned: set[str] = set()
         compiled = getattr(adapter, "compile", False) or self._ba_lora_backend
         if config.task == "nlu":
-            run.set_up(self, causal_lm, teacher_model, compiled=bool(compiled))
+            run.set_up(self, causal_lm, teacher_model, compiled=compiled)
         self._ba_lora_compiled = compiled_passes(self.args, self._ba_lora_warn, compiled) if compiled else None
         self.ba_lora_metrics = TermMetrics(config, self._ba_lora_warn)
         self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it

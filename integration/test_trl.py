@@ -445,14 +445,13 @@ def test_compiled_by_layer(changes, tmp_path, tokenizer, without_inductor):
         without_inductor.clear()
         model = tiny_llama(num_hidden_layers=layers)
         trainer = build(tmp_path, tokenizer, model=model, peft_config=adapter(regularizers=terms, compile=how), **shape)
-        seen = []
-        trainer.add_callback(Watch(lambda trainer=trainer, seen=seen: seen.append(wrapped(trainer.model))))
+        watch = Watch(without_inductor)
+        trainer.add_callback(watch)
         trainer.train()
-        assert set(seen) == {layers if how else 0}
+        assert watch.wrapped == {layers if how else 0}
+        assert not watch.grew
         assert wrapped(trainer.model) == 0
         counts.append(len(without_inductor))
-        trainer.compute_loss(trainer.model.eval(), next(iter(trainer.get_train_dataloader())))
-        assert len(without_inductor) == counts[-1]
         assert "compile" not in trainer._ba_lora_warned  # it did not fall back
         runs.append(trainer)
     assert counts[0] == counts[1] > counts[2] == 0
@@ -463,11 +462,18 @@ def test_compiled_by_layer(changes, tmp_path, tokenizer, without_inductor):
 
 
 class Watch(TrainerCallback):
-    def __init__(self, at_step_end):
-        self.at_step_end = at_step_end
+    """Between steps: how many layers may run compiled, and whether a pass in eval mode made graphs."""
 
-    def on_step_end(self, *args, **kwargs):
-        self.at_step_end()
+    def __init__(self, graphs):
+        self.graphs, self.wrapped, self.grew = graphs, set(), False
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.wrapped.add(wrapped(model))
+        before = len(self.graphs)
+        model.eval()
+        model(input_ids=torch.ones(2, 7, dtype=torch.int64))
+        model.train()
+        self.grew |= len(self.graphs) > before
 
 
 def wrapped(model):

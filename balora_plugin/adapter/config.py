@@ -63,7 +63,7 @@ class BaLoraConfig(LoraConfig):
     Args:
         regularizers: The three terms, see [`RegularizerConfig`]; a dict of its fields works too.
         compile: Compile teacher, student and terms with the backend `ba_lora` (not beside the trainer's torch_compile):
-            True: one graph each; "layers": each kind of decoder layer once, in a fraction of the time.
+            True: one graph each; "layers": each kind of decoder layer once.
         init_lora_weights: `"pissa"` (default: exact SVD), `"pissa_fast"` (randomised SVD, fixed seed), both in delta
             form, so that the base weights stay as they are; `True`: the ordinary LoRA start with the regularisers;
             `False`: random factors, for tests.

@@ -130,7 +130,9 @@ def _compiling(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
     key = "ba_lora.compile" if block.get("compile") else "compile" if values.get("compile") is True else None
     bring = "apt install g++" if machine.device == "cpu" else "pip install triton, apt install gcc"
     if key is not None and machine.compiler is None:
-        yield Problem(key, True, "has no compiler here, so it would run eagerly", f"{bring}, or remove it")
+        yield Problem(
+            key, block.get("compile", True), "has no compiler here, so it would run eagerly", f"{bring}, or remove it"
+        )
     backend = values.get("torch_compile_backend")
     if backend is None:
         return

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-def set_up(trainer: BaLoraTrainerMixin, classifier: Any, teacher: Any, *, compiled: bool) -> None:
+def set_up(trainer: BaLoraTrainerMixin, classifier: Any, teacher: Any, *, compiled: bool | str) -> None:
     """Checks a classification run, says what acts in it, and arranges the head's warm-up.
 
     Raises:
