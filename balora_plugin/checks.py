@@ -286,7 +286,7 @@ def check_classifier_run(
             "accelerate's config) and use DDP."
         )
     if compiled:
-        raise ValueError("compile=True is for causal language models: leave it out for a classifier.")
+        raise ValueError(f"compile={compiled!r} is for causal language models: leave it out for a classifier.")
     if not config.head_warmup_steps:
         return
     if getattr(args, "ddp_find_unused_parameters", None) is False:

@@ -127,12 +127,11 @@ def _quantisation(values: dict[str, Any], machine: Machine) -> Iterator[Problem]
 
 def _compiling(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
     block = _block(values)
-    key = "ba_lora.compile" if block.get("compile") else "compile" if values.get("compile") is True else None
+    how = block.get("compile") or values.get("compile")
+    key = "ba_lora.compile" if block.get("compile") else "compile" if how in (True, "layers") else None
     bring = "apt install g++" if machine.device == "cpu" else "pip install triton, apt install gcc"
     if key is not None and machine.compiler is None:
-        yield Problem(
-            key, block.get("compile", True), "has no compiler here, so it would run eagerly", f"{bring}, or remove it"
-        )
+        yield Problem(key, how, "has no compiler here, so it would run eagerly", f"{bring}, or remove it")
     backend = values.get("torch_compile_backend")
     if backend is None:
         return
