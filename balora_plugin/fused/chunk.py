@@ -1,4 +1,4 @@
-"""One chunk of rows: loss sums and the gradient by the logits, written out and computed in place. Imports torch alone.
+"""A block of rows: their terms and the gradient by the logits, written out and computed in place. Imports torch alone.
 
 With p = softmax(z) and H its entropy, per row:
     task         d/dz = p - onehot
@@ -54,9 +54,9 @@ def token_chunk(
     teacher_top: TopLogProbs | None = None,
     entropic: bool | None = None,
 ) -> Tensor:
-    """Turns z into the gradient of the weighted loss by z (if `differentiate`) and returns sums over the rows.
+    """Turns z into the gradient of the weighted loss by z (if `differentiate`) and returns what each row adds.
 
-    The gradient lacks -a at the labels: [`subtract_targets`] takes it off.
+    The gradient lacks -weights.task at the labels, which is the caller's to take off, for all its blocks at once.
 
     Args:
         z, z_t: (C, V) logits of student and teacher (or None), float32 or float64; both are overwritten.
@@ -65,14 +65,14 @@ def token_chunk(
         teacher_top: The teacher's rows in the place of z_t.
         entropic: Whether weights.diversity is not 0; a compiler cannot ask it of a tensor.
 
-    Returns: (5,) sums of task, consistency, -H over top_k, H over all, top-1 hits.
+    Returns: (C, 5): task, consistency, -H over top_k, H over all, top-1 hit.
     """
     a, b, c = weights
     entropic = bool(c) if entropic is None else entropic
     top = 0 < top_k < z.shape[-1]
     joint = z_t is not None and form == "kl" and temperature == 1.0
     target = labels.unsqueeze(1)
-    consistency, extra = z.new_zeros(()), None
+    consistency, extra = None, None
     if z_t is not None and not joint:
         consistency, extra = _FORMS[form](z, z_t, temperature, pool, differentiate)
     if teacher_top is not None:
@@ -84,39 +84,36 @@ def token_chunk(
         top_log_p = torch.log_softmax(values, dim=-1)
         top_p = top_log_p.exp()
         top_entropy = -(top_p * top_log_p).sum(dim=-1, keepdim=True)
-    e, total, log_total = _exponentials(z, pool(2))  # p = e / total, log p = z - log_total
-    chosen = z.gather(1, target)
-    task = (log_total - chosen).sum()
-    hits = count_hits(z, labels, chosen)
     if joint and z_t is not None:
-        e_t, total_t, log_total_t = _exponentials(z_t, pool(3))
+        (e, e_t), (total, total_t), (log_total, log_total_t) = _exponentials((z, z_t), (pool(2), pool(3)))
+        inverse_t = total_t.reciprocal()
         # the difference first: a difference of two sums would lose what is left of a small divergence
         difference = z_t.sub_(z).mul_(e_t).sum(dim=-1, keepdim=True)
-        consistency = (difference / total_t - (log_total_t - log_total)).sum()
-    product = z.mul_(e)
-    entropy = log_total - product.sum(dim=-1, keepdim=True) / total
-    diversity = -(top_entropy.sum() if top else entropy.sum())
-    sums = torch.stack([task, consistency, diversity, entropy.sum(), hits])
-    if not differentiate:
-        return sums
-    share = a + b if joint else a
-    if entropic and not top:  # p (share + c (log p + H))
-        product.mul_(c / total).addcmul_(e, (share + c * (entropy - log_total)) / total)
+        consistency = (difference * inverse_t).sub_(log_total_t).add_(log_total)
     else:
-        torch.mul(e, share / total, out=product)
+        (e,), (total,), (log_total,) = _exponentials((z,), (pool(2),))
+    chosen = z.gather(1, target)
+    task, hit = log_total - chosen, hits(z, labels, chosen)
+    inverse = total.reciprocal()  # p = e * inverse, log p = z - log_total
+    product = z.mul_(e)
+    mean = product.sum(dim=-1, keepdim=True).mul_(inverse)
+    entropy = log_total - mean
+    consistency = torch.zeros_like(task) if consistency is None else consistency
+    rows = torch.cat([task, consistency, -top_entropy if top else -entropy, entropy, hit.to(z.dtype)], dim=1)
+    if not differentiate:
+        return rows
+    share = a + b if joint else a
+    if entropic and not top:  # p (share + c (log p + H)), log p + H = z - mean
+        product.mul_(c * inverse).addcmul_(e, (share - c * mean).mul_(inverse))
+    else:
+        torch.mul(e, share * inverse, out=product)
     if top and entropic:
         product.scatter_add_(1, index, c * top_p * (top_log_p + top_entropy))
     if joint:
-        product.addcmul_(e_t, -b / total_t)
+        product.addcmul_(e_t, inverse_t * -b)
     elif extra is not None:
         product.add_(extra * b if isinstance(b, Tensor) else extra, alpha=1.0 if isinstance(b, Tensor) else b)
-    return sums
-
-
-def subtract_targets(gradient: Tensor, labels: Tensor, weight: float) -> None:
-    """The last part of the task's gradient: gradient (C, V) -= weight at labels (C,)."""
-    if weight:
-        gradient.scatter_(1, labels.unsqueeze(1), -weight, reduce="add")
+    return rows
 
 
 BACKEND = "inductor"
@@ -165,41 +162,47 @@ def compiled_chunk(
     return call
 
 
-def _exponentials(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _exponentials(
+    logits: tuple[Tensor, ...], out: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """exp(z) in `out`, its sums over a row and their logarithms, (C, 1); z loses its rows' maxima where it must.
 
     Logits are seldom so large that their exponentials need that, and on a CPU, where looking costs nothing, the two
     passes it takes are a good part of all.
     """
-    if z.device.type == "cpu" and not torch.compiler.is_compiling():
-        total = torch.exp(z, out=out).sum(dim=-1, keepdim=True)
-        low, high = torch.aminmax(total) if total.numel() else (total, total)
-        if total.numel() and _TOTALS[0] < low.item() and high.item() < _TOTALS[1]:
-            return out, total, total.log()
-    total = torch.exp(z.sub_(z.amax(dim=-1, keepdim=True)), out=out).sum(dim=-1, keepdim=True)
-    return out, total, total.log()
+    if logits[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        totals = torch.stack([torch.exp(z, out=e).sum(dim=-1, keepdim=True) for z, e in zip(logits, out, strict=True)])
+        low, high = torch.aminmax(totals) if totals.numel() else (totals, totals)
+        if totals.numel() and _TOTALS[0] < low.item() and high.item() < _TOTALS[1]:
+            return out, totals.unbind(), totals.log().unbind()
+    totals = torch.stack(
+        [
+            torch.exp(z.sub_(z.amax(dim=-1, keepdim=True)), out=e).sum(dim=-1, keepdim=True)
+            for z, e in zip(logits, out, strict=True)
+        ]
+    )
+    return out, totals.unbind(), totals.log().unbind()
 
 
-def count_hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
-    """How often z.argmax(-1) is the label: z (C, V), labels (C,), chosen (C, 1) = z at the labels.
+def hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+    """Whether z.argmax(-1) is the label, (C, 1): z (C, V), labels (C,), chosen (C, 1) = z at the labels.
 
     The first of equal maxima counts, as in argmax, which costs a CPU ten times the rest of this: it is asked only where
     the label has the maximum and is not alone there.
     """
-    if torch.compiler.is_compiling():  # no index to carry along: the label's logit, and none as large before it
-        peak = z.amax(dim=-1, keepdim=True)
-        before = torch.arange(z.shape[-1], device=z.device) < labels.unsqueeze(1)
-        return ((chosen == peak) & ~((z == peak) & before).any(dim=-1, keepdim=True)).sum().to(z.dtype)
+    target = labels.unsqueeze(1)
+    if torch.compiler.is_compiling():  # no index to carry along: the largest logit, and the largest before the label's
+        before = torch.arange(z.shape[-1], device=z.device) < target
+        earlier = torch.where(before, z, -math.inf).amax(dim=-1, keepdim=True)
+        return (chosen == z.amax(dim=-1, keepdim=True)) & (chosen > earlier)
     if z.device.type != "cpu":
-        return (z.argmax(dim=-1) == labels).sum().to(z.dtype)
-    peak = z.amax(dim=-1, keepdim=True)
-    rows = (chosen == peak).nonzero()[:, 0]
-    if not rows.numel():
-        return z.new_zeros(())
-    candidates = z[rows]
-    tied = (candidates == peak[rows]).sum(dim=-1) > 1
-    lost = (candidates[tied].argmax(dim=-1) != labels[rows[tied]]).sum() if bool(tied.any()) else 0
-    return z.new_tensor(rows.numel()) - lost
+        return z.argmax(dim=-1, keepdim=True) == target
+    others = z.scatter_(1, target, -math.inf).amax(dim=-1, keepdim=True)
+    z.scatter_(1, target, chosen)
+    found, tied = chosen > others, (chosen == others).squeeze(1)
+    if bool(tied.any()):
+        found[tied] = z[tied].argmax(dim=-1, keepdim=True) == target[tied]
+    return found
 
 
 def _log_softmax(x: Tensor, out: Tensor) -> Tensor:
@@ -215,7 +218,7 @@ def _tempered(z: Tensor, z_t: Tensor, temperature: float, pool: Pool) -> tuple[T
 def _kl(z: Tensor, z_t: Tensor, temperature: float, pool: Pool, differentiate: bool) -> tuple[Tensor, Tensor]:
     log_q, log_t = _tempered(z, z_t, temperature, pool)
     p_t = torch.exp(log_t, out=z_t)
-    value = temperature**2 * log_t.sub_(log_q).mul_(p_t).sum()
+    value = temperature**2 * log_t.sub_(log_q).mul_(p_t).sum(dim=-1, keepdim=True)
     return value, log_q.exp_().sub_(p_t).mul_(temperature) if differentiate else log_q
 
 
@@ -224,18 +227,18 @@ def _reverse_kl(z: Tensor, z_t: Tensor, temperature: float, pool: Pool, differen
     q = torch.exp(log_q, out=z_t)
     product = log_q.sub_(log_t).mul_(q)
     rows = product.sum(dim=-1, keepdim=True)
-    return temperature**2 * rows.sum(), product.sub_(q.mul_(rows)).mul_(temperature) if differentiate else product
+    return temperature**2 * rows, product.sub_(q.mul_(rows)).mul_(temperature) if differentiate else product
 
 
 def _jsd(z: Tensor, z_t: Tensor, temperature: float, pool: Pool, differentiate: bool) -> tuple[Tensor, Tensor]:
     log_q, log_t = _tempered(z, z_t, temperature, pool)
     log_m = torch.logaddexp(log_q, log_t, out=z_t).add_(LOG_HALF)
     p = torch.exp(log_t, out=pool(4))
-    teacher = log_t.sub_(log_m).mul_(p).sum()
+    teacher = log_t.sub_(log_m).mul_(p).sum(dim=-1, keepdim=True)
     q = torch.exp(log_q, out=p)
     product = log_q.sub_(log_m).mul_(q)
     rows = product.sum(dim=-1, keepdim=True)
-    value = 0.5 * temperature**2 * (teacher + rows.sum())
+    value = 0.5 * temperature**2 * (teacher + rows)
     return value, product.sub_(q.mul_(rows)).mul_(0.5 * temperature) if differentiate else product
 
 
@@ -247,7 +250,7 @@ def _mse(z: Tensor, z_t: Tensor, temperature: float, pool: Pool, differentiate: 
     difference = torch.sub(unit, z_t, out=z_t)
     product = torch.mul(difference, difference, out=pool(2))
     vocabulary = z.shape[-1]
-    value = product.sum() / vocabulary
+    value = product.sum(dim=-1, keepdim=True) / vocabulary
     if not differentiate:
         return value, unit
     along = torch.mul(unit, difference, out=product).sum(dim=-1, keepdim=True)

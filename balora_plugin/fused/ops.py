@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunk import Weights, compiled_chunk, subtract_targets, token_chunk
+from .chunk import Weights, compiled_chunk, token_chunk
 from .kept import kept_dtype, scaled
 from .project import Projection, block_rows
 from .top import TopLogProbs
@@ -87,46 +87,51 @@ def compute_token_terms(
     teacher_head = head
     if teacher_weight is not None and not (_same(weight, teacher_weight) and _same(bias, teacher_bias)):
         teacher_head = Projection(teacher_weight, teacher_bias, scale, softcap, dtype, wide)
-    sums = torch.zeros(6, dtype=wide, device=device)
     grad_hidden = torch.empty_like(hidden, dtype=kept_dtype(hidden.dtype)) if wants[0] else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=wide) if wants[1] else weight.new_empty(0, dtype=wide)
     grad_bias = torch.zeros(vocabulary if wants[2] else 0, dtype=wide, device=device)
+    terms = [torch.zeros(0, 5, dtype=wide, device=device)]
     for start in range(0, rows, chunk_size):
         part = slice(start, min(start + chunk_size, rows))
         h, target = hidden[part].to(dtype), labels[part]
         size = h.shape[0]
         z = head.logits(h, logits[0][:size])
         z_t = None if teacher_hidden is None else teacher_head.logits(teacher_hidden[part].to(dtype), logits[1][:size])
+        slopes = None  # of the cap at the labels
+        if differentiate and softcap is not None:
+            slopes = head.slope(z.gather(1, target.unsqueeze(1)))
         first = 0
         while first < size:
             whole = fast is not None and first + large <= size  # one shape alone is compiled
             inner = slice(first, first + (large if whole else small))
             first = inner.stop
             z_i, z_t_i, target_i = z[inner], None if z_t is None else z_t[inner], target[inner]
-            capped = differentiate and softcap is not None
-            slope = head.slope(z_i, pool(SLOPE, z_i.shape[0])) if capped else None
+            slope = None if slopes is None else head.slope(z_i, pool(SLOPE, z_i.shape[0]))
             if whole:
                 assert fast is not None
-                sums[1:] += fast(z_i, z_t_i, target_i, numbers)
+                terms.append(fast(z_i, z_t_i, target_i, numbers))
             else:
-                sums[1:] += token_chunk(
-                    z_i,
-                    z_t_i,
-                    target_i,
-                    weights,
-                    form=form,
-                    temperature=temperature,
-                    top_k=top_k,
-                    differentiate=differentiate,
-                    pool=partial(pool, rows=z_i.shape[0]),
-                    teacher_top=None if top is None else TopLogProbs(*(x[part][inner] for x in top)),
+                terms.append(
+                    token_chunk(
+                        z_i,
+                        z_t_i,
+                        target_i,
+                        weights,
+                        form=form,
+                        temperature=temperature,
+                        top_k=top_k,
+                        differentiate=differentiate,
+                        pool=partial(pool, rows=z_i.shape[0]),
+                        teacher_top=None if top is None else TopLogProbs(*(x[part][inner] for x in top)),
+                    )
                 )
-            if differentiate:
-                subtract_targets(z_i, target_i, weights.task)
             if slope is not None:
                 z_i.mul_(slope)
         if not differentiate:
             continue
+        if weights.task:
+            at_labels = torch.full_like(target, -weights.task, dtype=wide).unsqueeze(1)
+            z.scatter_add_(1, target.unsqueeze(1), at_labels if slopes is None else at_labels * slopes)
         if wants[2]:
             grad_bias += z.sum(dim=0) * scale
         gradient, lift = head.narrowed(z)
@@ -134,6 +139,7 @@ def compute_token_terms(
             head.into_hidden(gradient, lift, grad_hidden[part])
         if wants[1]:
             head.into_weight(gradient, lift, h, grad_weight)
+    sums = torch.cat([torch.zeros(1, dtype=wide, device=device), torch.cat(terms).sum(dim=0)])
     sums[0] = weights.task * sums[1] + weights.consistency * sums[2] + weights.diversity * sums[3]
     if wants[0] and not everything:
         grad_hidden = torch.zeros_like(hidden_all, dtype=grad_hidden.dtype).index_copy_(0, counted, grad_hidden)

@@ -68,8 +68,8 @@ class Projection:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out
 
-    def slope(self, z: Tensor, out: Tensor) -> Tensor:
-        """(C, V) derivative of the capped logits z by the uncapped ones, in `out`."""
+    def slope(self, z: Tensor, out: Tensor | None = None) -> Tensor:
+        """The derivative of the capped logits z, of any shape, by the uncapped ones, in `out`."""
         return torch.div(z, self.softcap or 1.0, out=out).square_().neg_().add_(1.0)
 
     def narrowed(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:

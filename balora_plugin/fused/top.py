@@ -74,7 +74,7 @@ def top_log_probs(
 def top_consistency(
     z: Tensor, teacher: TopLogProbs, *, form: str, temperature: float, out: Tensor, differentiate: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum over the rows of T^2 times the divergence over the K + 1 buckets, and its derivative by z.
+    """T^2 times each row's divergence over the K + 1 buckets, (C, 1), and its derivative by z.
 
     Args:
         z: (C, V) logits of the student, float32 or float64; left as it is.
@@ -96,7 +96,7 @@ def top_consistency(
     norm = log_q.logsumexp(dim=1, keepdim=True)
     log_q = log_q - norm
     rows, slope = _BUCKETS[form](log_q, log_t)
-    value = temperature**2 * rows.sum()
+    value = temperature**2 * rows.sum(dim=1, keepdim=True)
     if not differentiate:
         return value, None
     slope = slope * temperature  # T^2 of the term, 1 / T of z / T
