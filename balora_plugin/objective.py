@@ -254,6 +254,7 @@ class Plan(NamedTuple):
     svd_centered: bool
     svd_max_rows: int
     factor: Tensor | None
+    gram: Tensor | None
     seed: Tensor
     compiled: bool
 
@@ -261,12 +262,12 @@ class Plan(NamedTuple):
 def _plan(request: StepRequest, head: Head, teacher_head: Head | None) -> Plan:
     config, lambdas = request.config, request.lambdas
     flattened, centered = config.svd_layout == "flattened", config.svd_input == "centered_logits"
-    svd, factor = "", None
+    svd, factor, gram = "", None, None
     if lambdas.svd:
         svd = "features" if config.svd_input == "features" else "head" if head.softcap or head.trains else "factor"
     if svd == "factor":
         made = request.factors.get(head)
-        factor = made.centered if centered else made.plain
+        factor, gram = made.centered if centered else made.plain, made.gram(centered=centered)
     return Plan(
         weight=head.weight,
         bias=head.bias,
@@ -286,6 +287,7 @@ def _plan(request: StepRequest, head: Head, teacher_head: Head | None) -> Plan:
         svd_centered=centered,
         svd_max_rows=config.svd_max_rows,
         factor=factor,
+        gram=gram,
         seed=torch.tensor(request.seed, dtype=torch.int64),
         compiled=request.compiled is not None and head.weight.device.type != "cpu",  # as measured: docs/benchmarks.md
     )
@@ -352,6 +354,7 @@ def spectrum_of(hidden: Tensor, targets: Tensor, plan: Plan) -> tuple[Tensor, Te
         plan.factor,
         k=plan.svd_k,
         norm=plan.svd_norm,
+        gram=plan.gram,
         bias=plan.bias is not None and not features,
         scale=1.0 if features else plan.scale,
         clamp=True,

@@ -536,10 +536,42 @@ LAYOUTS = {
 def test_the_operator_is_registered_right(layout, some, want):
     hidden = LAYOUTS[layout]().requires_grad_(want)
     bias = hidden.ndim == 2
-    factor = HeadFactor.from_weight(random(20, 4), random(20, seed=1) if bias else None).plain
+    head = HeadFactor.from_weight(random(20, 4), random(20, seed=1) if bias else None)
     counted = (torch.arange(hidden[..., 0].numel()) % 3 > 0).view(hidden.shape[:-1]) if some else None
-    inputs = (hidden, counted, factor, bias, 0.5, 2, "nuclear", True, 6 if some else 0, torch.tensor(3), want)
-    torch.library.opcheck(spectrum.spectral_ratio_op, inputs)
+    options = (bias, 0.5, 2, "nuclear", True, 4 if some else 0, torch.tensor(3), want)  # 4 rows: fewer than d'
+    for gram in (None, head.gram()):
+        torch.library.opcheck(spectrum.spectral_ratio_op, (hidden, counted, head.plain, gram, *options))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("m", "vocabulary"), [(4, 30), (6, 30), (9, 30), (4, 5), (6, 4)])
+def test_by_the_gram_matrix_or_by_its_root(m, vocabulary, bias, centered, norm):
+    """Few rows: one product with G; many, or a head of lower rank: two with L. Both are the dense formula."""
+    hidden, weight, offset = inputs(m, vocabulary, 5, seed=m, bias=bias)
+    factor = HeadFactor.from_weight(weight, offset)
+    root = factor.centered if centered else factor.plain
+    logits = 0.7 * (hidden @ weight.T if offset is None else hidden @ weight.T + offset)
+    expected = reg.spectral(logits, k=2, norm=norm, centered=centered)
+    (reference,) = torch.autograd.grad(expected, hidden)
+    for gram in (None, factor.gram(centered=centered)):
+        value = spectral_ratio(hidden, None, root, gram=gram, bias=bias, scale=0.7, k=2, norm=norm).value
+        (gradient,) = torch.autograd.grad(value, hidden)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+        assert relative_error(gradient, reference) < 1e-6
+
+
+def test_few_rows_take_one_product_with_the_heads_matrix(monkeypatch):
+    """At d = 4096 the products with it are two thirds of the whole."""
+    monkeypatch.setattr(spectrum, "spectral_ratio_op", spectrum.compute_spectral_ratio)
+    m, d = 4, 64
+    factor, flops = HeadFactor.from_weight(random(200, d)), []
+    for gram in (None, factor.gram()):
+        with FlopCounterMode(display=False) as counter:
+            spectral_ratio(random(m, d).requires_grad_(), None, factor.plain, gram=gram, k=2)
+        flops.append(counter.get_total_flops())
+    assert flops[0] - flops[1] == 2 * m * d * d
 
 
 def test_a_float16_gradient_survives_until_the_loss_scale():

@@ -367,10 +367,10 @@ def test_the_logits_are_never_held(monkeypatch):
 
 def test_the_default_chunk_follows_the_vocabulary():
     assert default_chunk(32) == 4096
-    assert default_chunk(32_000) == 2**23 // 32_000
+    assert default_chunk(32_000) == 256  # 2**23 // 32_000 is 262: whole tiles
     assert default_chunk(128_000) == 128
-    assert default_chunk(256_000) == 2**24 // 256_000
-    assert default_chunk(128_000, "cuda") == 2**25 // 128_000
+    assert default_chunk(256_000) == 64  # 2**24 // 256_000 is 65
+    assert default_chunk(128_000, "cuda") == 256
     assert default_chunk(10**8) == 16
 
 
@@ -439,6 +439,25 @@ def test_logits_of_any_size(offset, dtype):
     assert moved.loss.item() == pytest.approx(plain.loss.item(), rel=tolerance)
     (a,), (b,) = (torch.autograd.grad(t.loss, c.hidden) for t, c in ((plain, example), (moved, shifted)))
     assert relative_error(b, a) < tolerance + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("diversity", [0.0, 0.4])
+@pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.3, None, True), (2.0, 3.0, True)])
+def test_base_2_and_base_e_are_the_same(scale, softcap, bias, diversity, dtype, monkeypatch):
+    """Where exponentials are cheaper to the base 2 logits are counted in units of log 2; both ways are the formulas."""
+    options = {"lambda_consistency": 0.7, "lambda_diversity": diversity, "scale": scale, "softcap": softcap}
+    example = case(m=9, vocabulary=13, d=5, trains=("hidden", "weight", "bias"), bias=bias, **options).to(dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    units = []
+    plain = ops.token_chunk
+    monkeypatch.setattr(ops, "token_chunk", lambda *a, **k: units.append(k["unit"]) or plain(*a, **k))
+    check(example, tolerance, chunk_size=4)
+    assert set(units) == {ops.LOG_2}
+    monkeypatch.setattr(ops, "in_base_2", lambda *_: False)
+    units.clear()
+    check(example, tolerance, chunk_size=4)
+    assert set(units) == {1.0}
 
 
 def test_logits_that_differ_by_hundreds():

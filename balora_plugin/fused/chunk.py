@@ -53,10 +53,12 @@ def token_chunk(
     pool: Pool,
     teacher_top: TopLogProbs | None = None,
     entropic: bool | None = None,
+    unit: float = 1.0,
 ) -> Tensor:
     """Turns z into the gradient of the weighted loss by z (if `differentiate`) and returns what each row adds.
 
-    The gradient lacks -weights.task at the labels, which is the caller's to take off, for all its blocks at once.
+    The gradient, by logits in nats, lacks -weights.task at the labels, which is the caller's to take off, for all its
+    blocks at once.
 
     Args:
         z, z_t: (C, V) logits of student and teacher (or None), float32 or float64; both are overwritten.
@@ -64,8 +66,9 @@ def token_chunk(
         pool: pool(i), i from 2 on, gives (C, V) scratch buffers.
         teacher_top: The teacher's rows in the place of z_t.
         entropic: Whether weights.diversity is not 0; a compiler cannot ask it of a tensor.
+        unit: What z and z_t are counted in, in nats: 1, or log 2 where [`in_base_2`] allows it.
 
-    Returns: (C, 5): task, consistency, -H over top_k, H over all, top-1 hit.
+    Returns: (C, 5): task, consistency, -H over top_k, H over all, each in units; top-1 hit.
     """
     a, b, c = weights
     entropic = bool(c) if entropic is None else entropic
@@ -85,13 +88,13 @@ def token_chunk(
         top_p = top_log_p.exp()
         top_entropy = -(top_p * top_log_p).sum(dim=-1, keepdim=True)
     if joint and z_t is not None:
-        (e, e_t), (total, total_t), (log_total, log_total_t) = _exponentials((z, z_t), (pool(2), pool(3)))
+        (e, e_t), (total, total_t), (log_total, log_total_t) = _exponentials((z, z_t), (pool(2), pool(3)), unit)
         inverse_t = total_t.reciprocal()
         # the difference first: a difference of two sums would lose what is left of a small divergence
         difference = z_t.sub_(z).mul_(e_t).sum(dim=-1, keepdim=True)
         consistency = (difference * inverse_t).sub_(log_total_t).add_(log_total)
     else:
-        (e,), (total,), (log_total,) = _exponentials((z,), (pool(2),))
+        (e,), (total,), (log_total,) = _exponentials((z,), (pool(2),), unit)
     chosen = z.gather(1, target)
     task, hit = log_total - chosen, hits(z, labels, chosen)
     inverse = total.reciprocal()  # p = e * inverse, log p = z - log_total
@@ -103,7 +106,8 @@ def token_chunk(
     if not differentiate:
         return rows
     share = a + b if joint else a
-    if entropic and not top:  # p (share + c (log p + H)), log p + H = z - mean
+    if entropic and not top:  # p (share + c (log p + H)), log p + H = z - mean in units
+        c = c * unit
         product.mul_(c * inverse).addcmul_(e, (share - c * mean).mul_(inverse))
     else:
         torch.mul(e, share * inverse, out=product)
@@ -162,26 +166,37 @@ def compiled_chunk(
     return call
 
 
+def in_base_2(form: str, temperature: float, top_k: int, vocabulary: int) -> bool:
+    """Whether [`token_chunk`] takes logits in units of log 2: where all it needs of them is p and log p at T = 1.
+
+    To the base 2 exponentials cost half on some CPUs.
+    """
+    return form == "kl" and temperature == 1.0 and not 0 < top_k < vocabulary
+
+
 def _exponentials(
-    logits: tuple[Tensor, ...], out: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...], out: tuple[Tensor, ...], unit: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """exp(z) in `out`, its sums over a row and their logarithms, (C, 1); z loses its rows' maxima where it must.
+
+    To the base 2 where `unit` is not 1.
 
     Logits are seldom so large that their exponentials need that, and on a CPU, where looking costs nothing, the two
     passes it takes are a good part of all.
     """
+    exp, log = (torch.exp, torch.log) if unit == 1.0 else (torch.exp2, torch.log2)
     if logits[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        totals = torch.stack([torch.exp(z, out=e).sum(dim=-1, keepdim=True) for z, e in zip(logits, out, strict=True)])
+        totals = torch.stack([exp(z, out=e).sum(dim=-1, keepdim=True) for z, e in zip(logits, out, strict=True)])
         low, high = torch.aminmax(totals) if totals.numel() else (totals, totals)
         if totals.numel() and _TOTALS[0] < low.item() and high.item() < _TOTALS[1]:
-            return out, totals.unbind(), totals.log().unbind()
+            return out, totals.unbind(), log(totals).unbind()
     totals = torch.stack(
         [
-            torch.exp(z.sub_(z.amax(dim=-1, keepdim=True)), out=e).sum(dim=-1, keepdim=True)
+            exp(z.sub_(z.amax(dim=-1, keepdim=True)), out=e).sum(dim=-1, keepdim=True)
             for z, e in zip(logits, out, strict=True)
         ]
     )
-    return out, totals.unbind(), totals.log().unbind()
+    return out, totals.unbind(), log(totals).unbind()
 
 
 def hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:

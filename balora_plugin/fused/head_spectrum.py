@@ -101,7 +101,7 @@ class _HeadRatio(torch.autograd.Function):
                 return -singular_value_ratio(s, k, norm)
             value, weights = value_and_weights(s, k, norm)
             core = ((vectors * weights) @ vectors.T).to(precision)  # d value / dZ = core @ (Z - mean)
-        else:  # eigh would raise: see _ratio_and_gradient
+        else:  # eigh would raise: see _ratio_and_core
             value, core = gram.new_full((), math.nan), h.new_full((m, m), math.nan)
         offset = mean.to(precision).unsqueeze(1)
         for part in parts if any(wants) else ():

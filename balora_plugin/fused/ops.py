@@ -5,6 +5,7 @@ An operator's forward pass takes the gradients as well; its backward pass scales
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunk import Weights, compiled_chunk, token_chunk
+from .chunk import Weights, compiled_chunk, in_base_2, token_chunk
 from .kept import kept_dtype, scaled
 from .project import Projection, block_rows
 from .top import TopLogProbs
 
 IGNORED = -100
+LOG_2 = math.log(2.0)
 SLOPE = 5  # the scratch buffer that no form of the terms uses
 
 
@@ -66,10 +68,9 @@ def compute_token_terms(
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     chunk_size = min(chunk_size, max(rows, 1))
     device = hidden.device
-    logits = [
-        torch.empty(chunk_size, vocabulary, dtype=wide, device=device)
-        for _ in range(1 if teacher_hidden is None else 2)
-    ]
+    logits = torch.empty(
+        chunk_size if teacher_hidden is None else 2 * chunk_size, vocabulary, dtype=wide, device=device
+    )
     small = min(chunk_size, block_rows(vocabulary, device.type))
     large = block_rows(vocabulary, device.type, compiled=True) if compiled and top is None else 0
     fast = compiled_chunk(form, temperature, top_k, differentiate, bool(weights.diversity)) if large else None
@@ -83,10 +84,12 @@ def compute_token_terms(
 
     numbers = lambdas.to(device, wide, non_blocking=True) if large else lambdas
 
-    head = Projection(weight, bias, scale, softcap, dtype, wide)
+    base_2 = device.type == "cpu" and dtype == wide and not large and top is None
+    unit = LOG_2 if base_2 and in_base_2(form, temperature, top_k, vocabulary) else 1.0
+    head = Projection(weight, bias, scale, softcap, dtype, wide, unit)
     teacher_head = head
     if teacher_weight is not None and not (_same(weight, teacher_weight) and _same(bias, teacher_bias)):
-        teacher_head = Projection(teacher_weight, teacher_bias, scale, softcap, dtype, wide)
+        teacher_head = Projection(teacher_weight, teacher_bias, scale, softcap, dtype, wide, unit)
     grad_hidden = torch.empty_like(hidden, dtype=kept_dtype(hidden.dtype)) if wants[0] else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=wide) if wants[1] else weight.new_empty(0, dtype=wide)
     grad_bias = torch.zeros(vocabulary if wants[2] else 0, dtype=wide, device=device)
@@ -95,8 +98,16 @@ def compute_token_terms(
         part = slice(start, min(start + chunk_size, rows))
         h, target = hidden[part].to(dtype), labels[part]
         size = h.shape[0]
-        z = head.logits(h, logits[0][:size])
-        z_t = None if teacher_hidden is None else teacher_head.logits(teacher_hidden[part].to(dtype), logits[1][:size])
+        z, z_t = logits[:size], None
+        if teacher_hidden is None:
+            head.logits(h, z)
+        else:
+            h_t, z_t = teacher_hidden[part].to(dtype), logits[size : 2 * size]
+            if teacher_head is head:  # one product, so that the head is read once
+                head.logits(torch.cat([h, h_t]), logits[: 2 * size])
+            else:
+                head.logits(h, z)
+                teacher_head.logits(h_t, z_t)
         slopes = None  # of the cap at the labels
         if differentiate and softcap is not None:
             slopes = head.slope(z.gather(1, target.unsqueeze(1)))
@@ -123,6 +134,7 @@ def compute_token_terms(
                         differentiate=differentiate,
                         pool=partial(pool, rows=z_i.shape[0]),
                         teacher_top=None if top is None else TopLogProbs(*(x[part][inner] for x in top)),
+                        unit=unit,
                     )
                 )
             if slope is not None:
@@ -140,6 +152,7 @@ def compute_token_terms(
         if wants[1]:
             head.into_weight(gradient, lift, h, grad_weight)
     sums = torch.cat([torch.zeros(1, dtype=wide, device=device), torch.cat(terms).sum(dim=0)])
+    sums[1:5] *= unit
     sums[0] = weights.task * sums[1] + weights.consistency * sums[2] + weights.diversity * sums[3]
     if wants[0] and not everything:
         grad_hidden = torch.zeros_like(hidden_all, dtype=grad_hidden.dtype).index_copy_(0, counted, grad_hidden)

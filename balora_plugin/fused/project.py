@@ -38,7 +38,11 @@ def project(
 
 
 class Projection:
-    """The same over chunks into given buffers, and the way back from the logits' gradient. Holds no graph."""
+    """The same over chunks into given buffers, and the way back from the logits' gradient. Holds no graph.
+
+    `unit`: what the logits are counted in, in nats: log 2 where their exponentials are taken to the base 2. Not for
+    products in another dtype than the logits'.
+    """
 
     def __init__(
         self,
@@ -48,29 +52,36 @@ class Projection:
         softcap: float | None,
         dtype: torch.dtype,
         wide: torch.dtype,
+        unit: float = 1.0,
     ) -> None:
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.scale, self.softcap = scale, softcap
+        self.scale, self.cap = scale, None if softcap is None else softcap / unit
         self.narrow = dtype != wide
+        self.factor = scale / (softcap or unit)  # on the product, before the cap
+        if self.bias is not None and self.factor != 1.0 and not self.narrow:
+            self.bias = self.bias * self.factor
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """hidden (C, d) of the product's dtype -> out (C, V), float32 or float64."""
         if self.narrow:
             out.copy_(F.linear(hidden, self.weight, self.bias))
-        elif self.bias is None:
-            torch.mm(hidden, self.weight.T, out=out)
+            if self.factor != 1.0:
+                out.mul_(self.factor)
         else:
-            torch.addmm(self.bias, hidden, self.weight.T, out=out)
-        if self.scale != 1.0:
-            out.mul_(self.scale)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
+            if self.factor != 1.0:  # on the few columns that go in: not a pass over what comes out
+                hidden = hidden * self.factor
+            if self.bias is None:
+                torch.mm(hidden, self.weight.T, out=out)
+            else:
+                torch.addmm(self.bias, hidden, self.weight.T, out=out)
+        if self.cap is not None:
+            out.tanh_().mul_(self.cap)
         return out
 
     def slope(self, z: Tensor, out: Tensor | None = None) -> Tensor:
         """The derivative of the capped logits z, of any shape, by the uncapped ones, in `out`."""
-        return torch.div(z, self.softcap or 1.0, out=out).square_().neg_().add_(1.0)
+        return torch.div(z, self.cap or 1.0, out=out).square_().neg_().add_(1.0)
 
     def narrowed(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """gradient (C, V) in the product's dtype, and the power of two (0-d) it was multiplied by, if any.
@@ -107,11 +118,11 @@ class Projection:
 def default_chunk(vocabulary: int, device_type: str = "cpu") -> int:
     """Rows a chunk, at least 16: float32 logits of 128 MiB on a GPU, of 32 MiB on a CPU (64 where 128 rows need them).
 
-    Fewer rows make the products slower, more cost memory and gain nothing.
+    Fewer rows make the products slower, more cost memory and gain nothing. Whole tiles of 32 rows where there are any.
     """
     vocabulary = max(vocabulary, 1)
     rows = max(2**23 // vocabulary, min(128, 2**24 // vocabulary)) if device_type == "cpu" else 2**25 // vocabulary
-    return min(max(rows, 16), 4096)
+    return min(max(rows // 32 * 32 or rows, 16), 4096)
 
 
 def block_rows(vocabulary: int, device_type: str, *, compiled: bool = False) -> int:

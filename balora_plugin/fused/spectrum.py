@@ -3,13 +3,15 @@
 With G = W^T W = L L^T (d x d, once a head), sigma(H W^T) = sigma(H L): M x d instead of M x V. A bias is one more
 column; centring rows of logits is centring W over the vocabulary; a scale is a factor. A softcap is not linear, and a
 head that trains has another G at every step: see head_spectrum.py.
+Where rows are few, P = H G gives both the Gram matrix P H^T and the gradient: one product with the head's matrix in
+the place of two with L.
 Gram matrices and eigenvalues are float64: a float32 Gram is 30 % off in the gradient at condition number 1e4.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -38,12 +40,20 @@ class HeadFactor:
     @cached_property
     def plain(self) -> Tensor:
         """(d', rank) L of the logits as they are."""
-        return _square_root(self._gram)
+        return _square_root(self.gram())
 
     @cached_property
     def centered(self) -> Tensor:
         """(d', rank) L of the row-centred logits."""
-        return _square_root(self._gram - self.vocabulary * torch.outer(self._mean, self._mean))
+        return _square_root(self.gram(centered=True))
+
+    def gram(self, *, centered: bool = False) -> Tensor:
+        """(d', d') W^T W, of the row-centred logits if `centered`."""
+        return self._centered_gram if centered else self._gram
+
+    @cached_property
+    def _centered_gram(self) -> Tensor:
+        return self._gram - self.vocabulary * torch.outer(self._mean, self._mean)
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, *, chunk_size: int = 16384) -> HeadFactor:
@@ -83,8 +93,16 @@ def spectral_term(
     """
     if hidden.ndim == 3 and (factor.has_bias or centered):
         raise ValueError("the flattened layout supports neither a head bias nor centered=True; use (M, d) rows.")
-    matrix = factor.centered if centered else factor.plain
-    return spectral_ratio(hidden, None, matrix, bias=factor.has_bias, scale=scale, k=k, norm=norm).value
+    return spectral_ratio(
+        hidden,
+        None,
+        factor.centered if centered else factor.plain,
+        gram=factor.gram(centered=centered),
+        bias=factor.has_bias,
+        scale=scale,
+        k=k,
+        norm=norm,
+    ).value
 
 
 def matrix_spectral_term(matrix: Tensor, *, k: int, norm: str = "nuclear") -> Tensor:
@@ -106,6 +124,7 @@ def spectral_ratio(
     *,
     k: int,
     norm: str = "nuclear",
+    gram: Tensor | None = None,
     bias: bool = False,
     scale: float = 1.0,
     clamp: bool = False,
@@ -118,6 +137,7 @@ def spectral_ratio(
         hidden: (M, d) rows, or (B, T, d): one row a sample, positions that are not counted are zero.
         counted: (M,) or (B, T), bool; None = all.
         factor: (d', rank) of the head, see HeadFactor; None takes the rows themselves.
+        gram: (d', d') factor @ factor.T; less work where the rows are fewer than `rank`.
         bias: Append the column of ones that belongs to a head bias.
         clamp: Where the matrix has no more than k rows or columns, take one less (nuclear), and give 0 for a single row
             or column instead of a constant.
@@ -125,7 +145,7 @@ def spectral_ratio(
     """
     want = torch.is_grad_enabled() and hidden.requires_grad
     value, used_k, _ = spectral_ratio_op(
-        hidden, counted, factor, bias, float(scale), k, norm, clamp, max_rows, seed, want
+        hidden, counted, factor, gram, bias, float(scale), k, norm, clamp, max_rows, seed, want
     )
     return SpectralRatio(value, used_k)
 
@@ -134,6 +154,7 @@ def compute_spectral_ratio(
     hidden: Tensor,
     counted: Tensor | None,
     factor: Tensor | None,
+    gram: Tensor | None,
     bias: bool,
     scale: float,
     k: int,
@@ -159,28 +180,21 @@ def compute_spectral_ratio(
         y = (hidden if index is None else hidden[index]).to(precision)
     if bias:
         y = torch.cat([y, y.new_ones(*y.shape[:-1], 1)], dim=-1)
-    if factor is not None:
-        y = exact_product(y, factor.to(precision))
-    y = y.double()  # Gram matrix and eigenvalues always
-    if scale != 1.0:
-        y = y * scale
-    shape = y.shape
-    y = y.flatten(1)
-    used = usable_k(min(y.shape), k, norm) if clamp else k
+    # P = H G would carry float32 rounding of G, the square of L: there by the factor
+    few = factor is not None and not flattened and y.shape[0] <= factor.shape[1] and precision == torch.float64
+    small = _by_gram(y, gram, scale) if gram is not None and few else _by_factor(y, factor, scale)
+    used = usable_k(small.limit, k, norm) if clamp else k
     narrow = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     kept = kept_dtype(hidden.dtype)
     full = torch.zeros(hidden.shape if want else 0, dtype=kept, device=hidden.device)  # row by row, as the fake says
-    found = _ratio_and_gradient(y, used, norm, want) if used else None
+    found = _ratio_and_core(small.gram, used, norm, want) if used else None
     used_k = torch.tensor(used if found else 0, device=hidden.device)
     if found is None:
         return y.new_zeros((), dtype=narrow), used_k, full
-    value, gradient = found
-    if gradient is None:
+    value, core = found
+    if core is None:
         return value.to(narrow), used_k, full
-    gradient = gradient.view(shape) * scale
-    if factor is not None:
-        gradient = exact_product(gradient.to(precision), factor.T.to(precision))
-    gradient = gradient[..., : hidden.shape[-1]].to(kept)
+    gradient = small.gradient(core)[..., : hidden.shape[-1]].to(kept)
     if flattened and counted is not None:
         gradient = gradient.masked_fill(~counted.unsqueeze(-1), 0.0)
     full = full.copy_(gradient) if index is None else full.index_copy_(0, index, gradient)
@@ -239,6 +253,7 @@ def _(
     hidden: Tensor,
     counted: Tensor | None,
     factor: Tensor | None,
+    gram: Tensor | None,
     bias: bool,
     scale: float,
     k: int,
@@ -263,7 +278,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _scale_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     scaled = (gradient.to(torch.promote_types(ctx.dtype, grad.dtype)) * grad).to(ctx.dtype) if ctx.want else None
-    return (scaled, *([None] * 10))
+    return (scaled, *([None] * 11))
 
 
 spectral_ratio_op.register_autograd(_scale_gradient, setup_context=_keep_gradient)
@@ -285,20 +300,50 @@ def ratio_gradient(s: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
     return -ratio, torch.where(s > 0, -gradient, torch.zeros_like(gradient))
 
 
-def _ratio_and_gradient(y: Tensor, k: int, norm: str, want: bool) -> tuple[Tensor, Tensor | None] | None:
-    """Minus the ratio of a float64 matrix and its gradient, by the Gram matrix of its smaller side; None for zeros."""
-    tall = y.shape[0] > y.shape[1]
-    gram = y.T @ y if tall else y @ y.T
+class _Small(NamedTuple):
+    """The Gram matrix (n, n) of the logits' smaller side in float64, how many singular values there are at most, and
+    what turns a matrix C (n, n), where C @ logits is a gradient by the logits (the other side: logits @ C), into the
+    gradient by the states."""
+
+    gram: Tensor
+    limit: int
+    gradient: Callable[[Tensor], Tensor]
+
+
+def _by_gram(y: Tensor, gram: Tensor, scale: float) -> _Small:
+    """Of y (M, d'), float64, with G (d', d') and M <= rank: the gradient is C H G."""
+    product = exact_product(y, gram) * scale**2
+    return _Small(product @ y.T, y.shape[0], lambda core: core @ product)
+
+
+def _by_factor(y: Tensor, factor: Tensor | None, scale: float) -> _Small:
+    """Of y (M, d') or (B, T, d') by L (d', rank), in the dtype of y; without one, of y itself."""
+    precision = y.dtype
+    if factor is not None:
+        y = exact_product(y, factor.to(precision))
+    y = y.double() * scale
+    rows = y.flatten(1)
+    tall = rows.shape[0] > rows.shape[1]
+
+    def gradient(core: Tensor) -> Tensor:
+        by_rows = ((rows @ core) if tall else (core @ rows)).view(y.shape) * scale
+        return by_rows if factor is None else exact_product(by_rows.to(precision), factor.T.to(precision))
+
+    return _Small(rows.T @ rows if tall else rows @ rows.T, min(rows.shape), gradient)
+
+
+def _ratio_and_core(gram: Tensor, k: int, norm: str, want: bool) -> tuple[Tensor, Tensor | None] | None:
+    """Minus the ratio, and C = V diag(derivative / s) V^T for _Small.gradient; None for a matrix of zeros."""
     size = gram.trace().item()  # the one wait for the device
     if size == 0.0:
         return None
     if not math.isfinite(size):  # eigh would raise: the host's own guards, and ours, know what to do with NaN
-        return y.new_full((), math.nan), torch.full_like(y, math.nan) if want else None
+        return gram.new_full((), math.nan), torch.full_like(gram, math.nan) if want else None
     s, vectors = gram_eigen(gram)
     if not want:
         return -singular_value_ratio(s, k, norm), None
     value, weights = value_and_weights(s, k, norm)
-    return value, (y @ vectors) * weights @ vectors.T if tall else (vectors * weights) @ (vectors.T @ y)
+    return value, (vectors * weights) @ vectors.T
 
 
 def value_and_weights(s: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
