@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,6 +43,13 @@ def measure(functions: dict[str, Callable[[], object]], repeats: int, device: to
     for result in results.values():
         result.seconds = statistics.median(result.samples) if result.samples else float("nan")
     return results
+
+
+def quiet() -> None:
+    """The hosts' warnings are not the benchmarks' subject."""
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "trl", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +24,17 @@ from trl import SFTConfig, SFTTrainer
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, regularizers
 
-from .measuring import machine, measure, plot_bars, table
+from .measuring import machine, measure, plot_bars, quiet, table
 
 TERMS: dict[str, Any] = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.02, "share_interval": 0}
 CPU_MODEL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 8192}
 GPU_MODEL = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8, "vocab_size": 32000}
 
 
-def build_model(gpu: bool) -> LlamaForCausalLM:
+def build_model(gpu: bool, layers: int | None = None) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = GPU_MODEL if gpu else CPU_MODEL
+    shape = dict(GPU_MODEL if gpu else CPU_MODEL)
+    shape["num_hidden_layers"] = layers or shape["num_hidden_layers"]
     heads = shape["hidden_size"] // (128 if gpu else 32)
     config = LlamaConfig(**shape, num_attention_heads=heads, max_position_embeddings=2048, pad_token_id=0)
     model = LlamaForCausalLM(config)
@@ -53,9 +52,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 class Bench:
     """One model, one batch, one way of training."""
 
-    def __init__(self, options: argparse.Namespace, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self, options: argparse.Namespace, device: torch.device, folder: Path, layers: int | None = None
+    ) -> None:
         self.options, self.device, self.folder = options, device, folder
-        self.base = build_model(device.type == "cuda")
+        self.base = build_model(device.type == "cuda", layers)
         generator = torch.Generator().manual_seed(1)
         vocabulary = self.base.config.vocab_size
         ids = torch.randint(2, vocabulary, (options.batch, options.length), generator=generator).tolist()
@@ -109,13 +110,16 @@ class Bench:
         r = self.options.rank
         return {"r": r, "lora_alpha": r, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
 
-    def ba_lora(self, compile: bool = False, **terms: Any) -> Any:
+    def ba_lora_trainer(self, compile: bool | str = False, **terms: Any) -> Trainer:
         config = BaLoraConfig(
             **self.adapter(init_lora_weights="pissa_fast"),
             regularizers=RegularizerConfig(**{**TERMS, **terms}),
             compile=compile,
         )
-        return self.step(self.trainer(BaLoraSFTTrainer, config))
+        return self.trainer(BaLoraSFTTrainer, config)
+
+    def ba_lora(self, compile: bool | str = False, **terms: Any) -> Any:
+        return self.step(self.ba_lora_trainer(compile, **terms))
 
     def contenders(self) -> dict[str, Callable[[], None]]:
         made = {
@@ -137,11 +141,7 @@ class Bench:
         return made
 
     def interval(self) -> Callable[[], None]:
-        config = BaLoraConfig(
-            **self.adapter(init_lora_weights="pissa_fast"),
-            regularizers=RegularizerConfig(**TERMS, teacher_interval=self.options.interval),
-        )
-        trainer = self.trainer(BaLoraSFTTrainer, config)
+        trainer = self.ba_lora_trainer(teacher_interval=self.options.interval)
         one = self.step(trainer)
 
         def run() -> None:
@@ -175,7 +175,7 @@ class Bench:
 
     def floor(self) -> float:
         """FLOPs a BA-LoRA step needs over those of a PiSSA step, the products of the LM head included."""
-        trainer = self.trainer(BaLoraSFTTrainer, BaLoraConfig(**self.adapter(init_lora_weights="pissa_fast")))
+        trainer = self.ba_lora_trainer()
         base = trainer.model.get_base_model()
         ids = torch.tensor(self.rows["input_ids"], device=self.device)
         with FlopCounterMode(display=False) as student:
@@ -200,9 +200,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also BA-LoRA with compile=True (minutes on a CPU)")
     parser.add_argument("--output", type=Path, help="folder for step.md and step.png")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    for name in ("transformers", "trl", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
