@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset
 from tqdm.auto import tqdm
@@ -17,10 +18,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from . import provenance
 from .config import RegularizerConfig
 from .documents import counted_positions
 from .fingerprint import model_fingerprint, tokenizer_fingerprint
-from .head import read_head
+from .head import Head, read_head
 from .objective import StepRequest, backbone_inputs
 from .teacher_cache import TeacherCache, anywhere, everywhere
 from .teacher_rows import RowChoice, Rows, TopRows
@@ -29,6 +31,53 @@ if TYPE_CHECKING:
     from .trainer import BaLoraTrainerMixin
 
 logger = logging.get_logger(__name__)
+
+
+def open_run_cache(trainer: BaLoraTrainerMixin, causal_lm: PreTrainedModel) -> None:
+    """Gives a trainer the cache that its terms name, and the callback that fills it.
+
+    Raises:
+        ValueError: as `open_cache`; full fine-tuning whose teacher could not be had later.
+    """
+    config, teacher, args = trainer.ba_lora, trainer._ba_lora_teacher, trainer.args
+    assert config is not None and config.teacher_cache is not None
+    if teacher is None and not isinstance(trainer.model, PeftModel):  # the weights are the teacher's until step 1
+        for key in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(args, key, False):
+                raise ValueError(
+                    f"{key}=True with teacher_cache in full fine-tuning: evaluation would need a teacher in another "
+                    f"precision; set {key}=False, or pass teacher_model=..."
+                )
+        head = read_head(causal_lm)
+        if hasattr(head.weight, "ds_id"):
+            raise ValueError(
+                "teacher_cache in full fine-tuning under ZeRO-3 has no whole copy of the initial LM head: pass "
+                "teacher_model=..., or use ZeRO-2."
+            )
+        bias = None if head.bias is None else head.bias.detach().clone()
+        trainer._ba_lora_initial_head = Head(head.weight.detach().clone(), bias, head.scale, head.softcap)
+    cache = open_cache(
+        str(config.teacher_cache),
+        causal_lm if teacher is None else teacher,
+        config,
+        own=teacher is not None,
+        tokenizer=getattr(trainer, "processing_class", None),
+        mixed_precision=str(trainer.accelerator.mixed_precision),
+        base=provenance.base_sha256(trainer.model) if teacher is None else None,
+    )
+    cache.choose = lambda: choose_rows(trainer, cache)
+    trainer._ba_lora_cache = cache
+    trainer.add_callback(TeacherCacheCallback(trainer, cache))
+
+
+def initial_head_here(trainer: BaLoraTrainerMixin) -> Head | None:
+    """The head that full fine-tuning began with, on the device it is needed on."""
+    head, device = trainer._ba_lora_initial_head, trainer.args.device
+    if head is not None and head.weight.device != device:
+        bias = None if head.bias is None else head.bias.to(device)
+        head = Head(head.weight.to(device), bias, head.scale, head.softcap)
+        trainer._ba_lora_initial_head = head
+    return head
 
 
 def open_cache(

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from . import probe
+from .config import RegularizerConfig
 from .identity import BaseIdentity, base_identity, compare, dtype_of, is_first_process, is_sharded, why_not_readable
 
 logger = logging.get_logger(__name__)
@@ -154,3 +155,18 @@ def check_base(
         return  # another release of transformers writes other keys
     what = "the same weights under another config" if verdict == "config" else "another form of its base"
     logger.warning_once(f"BA-LoRA: the adapter in {model_id!r} is loaded onto {what} ({both}; {measured}).")
+
+
+def teacher_in_words(config: RegularizerConfig, teacher_model: nn.Module | None) -> str:
+    """For the adapter's file and its model card."""
+    if not config.lambda_consistency:
+        return "none: lambda_consistency is 0"
+    if teacher_model is not None:
+        name = getattr(getattr(teacher_model, "config", None), "_name_or_path", "") or type(teacher_model).__name__
+        return f"a second model, {name}"
+    if config.task == "nlu":
+        after = f" after {config.head_warmup_steps} steps of the head alone" if config.head_warmup_steps else ""
+        return f"the base itself, adapter switched off, with the head that the run began with{after}"
+    if config.teacher_cache is not None:
+        return "the base itself, adapter switched off, its outputs kept in a teacher_cache"
+    return "the base itself, adapter switched off"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import platform
-import random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,15 +30,16 @@ from .config import RegularizerConfig
 from .cost import CostCallback, CostMeter, format_report, write_report
 from .documents import without_crossings
 from .guard import FiniteGuard
-from .head import FactorCache, Head, check_head, read_head
-from .metrics import TERMS, TermMetrics
+from .head import Head, check_head
+from .metrics import TermMetrics
 from .nlu import objective as nlu
 from .nlu import run
 from .objective import StepOutput, StepRequest, install
-from .prefill import TeacherCacheCallback, choose_rows, open_cache
+from .prefill import open_run_cache
 from .quantised import protect_weights, quantised_layers_stay_in_training_mode
 from .repeats import drop_rows, refill, repeated_rows
-from .schedules import Lambdas, lambdas_at
+from .requests import Requests
+from .schedules import Lambdas
 from .sharded import RestoreAdapter, frozen_factors
 from .teacher import TeacherSwitch
 from .teacher_cache import TeacherCache
@@ -136,59 +135,24 @@ class BaLoraTrainerMixin(_Base):
         self.ba_lora = config
         self.model_accepts_loss_kwargs = True  # the host then counts the tokens of the accumulated batch for us
         self._ba_lora_teacher = teacher_model
-        self._ba_lora_factors = FactorCache()
-        self._ba_lora_switch = TeacherSwitch(causal_lm)
+        self._ba_lora_requests = Requests(self, TeacherSwitch(causal_lm))
         self._ba_lora_warned: set[str] = set()
         compiled = getattr(adapter, "compile", False) or self._ba_lora_backend
         if config.task == "nlu":
             run.set_up(self, causal_lm, teacher_model, compiled=compiled)
         self._ba_lora_compiled = compiled_passes(self.args, self._ba_lora_warn, compiled) if compiled else None
         self.ba_lora_metrics = TermMetrics(config, self._ba_lora_warn)
-        self._ba_lora_position = (-1, -1)  # optimizer step, micro-batch within it
-        self._ba_lora_shares_due = False
-        self._ba_lora_measured_at = 0
         self._ba_lora_wants_logits = False
         self._ba_lora_counts = True
         if isinstance(adapter, BaLoraConfig):
-            provenance.prepare(model, _teacher_in_words(config, teacher_model))
+            provenance.prepare(model, provenance.teacher_in_words(config, teacher_model))
         if config.teacher_cache is not None and config.lambda_consistency:
-            self._open_teacher_cache(causal_lm, adapter)
+            open_run_cache(self, causal_lm)
         self.add_callback(FiniteGuard(self))
         logger.info(f"BA-LoRA: {config}")
 
     def _ba_lora_check_task(self, config: RegularizerConfig) -> None:
         """Hook for hosts: refuses a family of models that the host does not train."""
-
-    def _open_teacher_cache(self, causal_lm: Any, adapter: Any) -> None:
-        config, teacher = self.ba_lora, self._ba_lora_teacher
-        assert config is not None and config.teacher_cache is not None
-        if adapter is None and teacher is None:  # the weights are the teacher's until the first step
-            for key in ("bf16_full_eval", "fp16_full_eval"):
-                if getattr(self.args, key, False):
-                    raise ValueError(
-                        f"{key}=True with teacher_cache in full fine-tuning: evaluation would need a teacher in "
-                        f"another precision; set {key}=False, or pass teacher_model=..."
-                    )
-            head = read_head(causal_lm)
-            if hasattr(head.weight, "ds_id"):
-                raise ValueError(
-                    "teacher_cache in full fine-tuning under ZeRO-3 has no whole copy of the initial LM head: pass "
-                    "teacher_model=..., or use ZeRO-2."
-                )
-            bias = None if head.bias is None else head.bias.detach().clone()
-            self._ba_lora_initial_head = Head(head.weight.detach().clone(), bias, head.scale, head.softcap)
-        self._ba_lora_cache = open_cache(
-            str(config.teacher_cache),
-            causal_lm if teacher is None else teacher,
-            config,
-            own=teacher is not None,
-            tokenizer=getattr(self, "processing_class", None),
-            mixed_precision=str(self.accelerator.mixed_precision),
-            base=provenance.base_sha256(self.model) if teacher is None else None,
-        )
-        cache = self._ba_lora_cache
-        cache.choose = lambda: choose_rows(self, cache)
-        self.add_callback(TeacherCacheCallback(self, cache))
 
     def _ba_lora_warn(self, key: str, message: str) -> None:
         if key not in self._ba_lora_warned:
@@ -252,79 +216,10 @@ class BaLoraTrainerMixin(_Base):
     # --- loss
 
     def _ba_lora_request(self, training: bool) -> StepRequest:
-        """The weights in force now: schedule by optimizer step, teacher by micro-batch."""
-        config, state = self.ba_lora, self.state
-        assert config is not None
-        lambdas = lambdas_at(config, state.global_step / max(state.max_steps, 1))
-        measure, factor = False, 1
-        if training:
-            step, micro = self._ba_lora_position
-            micro = micro + 1 if step == state.global_step else 0
-            self._ba_lora_position = (state.global_step, micro)
-            index = state.global_step * self.args.gradient_accumulation_steps + micro
-            factor = (
-                config.teacher_interval if _teacher_runs(index, config.teacher_interval, int(state.epoch or 0)) else 0
-            )
-            every = config.share_interval
-            # not at step 0, where the consistency gradient is zero by construction
-            due = state.global_step > 0 and (
-                state.global_step in (1, self._judging_step()) or state.global_step % max(every, 1) == 0
-            )
-            if every and micro == 0 and due:
-                self._ba_lora_shares_due = True
-            measure = self._ba_lora_shares_due and bool(factor)
-            self._ba_lora_shares_due = self._ba_lora_shares_due and not measure
-            self._ba_lora_measured_at = state.global_step if measure else self._ba_lora_measured_at
-            lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
-        else:  # every configured term at its full weight, so that evaluations compare
-            lambdas = Lambdas(*(getattr(config, f"lambda_{name}") for name in TERMS))
-        cache = self._ba_lora_cache
-        if cache is not None:
-            cache.where = f"step {state.global_step}" if training else "evaluation"
-            if not training and (self.args.bf16_full_eval or self.args.fp16_full_eval):
-                cache = None  # another precision than the cache's
-        warming = state.global_step < config.head_warmup_steps  # the head alone: there is no teacher for it yet
-        if warming:
-            lambdas, measure = Lambdas(0.0, 0.0, 0.0), False
-        return StepRequest(
-            config=config,
-            lambdas=lambdas,
-            head_only=training and warming,
-            factors=self._ba_lora_factors,
-            teacher=self._ba_lora_teacher,
-            return_logits=self._ba_lora_wants_logits,
-            measure_shares=measure,
-            teacher_factor=factor,
-            switch=self._ba_lora_switch,
-            compiled=self._ba_lora_compiled if training else None,
-            meter=self._ba_lora_meter if training else None,
-            seed=state.global_step if training else 0,  # evaluations compare
-            cache=cache,
-            teacher_head=self._initial_head_here(),
-            counts=self._ba_lora_counts,
-        )
+        return self._ba_lora_requests.step(training)
 
     def _ba_lora_fill_request(self) -> StepRequest:
-        """Asks a forward pass for nothing but the teacher's states in the cache."""
-        assert self.ba_lora is not None
-        return StepRequest(
-            config=self.ba_lora,
-            lambdas=Lambdas(1.0, 0.0, 0.0),
-            teacher=self._ba_lora_teacher,
-            switch=self._ba_lora_switch,
-            cache=self._ba_lora_cache,
-            teacher_head=self._initial_head_here(),
-            fill=True,
-        )
-
-    def _initial_head_here(self) -> Head | None:
-        """The head that full fine-tuning began with, on the device it is needed on."""
-        head = self._ba_lora_initial_head
-        if head is not None and head.weight.device != self.args.device:
-            bias = None if head.bias is None else head.bias.to(self.args.device)
-            head = Head(head.weight.to(self.args.device), bias, head.scale, head.softcap)
-            self._ba_lora_initial_head = head
-        return head
+        return self._ba_lora_requests.fill()
 
     def _ba_lora_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What a batch gives to the model's forward."""
@@ -423,13 +318,8 @@ class BaLoraTrainerMixin(_Base):
 
     # --- logging
 
-    def _judging_step(self) -> int:
-        """Shares are judged from a tenth of training on: in warm-up the student still is the teacher."""
-        return max(1, math.ceil(0.1 * self.state.max_steps))
-
     def _take_terms(self, mode: str) -> dict[str, float]:
-        judge = self._ba_lora_measured_at >= self._judging_step()
-        return self.ba_lora_metrics.take(mode, self.accelerator.reduce, judge=judge)
+        return self.ba_lora_metrics.take(mode, self.accelerator.reduce, judge=self._ba_lora_requests.may_judge())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the training terms since the last training log."""
@@ -473,30 +363,6 @@ class BaLoraTrainerMixin(_Base):
             return loss, refill(logits, missing), refill(labels, missing)
         finally:
             self._ba_lora_wants_logits, self._ba_lora_counts = False, True
-
-
-def _teacher_runs(index: int, interval: int, epoch: int) -> bool:
-    """Whether micro-batch `index` of the run meets the teacher: every `interval`-th, the same on every rank.
-
-    The phase is drawn anew for each epoch: data in a fixed order would show the teacher the same part again and again.
-    """
-    phase = random.Random(epoch).randrange(interval) if epoch else 0
-    return (index + phase) % interval == 0
-
-
-def _teacher_in_words(config: RegularizerConfig, teacher_model: nn.Module | None) -> str:
-    """For the adapter's file and its model card."""
-    if not config.lambda_consistency:
-        return "none: lambda_consistency is 0"
-    if teacher_model is not None:
-        name = getattr(getattr(teacher_model, "config", None), "_name_or_path", "") or type(teacher_model).__name__
-        return f"a second model, {name}"
-    if config.task == "nlu":
-        after = f" after {config.head_warmup_steps} steps of the head alone" if config.head_warmup_steps else ""
-        return f"the base itself, adapter switched off, with the head that the run began with{after}"
-    if config.teacher_cache is not None:
-        return "the base itself, adapter switched off, its outputs kept in a teacher_cache"
-    return "the base itself, adapter switched off"
 
 
 def _active_config(model: nn.Module) -> Any:
