@@ -14,7 +14,7 @@ pytest.importorskip("axolotl")
 
 from integration.axolotl_run import history, run
 from integration.crash_worker import KILL_AT, STEPS
-from integration.test_distributed import ROOT
+from integration.ranks import ROOT
 
 MOMENTS = ("in_step", "in_weights", "in_optimizer", "in_state")
 RUN = {

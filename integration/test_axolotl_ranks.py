@@ -19,7 +19,7 @@ from axolotl.cli.config import load_cfg
 
 from balora_plugin.hosts.axolotl.plugin import regularizers_of
 from integration.axolotl_run import history, run
-from integration.test_distributed import ROOT, free_port
+from integration.ranks import ROOT, free_port
 
 RUN = {
     "max_steps": 4,

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from .ranks import run_worker
 
 
 def step(directory, host, ranks, batch, accumulation):
     directory.mkdir()
-    worker = ["integration/ddp_worker.py", str(directory / "result.pt"), str(batch), str(accumulation), str(directory)]
-    worker.append(host)
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
-    env["ACCELERATE_USE_CPU"] = "true"  # Axolotl looks for ranks while it is imported
-    done = subprocess.run(
-        [*launcher, *worker], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300
-    )
+    arguments = [str(directory / "result.pt"), str(batch), str(accumulation), str(directory), host]
+    done = run_worker("ddp_worker.py", *arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(directory / "result.pt", weights_only=False), load_file(directory / "adapter_model.safetensors")
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
 from balora_plugin.nlu.heads import HEAD_FILE
-from integration.test_distributed import ROOT, free_port
+from integration.ranks import run_worker
 
 TERMS = RegularizerConfig(preset="iclr2026", schedule="constant", lambda_consistency=0.5)
 SAMPLE_TERMS = RegularizerConfig(preset="iclr2026", schedule="constant", lambda_diversity=0.0, lambda_svd=0.0)
@@ -303,16 +300,7 @@ def test_gathered_statistics_on_two_ranks_are_one_processs(tmp_path):
 
     one = train(8)
     out = tmp_path / "ranks.pt"
-    ranks = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    done = subprocess.run(
-        [sys.executable, *ranks, str(ROOT / "integration" / "nlu_worker.py"), str(out), "4"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_worker("nlu_worker.py", str(out), "4", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(out, weights_only=False)
     scale = max(g.abs().max() for g in one["gradients"].values())

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from .test_distributed import ROOT, free_port
+from .ranks import run_worker
 
 DEEPSPEED = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed (it is built from source; see CONTRIBUTING.md)"
@@ -27,19 +24,8 @@ RANKS = [
 
 def work(directory, kind):
     directory.mkdir()
-    launcher = [sys.executable]
-    if kind != "alone":
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launcher, "integration/resume_worker.py", str(directory), kind],
-        cwd=ROOT,
-        env={**env, "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    ranks = 1 if kind == "alone" else 2
+    done = run_worker("resume_worker.py", str(directory), kind, ranks=ranks, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return torch.load(directory / "result.pt")
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,33 +10,17 @@ from models import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from .ranks import run_worker
+
 ROOT = Path(__file__).parent.parent
 LAYERS = "LlamaDecoderLayer"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def work(directory, kind, units=LAYERS, modules_to_save=""):
     """The worker's exit code and what it said."""
     directory.mkdir()
-    launcher = [sys.executable]
-    if kind != "alone":
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
-    env["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(
-        [*launcher, "integration/fsdp_worker.py", str(directory), kind, units, modules_to_save],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    ranks = 1 if kind == "alone" else 2
+    done = run_worker("fsdp_worker.py", str(directory), kind, units, modules_to_save, ranks=ranks)
     return done.returncode, done.stdout + done.stderr
 
 

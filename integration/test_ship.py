@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,8 @@ from balora_plugin import RegularizerConfig, card
 from balora_plugin.commands import main
 from balora_plugin.fingerprint import model_fingerprint
 from integration import test_trainer, test_trl
-from integration.test_distributed import ROOT, free_port, step
+from integration.ranks import run_worker
+from integration.test_distributed import step
 
 
 @pytest.fixture
@@ -172,10 +170,7 @@ def test_a_sharded_model_is_hashed_together_and_saved_without_a_forward_pass(pre
     """FSDP2, two processes: rank 0 alone saves, so that nothing at the save may be collective."""
     script = tmp_path / "sharded.py"
     script.write_text(_SHARDED)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script), str(tmp_path / "out"), prepared]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300)
+    done = run_worker(str(script), str(tmp_path / "out"), prepared, ranks=2, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     settings = json.loads((tmp_path / "out" / "ba_lora.json").read_text())
     assert settings["base_sha256"] == (None if prepared == "never" else model_fingerprint(tiny_llama()))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArgume
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig, objective, teacher_rows
 from balora_plugin.fused import TopLogProbs, top_log_probs
 from balora_plugin.prefill import logger as prefill_logger
-from integration.test_distributed import free_port
+from integration.ranks import run_worker
 from integration.test_trl import (  # noqa: F401
     PROMPT_COMPLETION,
     TEXT,
@@ -579,20 +576,13 @@ def test_full_fine_tuning_names_what_it_cannot_have(tmp_path, tokenizer):
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["", f":{ALL}"], ids=["by_size", "top_k"])
 def test_two_processes_fill_one_cache(kept, tmp_path):
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
-    worker = ["integration/ddp_worker.py"]
     logs = {}
     for name, ranks, cache in (("live", 1, ""), ("cold", 2, "cache"), ("warm", 2, "cache")):
         directory = tmp_path / name
         directory.mkdir()
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
         arguments = [str(directory / "result.pt"), str(8 // ranks), "1", str(directory), "trl"]
         arguments += [f"{tmp_path / cache}{kept}"] if cache else []
-        done = subprocess.run(
-            [*launcher, *worker, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-        )
+        done = run_worker("ddp_worker.py", *arguments, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         result = torch.load(directory / "result.pt", weights_only=False)
         logs[name] = [{**row} for row in result["logs"]], result["eval"], result["runs"]
