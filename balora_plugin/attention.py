@@ -65,6 +65,8 @@ def flash_lacks(
     package = FLASH.get(name)
     if device not in ACCELERATORS:
         return "needs a GPU, and there is none here", ""
+    if "/" in name and not has("kernels"):
+        return "is a kernel from the hub, which needs the package kernels", "pip install kernels"
     if package is None or device != "cuda" or capability is None:
         return None
     if capability[0] < package.capability:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +79,11 @@ class CompiledPasses(NamedTuple):
     student: Callable[..., Any] | None = None
     layers: CompiledLayers | None = None
 
+    @property
+    def in_one_graph(self) -> bool:
+        """Whether the student's terms run inside its graph: asked for, and not fallen back from."""
+        return self.student is not None and getattr(self.student, "compiled", None) is not None
+
 
 @dataclass
 class StepOutput(ModelOutput):
@@ -139,14 +144,22 @@ def install(model: PreTrainedModel, step: Step | None = None) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def drop_input_hooks(model: PreTrainedModel) -> None:
-    """Takes off the hooks that make embeddings require gradients: non-reentrant checkpointing needs none, no graph can
-    hold them. Not by disable_input_require_grads(), which forgets all but those of the last of several enablings.
+@contextmanager
+def without_input_hooks(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, embeddings are without the hooks that make them require gradients: no graph can hold them, and
+    non-reentrant checkpointing needs none. Not by disable_input_require_grads(), which forgets all but those of the
+    last of several enablings, and for good: a pass that is not compiled after all may need them.
     """
-    embedding = model.get_input_embeddings()
-    for key, hook in list(embedding._forward_hooks.items()):
+    hooks = model.get_input_embeddings()._forward_hooks
+    before = list(hooks.items())
+    for key, hook in before:
         if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
-            del embedding._forward_hooks[key]
+            del hooks[key]
+    try:
+        yield
+    finally:
+        hooks.clear()
+        hooks.update(before)
 
 
 def _unbound_signature(model: PreTrainedModel) -> inspect.Signature:
@@ -174,11 +187,8 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     inputs = backbone_inputs(inputs)
 
     compiled = request.compiled
-    if compiled is not None:
-        if compiled.student is not None:
-            drop_input_hooks(model)
-        if is_flash(implementation_of(model)):
-            inputs = with_boundaries(inputs)
+    if compiled is not None and is_flash(implementation_of(model)):
+        inputs = with_boundaries(inputs)
     check_head_now(model, inputs["input_ids"].device)
     head = read_head(model)
     teacher = teacher_head = None
@@ -193,13 +203,13 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
         assert labels is not None
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     plan = _plan(request, head, teacher_head)
-    whole = not (router or request.return_logits or request.measure_shares)
+    whole = not (request.return_logits or request.measure_shares)
     if whole and compiled is not None and compiled.student is not None:
-        hidden, sums, ratio = compiled.student(model, inputs, targets, teacher, plan)
+        hidden, sums, ratio, routed = compiled.student(model, {**inputs, **extra}, targets, teacher, plan)
     else:
         with nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model):
             outputs = model.base_model(**inputs, **extra)
-        hidden = outputs.last_hidden_state
+        hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
         with request.part("token_terms"):
             sums = token_sums(hidden, targets, teacher, plan)
         with request.part("spectrum"):
@@ -221,7 +231,7 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     if request.measure_shares:
         result["shares"] = _shares(plan, hidden, targets, teacher, max(request.teacher_factor, 1))
     if router:
-        result["aux_loss"] = _router_loss(model, outputs.router_logits, inputs.get("attention_mask"))
+        result["aux_loss"] = _router_loss(model, routed, inputs.get("attention_mask"))
     if request.return_logits:
         result["logits"] = project(hidden.to(head.weight.device), head.weight, head.bias, head.scale, head.softcap).to(
             hidden.dtype
@@ -295,14 +305,16 @@ def _plan(request: StepRequest, head: Head, teacher_head: Head | None) -> Plan:
 
 def student_pass(
     model: PreTrainedModel, inputs: dict[str, Any], targets: Tensor, teacher: Teacher | None, plan: Plan
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor] | None, Any]:
     """The student's backbone and its terms: what is compiled as one graph.
 
     Returns: hidden (B, T, d); sums loss, task, consistency, diversity, entropy, correct, count; the spectral ratio and
-    the k it used, where it has an operator.
+    the k it used, where it has an operator; the logits of routers, where `inputs` ask for them.
     """
-    hidden = model.base_model(**inputs).last_hidden_state
-    return hidden, token_sums(hidden, targets, teacher, plan), spectrum_of(hidden, targets, plan)
+    outputs = model.base_model(**inputs)
+    hidden = outputs.last_hidden_state
+    sums, ratio = token_sums(hidden, targets, teacher, plan), spectrum_of(hidden, targets, plan)
+    return hidden, sums, ratio, outputs.get("router_logits")
 
 
 def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:

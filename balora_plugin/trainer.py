@@ -25,7 +25,7 @@ from .checks import (
     check_teacher,
     resolve,
 )
-from .compiling import BACKEND, compiled_passes, take_backend
+from .compiling import BACKEND, Asked, compiled_passes, take_backend
 from .config import RegularizerConfig
 from .cost import CostCallback, CostMeter, format_report, write_report
 from .documents import without_crossings
@@ -88,8 +88,8 @@ class BaLoraTrainerMixin(_Base):
         args, kwargs, self._ba_lora_backend = take_backend(args, kwargs)
         super().__init__(*args, **kwargs)
         self._set_up_ba_lora(regularizers, teacher_model)
-        if self.ba_lora is None and self._ba_lora_backend:  # no terms: the host's own pass
-            self.model.compile(backend=BACKEND)
+        if self.ba_lora is None and self._ba_lora_backend is not None:  # no terms: the host's own pass
+            self._compile_for_the_host(self._ba_lora_backend)
 
     # --- set-up
 
@@ -137,10 +137,12 @@ class BaLoraTrainerMixin(_Base):
         self._ba_lora_teacher = teacher_model
         self._ba_lora_requests = Requests(self, TeacherSwitch(causal_lm))
         self._ba_lora_warned: set[str] = set()
-        compiled = getattr(adapter, "compile", False) or self._ba_lora_backend
+        asked = self._ba_lora_backend
+        compiled = getattr(adapter, "compile", False) or asked is not None
         if config.task == "nlu":
             run.set_up(self, causal_lm, teacher_model, compiled=compiled)
-        self._ba_lora_compiled = compiled_passes(self.args, self._ba_lora_warn, compiled) if compiled else None
+        mode = None if asked is None else asked.mode
+        self._ba_lora_compiled = compiled_passes(self.args, self._ba_lora_warn, compiled, mode) if compiled else None
         self.ba_lora_metrics = TermMetrics(config, self._ba_lora_warn)
         self._ba_lora_wants_logits = False
         self._ba_lora_counts = True
@@ -150,6 +152,18 @@ class BaLoraTrainerMixin(_Base):
             open_run_cache(self, causal_lm)
         self.add_callback(FiniteGuard(self))
         logger.info(f"BA-LoRA: {config}")
+
+    def _compile_for_the_host(self, asked: Asked) -> None:
+        """`torch_compile_backend="ba_lora"` for a run without terms, whose loss is the host's own."""
+        from .compile import or_eagerly
+
+        def failed(reason: str) -> None:
+            logger.warning(
+                f"BA-LoRA: torch_compile_backend={BACKEND!r} does not work here, so training goes on without it: "
+                f"{reason}"
+            )
+
+        self.model.compile(backend=or_eagerly(failed, asked.mode))
 
     def _ba_lora_check_task(self, config: RegularizerConfig) -> None:
         """Hook for hosts: refuses a family of models that the host does not train."""
@@ -196,7 +210,7 @@ class BaLoraTrainerMixin(_Base):
         if meter is None or not meter.steps or not self.is_world_process_zero():
             return
         report = meter.report(
-            compiled=self._ba_lora_compiled is not None and self._ba_lora_compiled.student is not None,
+            compiled=self._ba_lora_compiled is not None and self._ba_lora_compiled.in_one_graph,
             teacher_interval=self.ba_lora.teacher_interval if self.ba_lora is not None else 1,
             device=torch.cuda.get_device_name(self.args.device) if meter.cuda else platform.machine() or "cpu",
             torch=torch.__version__,

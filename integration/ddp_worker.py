@@ -15,6 +15,9 @@ from tests.models import character_tokenizer, tiny_llama
 ROWS = [{"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}" + " ok then" * (i % 4)} for i in range(8)]
 
 
+GRAPHS: list[Any] = []
+
+
 class Keep(TrainerCallback):
     """Remembers the gradients of the first optimizer step."""
 
@@ -75,8 +78,14 @@ def compiled_trainer(args: dict[str, Any], keep: Keep, cache: str | None) -> Tra
 
     from balora_plugin.compile import backend
 
-    backend.lower = lambda module, inputs, options: aot_eager(module, inputs)
-    return trl_trainer({**args, "torch_compile": True, "torch_compile_backend": "ba_lora"}, keep, cache)
+    def lower(module: Any, inputs: Any, options: Any) -> Any:
+        GRAPHS.append(module)
+        return aot_eager(module, inputs)
+
+    backend.lower = lower
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000  # several buckets, at which dynamo would cut the graphs
+    compiling = {"torch_compile": True, "torch_compile_backend": "ba_lora", "gradient_checkpointing": True}
+    return trl_trainer({**args, **compiling, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, keep, cache)
 
 
 def axolotl_trainer(args: dict[str, Any], keep: Keep, cache: str | None) -> Trainer:
@@ -116,7 +125,8 @@ def main(output: str, batch: int, accumulation: int, directory: str, host: str, 
     if trainer.accelerator.is_main_process:
         runs = trainer._ba_lora_cache.runs if cache else None
         logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
-        torch.save({"gradients": keep.gradients, "logs": logs, "eval": result, "runs": runs}, output)
+        found = {"gradients": keep.gradients, "logs": logs, "eval": result, "runs": runs, "graphs": len(GRAPHS)}
+        torch.save(found, output)
 
 
 if __name__ == "__main__":

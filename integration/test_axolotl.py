@@ -89,7 +89,10 @@ def test_trains_from_a_zero_consistency_and_saves_a_stock_adapter(case, workspac
 
 @pytest.mark.parametrize("how", [True, "layers"])
 def test_compiled(how, written, monkeypatch):
-    """One key of the block, said twice here; without inductor below, whose C++ takes most of a minute."""
+    """One key of the block, said twice here; without inductor below, whose C++ takes most of a minute.
+
+    Axolotl's checkpointing is reentrant by default, which no graph of a model can hold.
+    """
     from torch._dynamo.backends.debugging import aot_eager
 
     from balora_plugin.compile import backend
@@ -102,14 +105,36 @@ def test_compiled(how, written, monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(backend, "lower", lower)
-    plain = run(written(ba_lora=TERMS))
-    host = {"torch_compile": True, "torch_compile_backend": "ba_lora"}
+    plain = run(written(ba_lora=TERMS, gradient_checkpointing=True))
+    host = {"torch_compile": True, "torch_compile_backend": "ba_lora", "gradient_checkpointing": True}
     compiled = run(written(ba_lora={**TERMS, "compile": how}, **host))
     torch._dynamo.reset()
     assert graphs
     assert "compile" not in compiled._ba_lora_warned  # it did not fall back
+    assert plain.args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    assert compiled.args.gradient_checkpointing_kwargs == {"use_reentrant": how == "layers"}
     for key in ("loss", "balora/consistency", "balora/svd"):
         torch.testing.assert_close(history(compiled, key), history(plain, key), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [True, "layers"])
+def test_a_compilation_that_fails_is_said(how, written, monkeypatch):
+    """Axolotl lets dynamo keep errors to itself."""
+    from balora_plugin.compile import backend
+
+    def lower(module, inputs, options):
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(backend, "lower", lower)
+    before = torch._dynamo.config.suppress_errors
+    host = {"torch_compile": True, "torch_compile_backend": "ba_lora", "max_steps": 1}
+    trainer = run(written(ba_lora={**TERMS, "compile": how}, **host))
+    torch._dynamo.reset()
+    assert torch._dynamo.config.suppress_errors
+    torch._dynamo.config.suppress_errors = before
+    assert "compile" in trainer._ba_lora_warned
+    assert all(math.isfinite(value) for value in history(trainer, "loss"))
 
 
 def test_the_base_is_untouched_and_the_yaml_is_what_runs(workspace, written):
@@ -314,6 +339,14 @@ WRONG = {
     "preset_at_top": ({"preset": "iclr2026"}, "ba_lora.preset"),
     "rank_in_block": ({"ba_lora": {"r": 16}}, "write lora_r there"),
     "compiled_how": ({"ba_lora": {"compile": "layer"}}, "write true, false or layers"),
+    "compiled_reentrant": (
+        {
+            "ba_lora": {"compile": True},
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        "write use_reentrant: false",
+    ),
     "compiled_twice": ({"ba_lora": {"compile": True}, "torch_compile": True}, "torch_compile: True"),
     "block_not_a_block": ({"ba_lora": True}, "ba_lora"),
     "negative": ({"ba_lora": {"lambda_svd": -1}}, "lambda_svd"),

@@ -23,6 +23,7 @@ def test_ranks_do_not_change_the_gradients(host, tmp_path):
         pytest.importorskip("axolotl")
     alone, alone_adapter = step(tmp_path / "alone", "trl" if host == "compiled" else host, 1, 8, 1)
     both, both_adapter = step(tmp_path / "both", host, 2, 2, 2)
+    assert both["graphs"] in ((2, 3, 4) if host == "compiled" else (0,))  # teacher and student, one length or all
     scale = max(g.abs().max() for g in alone["gradients"].values())
     assert alone["gradients"].keys() == both["gradients"].keys()
     for name, gradient in alone["gradients"].items():

@@ -9,11 +9,12 @@ import torch
 from helpers import ba_lora as adapted
 from helpers import stock, trainable
 from models import tiny_gpt2, tiny_llama
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
 
-from balora_plugin.compile import Compiled, backend
+from balora_plugin.compile import Compiled, backend, or_eagerly
 from balora_plugin.compile import ba_lora as compile_backend
-from balora_plugin.objective import drop_input_hooks
+from balora_plugin.objective import without_input_hooks
 
 LINEAR = (F.linear, torch._C._nn.linear)
 
@@ -141,9 +142,12 @@ def test_checkpointed_layers_are_reached(graphs, ids):
     base = model.get_base_model()
     expected = run(model, ids)
     base.gradient_checkpointing_enable({"use_reentrant": False})
-    assert base.get_input_embeddings()._forward_hooks  # PEFT's, which dynamo refuses in a graph
-    drop_input_hooks(base)
-    assert_equal(run(model, ids, compiled(model)), expected, 1e-10)
+    hooks = dict(base.get_input_embeddings()._forward_hooks)
+    assert hooks  # PEFT's, which dynamo refuses in a graph
+    with without_input_hooks(base):
+        assert not base.get_input_embeddings()._forward_hooks
+        assert_equal(run(model, ids, compiled(model)), expected, 1e-10)
+    assert base.get_input_embeddings()._forward_hooks == hooks  # a pass that is not compiled may need them
     assert sum(replaced for _, _, replaced in graphs) >= 2 * 4
 
 
@@ -408,6 +412,79 @@ def test_a_failed_compilation_falls_back_once():
         assert passed(torch.ones(2)).tolist() == [2.0, 2.0]
     assert [key for key, _ in said] == ["compile"]
     assert "goes on without it" in said[0][1]
+
+
+def test_too_many_graphs_are_a_failed_compilation(graphs, monkeypatch):
+    """Dynamo raises no error of its own kind where a whole graph may not be compiled once more."""
+    monkeypatch.setattr(backend, "GRAPHS", 2)
+    said = []
+    passed = Compiled(lambda x: x * 2, lambda key, message: said.append(message))
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert torch.equal(passed(torch.ones(2, dtype=dtype)), torch.full((2,), 2.0, dtype=dtype))
+    assert len(graphs) == 2
+    assert len(said) == 1 and "goes on without it: it would take more than 2 graphs" in said[0]
+
+
+def test_one_trainers_graphs_are_not_counted_as_anothers(graphs):
+    """Dynamo counts graphs by code object: a sweep in one process would reach its limit."""
+
+    def function(x):
+        return x * 2
+
+    limit = backend.GRAPHS
+    for _ in range(limit + 2):
+        passed = Compiled(function, lambda key, message: pytest.fail(message))
+        passed(torch.ones(2))
+    assert len(graphs) == limit + 2
+
+
+def test_a_graph_that_cannot_be_compiled_runs_eagerly(graphs, monkeypatch):
+    """The ones before stay compiled, no more are; nothing is raised, so that suppress_errors hides nothing."""
+    said, calls = [], []
+
+    def lower(module, inputs, options):
+        calls.append(module)
+        if len(calls) == 2:
+            raise RuntimeError("no compiler for this one")
+        return module.forward
+
+    monkeypatch.setattr(backend, "lower", lower)
+    passed = torch.compile(lambda x: (x * x).sin(), backend=or_eagerly(said.append))
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        x = torch.randn(3, dtype=dtype, requires_grad=True)
+        passed(x).sum().backward()
+        torch.testing.assert_close(x.grad, 2 * x.detach() * (x.detach() ** 2).cos())
+    assert said == ["no compiler for this one"]
+    assert len(calls) == 2
+
+
+def test_a_result_that_leaves_the_graph_is_its_own(graphs):
+    """Cut out of a stack it would require gradients, and lie in memory otherwise."""
+    layers = torch.nn.ModuleDict({name: torch.nn.Linear(4, 2, bias=False) for name in ("lora_A", "frozen_A")})
+    layers["frozen_A"].requires_grad_(False)
+    x = torch.randn(3, 4)
+    eager = (layers["lora_A"](x), layers["frozen_A"](x))
+    found = torch.compile(lambda x: (layers["lora_A"](x), layers["frozen_A"](x)), backend=compile_backend)(x)
+    for one, other in zip(found, eager, strict=True):
+        torch.testing.assert_close(one, other)
+        assert (one.requires_grad, one.stride()) == (other.requires_grad, other.stride())
+
+
+def test_a_pass_in_inductors_config_runs_too():
+    from torch._inductor import config as inductor_config
+
+    class Count(CustomGraphPass):
+        graphs = 0
+
+        def __call__(self, graph):
+            Count.graphs += 1
+
+        def uuid(self):
+            return None
+
+    with inductor_config.patch({"force_disable_caches": True, backend.HOOK: Count()}):
+        torch.compile(lambda x: x * 2 + 1, backend=compile_backend)(torch.ones(3))
+    assert Count.graphs == 1
 
 
 def test_a_failed_backward_falls_back_too(monkeypatch):

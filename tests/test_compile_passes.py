@@ -6,8 +6,9 @@ import operator
 
 import pytest
 import torch
-from helpers import stock, trainable
+from helpers import ba_lora, stock, trainable
 from models import VOCABULARY, tiny_llama
+from peft import LoraConfig
 from torch.nn import functional as F
 
 from balora_plugin.compile import ba_lora as compile_backend
@@ -113,9 +114,72 @@ def test_every_architecture_is_one_graph_with_the_same_numbers(name, passes):
     ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
     keywords = {} if name == "bert" else {"use_cache": False}
     parameters = [p for p, n in zip(trainable(model), _names(model), strict=True) if "pooler" not in n]
+    if hasattr(model.get_base_model(), "norm"):  # RMSNorm computes in float32, which would round differences away
+        model.get_base_model().norm = torch.nn.Identity()
     check(lambda x: model.get_base_model()(input_ids=x, **keywords).last_hidden_state, [ids], parameters, 1e-12)
     names = ("stack_siblings", "accumulate_products", "narrow_products")
     assert tuple(passes[key] for key in names) == EXPECTED.get(name, (4, 7, 11))
+
+
+def test_scales_that_differ_from_layer_to_layer_accumulate_too(passes):
+    """Layers that share a graph: dynamo makes their scale an input of it, no constant."""
+    layers = torch.nn.ModuleDict(
+        {"frozen_B": torch.nn.Linear(4, 6, bias=False), "lora_B": torch.nn.Linear(4, 6, bias=False)}
+    ).double()
+
+    def function(y, u, v, scale):
+        return y + (layers["frozen_B"](u) + layers["lora_B"](v)) * scale
+
+    compiled = torch.compile(function, backend=compile_backend, fullgraph=True)
+    inputs = [torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True) for n in (6, 4, 4)]
+    leaves = [*inputs, *layers.parameters()]
+    for scale in (0.5, 0.25, 3.0):
+        values = [call(*inputs, scale) for call in (compiled, function)]
+        torch.testing.assert_close(*values, rtol=1e-12, atol=1e-12)
+        weights = torch.randn_like(values[0])
+        for one, other in zip(*(torch.autograd.grad((v * weights).sum(), leaves) for v in values), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert passes["accumulate_products"] == 2  # the constant's graph, and the one for all others
+
+
+def others():
+    """PEFT's adapters whose layers look like ours in part, on q and k of a tiny Llama."""
+    import peft
+
+    both = {"target_modules": ["q_proj", "k_proj"]}
+    return {
+        "lora with a bias": peft.LoraConfig(r=4, lora_bias=True, **both),
+        "rslora": peft.LoraConfig(r=4, use_rslora=True, **both),
+        "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2, **both),
+        "vera": peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+        "ia3": peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    }
+
+
+@pytest.mark.parametrize("name", others())
+def test_other_adapters_keep_their_numbers(name, passes, ids):
+    """Whatever of them a pass takes for a factor, or leaves alone."""
+    from peft import get_peft_model
+
+    model = get_peft_model(tiny_llama(num_hidden_layers=1).double(), others()[name]).double()
+    with torch.no_grad():
+        for p in trainable(model):
+            p.add_(0.05 * torch.randn_like(p))
+    backbone = model.get_base_model().model
+    check(lambda x: backbone(input_ids=x, use_cache=False).last_hidden_state, [ids], trainable(model), 1e-10)
+
+
+def test_two_active_adapters(passes, ids):
+    model = ba_lora(tiny_llama(num_hidden_layers=1).double())
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model.add_adapter("second", LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    model = model.double()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    backbone = model.get_base_model().model
+    check(lambda x: backbone(input_ids=x, use_cache=False).last_hidden_state, [ids], trainable(model), 1e-10)
+    assert passes["stack_siblings"] >= 4
 
 
 def _names(model):

@@ -202,6 +202,21 @@ CANNOT = {
         {"torch_compile_backend": "ba_lora"},
         {"torch_compile_backend": "apt install g++"},
     ),
+    "flash without packing": (
+        dataclasses.replace(GPU, modules=FLASH),
+        {"flash_attention": True, "ba_lora": {"compile": True}},
+        {"ba_lora.compile": "sample_packing: true"},
+    ),
+    "a kernel from the hub": (
+        GPU,
+        {"attn_implementation": "kernels-community/flash-attn2"},
+        {"attn_implementation": "pip install kernels"},
+    ),
+    "no compiler, no backend": (
+        dataclasses.replace(CPU, compiler=None),
+        {"torch_compile": True},
+        {"torch_compile": "apt install g++"},
+    ),
     "no compiler": (
         dataclasses.replace(CPU, compiler=None),
         {"ba_lora": {"compile": True}},
@@ -238,6 +253,14 @@ CAN = {
     "autocast on a CPU": (CPU, {"bf16": True, "use_cpu": True}),
     "4-bit": (CPU, {"load_in_4bit": True, "optimizer": "adamw_8bit"}),
     "compiled": (CPU, {"ba_lora": {"compile": True}, "torch_compile_backend": "inductor"}),
+    "compiled, packed flash": (
+        dataclasses.replace(GPU, modules=FLASH),
+        {"flash_attention": True, "ba_lora": {"compile": True}, "sample_packing": True},
+    ),
+    "compiled by layer, flash": (
+        dataclasses.replace(GPU, modules=FLASH),
+        {"flash_attention": True, "ba_lora": {"compile": "layers"}},
+    ),
     "deepspeed": (with_versions(CPU, deepspeed="0.18"), {"deepspeed": {"zero": 2}}),
     "paths": (CPU, {"datasets": [{"path": "tatsu-lab/alpaca"}, {"path": str(ROOT / "README.md")}]}),
 }
@@ -360,9 +383,16 @@ def test_hosts_are_not_imported_and_may_be_absent():
 
 
 def test_a_compiler_is_looked_for_where_inductor_looks(monkeypatch):
+    """Inductor takes $CXX or the system's own: another compiler beside is none to it."""
     monkeypatch.setattr(facts.shutil, "which", lambda name: f"/bin/{name}" if name in ("clang++", "clang") else None)
     monkeypatch.delenv("CXX", raising=False), monkeypatch.delenv("CC", raising=False)
+    for system, compiler in (("Linux", None), ("Darwin", "/bin/clang++")):
+        monkeypatch.setattr(facts.platform, "system", lambda system=system: system)
+        assert facts._compiler(CPU) == compiler
+    monkeypatch.setattr(facts.platform, "system", lambda: "Linux")
+    monkeypatch.setenv("CXX", "clang++")
     assert facts._compiler(CPU) == "/bin/clang++"
+    monkeypatch.delenv("CXX")
     assert facts._compiler(GPU) is None
     assert facts._compiler(dataclasses.replace(GPU, modules=frozenset({"triton"}))) == "triton with /bin/clang"
     monkeypatch.setenv("CXX", "none++")

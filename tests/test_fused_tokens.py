@@ -366,9 +366,11 @@ def test_the_logits_are_never_held(monkeypatch):
 
 
 def test_the_default_chunk_follows_the_vocabulary():
-    assert default_chunk(32) == 4096
+    assert default_chunk(32) == 512
+    assert default_chunk(32, "cuda") == 4096
     assert default_chunk(32_000) == 256  # 2**23 // 32_000 is 262: whole tiles
-    assert default_chunk(128_000) == 128
+    assert default_chunk(32_000, hidden_size=2048) == 512
+    assert default_chunk(128_000) == default_chunk(128_000, hidden_size=4096) == 128
     assert default_chunk(256_000) == 64  # 2**24 // 256_000 is 65
     assert default_chunk(128_000, "cuda") == 256
     assert default_chunk(10**8) == 16

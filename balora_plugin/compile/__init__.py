@@ -1,5 +1,5 @@
 """The torch.compile backend `ba_lora`: graph passes for adapters, inductor underneath. Imports torch alone."""
 
-from .backend import Compiled, ba_lora
+from .backend import Compiled, ba_lora, or_eagerly
 
-__all__ = ["Compiled", "ba_lora"]
+__all__ = ["Compiled", "ba_lora", "or_eagerly"]

@@ -26,11 +26,14 @@ _MULTIPLY = (operator.mul, torch.mul, "mul")
 
 
 class _Update(NamedTuple):
-    """result = base + scale * (the sum of `products`, linear layers of adapters); `inner`: what it takes besides."""
+    """result = base + scale * (the sum of `products`, linear layers of adapters); `inner`: what it takes besides.
+
+    `scale` is a node where dynamo has made it an input: layers that share a graph differ in it.
+    """
 
     base: Node
     products: tuple[Node, ...]
-    scale: float
+    scale: float | Node
     inner: tuple[Node, ...]
 
 
@@ -38,7 +41,7 @@ def accumulate_products(module: GraphModule) -> int:
     """Replaces every such update in `module`'s graph; how many it replaced.
 
     It declines where the pattern does not hold: another reader of a part of it, a part that is written into, a switch
-    of grad mode or autocast in between, shapes that broadcast, a scale that is no constant.
+    of grad mode or autocast in between, shapes that broadcast, a scale that is no number.
     """
     effects = Effects(module)
     replaced = 0
@@ -66,6 +69,8 @@ def _accumulate(module: GraphModule, node: Node, update: _Update) -> None:
         if base.meta["example_value"].dtype != dtype:  # as the sum would have widened it
             base = method("to", (base, dtype))
         rows, columns = method("flatten", (base, 0, -2)), method("t", (weight,))
+        if isinstance(scale, Node):  # addmm takes numbers alone: on the few columns that go in
+            stacked, scale = call(operator.mul, (stacked, scale)), 1.0
         product = call(torch.addmm, (rows, method("flatten", (stacked, 0, -2)), columns), {"alpha": scale})
         result = method("view_as", (product, base))
     result.meta.update(node.meta)
@@ -80,8 +85,9 @@ def _match(node: Node) -> _Update | None:
     base: Any
     update: Any
     base, update = node.args
-    inner, scale = [update], 1.0
-    if _is(update, _MULTIPLY, constant=True):
+    inner: list[Any] = [update]
+    scale: Any = 1.0
+    if _is(update, _MULTIPLY, number=True):
         update, scale = update.args
         inner.append(update)
     products: tuple[Any, ...] = (update,)
@@ -93,17 +99,20 @@ def _match(node: Node) -> _Update | None:
         return None
     if adapter_weight(base, FROZEN + TRAINED) is not None:  # the inner sum of a pattern that did not hold
         return None
-    return _Update(base, products, float(scale), tuple(inner))
+    return _Update(base, products, scale if isinstance(scale, Node) else float(scale), tuple(inner))
 
 
-def _is(node: Any, targets: tuple[Any, ...], *, constant: bool = False) -> bool:
-    """A call of one of these on two nodes, or on a node and a number."""
+def _is(node: Any, targets: tuple[Any, ...], *, number: bool = False) -> bool:
+    """A call of one of these on two nodes, or on a node and a real number (which may be a node itself)."""
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method") or node.target not in targets:
         return False
     if len(node.args) != 2 or node.kwargs or not isinstance(node.args[0], Node):
         return False
     other = node.args[1]
-    return isinstance(other, Real) and not isinstance(other, bool) if constant else isinstance(other, Node)
+    if not number:
+        return isinstance(other, Node)
+    value = other.meta.get("example_value") if isinstance(other, Node) else other
+    return isinstance(value, (Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _holds(effects: Effects, node: Node, update: _Update) -> bool:

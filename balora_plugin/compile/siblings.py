@@ -26,13 +26,15 @@ def stack_siblings(module: GraphModule) -> int:
 
     It declines where a pattern does not hold: dropout gives every layer an input of its own, as casts do that
     [`share_casts`][balora_plugin.compile.casts] left; a bias, another dtype or another device of a factor leaves that
-    layer alone; so does an in-place operation on input, factor or result.
+    layer alone; so does an in-place operation on input, factor or result, and a result that leaves the graph.
     """
     effects = Effects(module)
     groups: dict[Any, list[Node]] = {}
     for node in module.graph.nodes:
         weight = _down_projection(node)
-        if weight is not None and effects.unwritten(node, node.args[0], weight):
+        # what leaves the graph keeps strides, and requires_grad, of its own
+        leaves = any(user.op == "output" for user in node.users)
+        if weight is not None and not leaves and effects.unwritten(node, node.args[0], weight):
             value = weight.meta["example_value"]
             groups.setdefault((node.args[0], effects.region[node], value.dtype, value.device), []).append(node)
     replaced = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from .versions import ABSENT, OLD, installed, standing
 
 BITSANDBYTES = ("cpu", "cuda", "xpu", "hpu", "npu", "mps")
-COMPILERS = ("g++", "clang++", "c++")  # what inductor looks for on a CPU, beside $CXX
+COMPILERS = {"Darwin": "clang++", "Windows": "cl"}  # what inductor takes on a CPU without $CXX; g++ elsewhere
 
 
 @dataclass
@@ -89,11 +89,8 @@ def _sdpa_backends(machine: Machine) -> tuple[str, ...]:
 
 def _compiler(machine: Machine) -> str | None:
     """What inductor compiles with: Triton (and a C compiler for its launchers) on a GPU, C++ on a CPU."""
-    chosen = os.environ.get("CXX")
-    candidates = (chosen,) if chosen else COMPILERS
-    cpp = next((path for name in candidates if (path := shutil.which(name))), None)
     if machine.device == "cpu":
-        return cpp
+        return shutil.which(os.environ.get("CXX") or COMPILERS.get(platform.system(), "g++"))
     chosen = os.environ.get("CC")
     c = next((path for name in ((chosen,) if chosen else ("gcc", "clang", "cc")) if (path := shutil.which(name))), None)
     return f"triton with {c}" if "triton" in machine.modules and c else None

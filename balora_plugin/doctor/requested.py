@@ -132,13 +132,22 @@ def _compiling(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
     bring = "apt install g++" if machine.device == "cpu" else "pip install triton, apt install gcc"
     if key is not None and machine.compiler is None:
         yield Problem(key, how, "has no compiler here, so it would run eagerly", f"{bring}, or remove it")
-    backend = values.get("torch_compile_backend")
+    backend = values.get("torch_compile_backend") or ("inductor" if values.get("torch_compile") is True else None)
+    padded = not (values.get("sample_packing") or values.get("packing") or values.get("padding_free"))
+    if (how is True or backend == "ba_lora") and how != "layers" and is_flash(attention_of(values)[2]) and padded:
+        yield Problem(
+            key or "torch_compile_backend",
+            how or backend,
+            "makes no graph of padded batches under flash attention, so it would run eagerly",
+            "write sample_packing: true, attn_implementation: sdpa, or ba_lora.compile: layers",
+        )
     if backend is None:
         return
+    name = "torch_compile_backend" if values.get("torch_compile_backend") else "torch_compile"
     if backend not in machine.backends:
-        yield Problem("torch_compile_backend", backend, "is no backend here", f"write one of {_some(machine.backends)}")
+        yield Problem(name, backend, "is no backend here", f"write one of {_some(machine.backends)}")
     elif backend in ("inductor", "ba_lora") and machine.compiler is None:
-        yield Problem("torch_compile_backend", backend, "has no compiler here", bring)
+        yield Problem(name, values[name], "has no compiler here", f"{bring}, or remove it")
 
 
 def _engines(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:

@@ -115,14 +115,19 @@ class Projection:
             out.addmm_(gradient.T, hidden, alpha=self.scale)
 
 
-def default_chunk(vocabulary: int, device_type: str = "cpu") -> int:
-    """Rows a chunk, at least 16: float32 logits of 128 MiB on a GPU, of 32 MiB on a CPU (64 where 128 rows need them).
+def default_chunk(vocabulary: int, device_type: str = "cpu", hidden_size: int = 0) -> int:
+    """Rows a chunk, at least 16: float32 logits of 128 MiB on a GPU; of 32 MiB on a CPU, of 64 for wide states.
 
-    Fewer rows make the products slower, more cost memory and gain nothing. Whole tiles of 32 rows where there are any.
+    Fewer rows make the products slower, the wider the states the more; more than 512 on a CPU and 4096 on a GPU cost
+    memory and gain nothing. Whole tiles of 32 rows where there are any.
     """
     vocabulary = max(vocabulary, 1)
-    rows = max(2**23 // vocabulary, min(128, 2**24 // vocabulary)) if device_type == "cpu" else 2**25 // vocabulary
-    return min(max(rows // 32 * 32 or rows, 16), 4096)
+    if device_type == "cpu":
+        largest = 2**24 // vocabulary
+        rows = largest if hidden_size >= 1024 else max(2**23 // vocabulary, min(128, largest))
+    else:
+        rows = 2**25 // vocabulary
+    return min(max(rows // 32 * 32 or rows, 16), 512 if device_type == "cpu" else 4096)
 
 
 def block_rows(vocabulary: int, device_type: str, *, compiled: bool = False) -> int:

@@ -70,7 +70,7 @@ def token_terms(
         bias: (V,) bias of the head.
         scale: Factor on the logits (Cohere, Granite).
         softcap: Cap c of c * tanh(logits / c) (Gemma 2).
-        chunk_size: Rows a chunk; default from V.
+        chunk_size: Rows a chunk; default from V, d and the device.
         lambda_task: Weight of the cross-entropy in `loss` (0 leaves the terms alone).
         teacher_weight, teacher_bias: The teacher's head, if it is not the student's (a head that trains).
         teacher_top: In the place of teacher_hidden: (M, K) token ids and log-probabilities and (M,) log mass of the
@@ -159,7 +159,7 @@ def weighted_token_terms(
         top_k,
         float(scale),
         softcap,
-        chunk_size or default_chunk(weight.shape[0], hidden.device.type),
+        chunk_size or default_chunk(weight.shape[0], hidden.device.type, weight.shape[1]),
         product_dtype(hidden, weight),
         compiled,
         [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)],

@@ -41,7 +41,7 @@ class Case:
         self.hidden, self.teacher = random(n, d).requires_grad_(), random(n, d)
         self.weight = random(v, d) / d**0.5
         self.labels = torch.randint(0, v, (n,), generator=generator).to(device)
-        self.chunk = chunk or default_chunk(v, device.type)
+        self.chunk = chunk or default_chunk(v, device.type, d)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -15,7 +15,7 @@ import torch
 
 from ...attention import check_flash, is_flash
 from ...checks import MUTATING_STARTS
-from ...compiling import BACKEND
+from ...compiling import BACKEND, LAYERS
 from ...config import RegularizerConfig
 from ...doctor.requested import attention_of
 from .classification import check as check_classification
@@ -331,12 +331,33 @@ def _check_engine(data: dict[str, Any]) -> None:
             f"torch_compile: {data['torch_compile']} beside ba_lora.compile: {str(block['compile']).lower()} would "
             f"compile the model twice: remove one of the two, or write torch_compile_backend: {BACKEND}."
         )
+    if compiles_whole(data) and data.get("gradient_checkpointing") and reentrant_of(data):
+        by_block = isinstance(block, dict) and block.get("compile")
+        said = "ba_lora.compile: true" if by_block else f"torch_compile_backend: {BACKEND}"
+        raise ValueError(
+            f"gradient_checkpointing_kwargs: {dict(data['gradient_checkpointing_kwargs'])} with {said}, whose graphs "
+            "cannot hold reentrant checkpointing: write use_reentrant: false (or leave the line out), or "
+            "ba_lora.compile: layers."
+        )
     for key in ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size"):
         if str(data.get(key) or 1) != "1":
             raise ValueError(f"{key}: {data[key]} is not supported with BA-LoRA yet: use DDP or DeepSpeed.")
     half = data.get("bf16", "auto") or data.get("fp16") or data.get("bfloat16") or data.get("float16")  # as Axolotl's
     if is_flash(attention_of(data)[2]) and half in (False, None, "false"):
         raise ValueError(f"{attention_setting(data)} {_HALF}")
+
+
+def compiles_whole(data: Any) -> bool:
+    """Whether a YAML asks for the backend's graphs of the whole model, in the block or by Axolotl's own keys."""
+    block = data.get("ba_lora")
+    how = block.get("compile") if isinstance(block, dict) else None
+    named = bool(data.get("torch_compile")) and data.get("torch_compile_backend") == BACKEND
+    return how is True or (named and how != LAYERS)
+
+
+def reentrant_of(data: Any) -> bool:
+    """Whether the YAML says use_reentrant: true."""
+    return bool((data.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant"))
 
 
 _HALF = "needs half precision: write bf16: true, or attn_implementation: sdpa."

@@ -36,9 +36,12 @@ from .checks import (
     check_command_line,
     check_raw,
     check_refused,
+    compiles_whole,
     one_line_errors,
+    reentrant_of,
 )
 
+_KWARGS = "gradient_checkpointing_kwargs"
 logger = logging.getLogger("axolotl.balora_plugin")  # below Axolotl's own, whose handlers print it
 
 
@@ -64,6 +67,9 @@ class BaLoraPlugin(BasePlugin):
             for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
                 if cfg.get(key) is None:
                     cfg[key] = False
+            if cfg.get("gradient_checkpointing") and compiles_whole(values) and not reentrant_of(values):
+                # Axolotl's own default is the reentrant kind, which no graph of a model can hold
+                cfg["gradient_checkpointing_kwargs"] = {**(values.get(_KWARGS) or {}), "use_reentrant": False}
 
     @staticmethod
     def check(values: dict[str, Any]) -> None:
