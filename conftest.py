@@ -23,16 +23,6 @@ def _imports_are_not_garbage() -> None:
     gc.freeze()
 
 
-THREADS = torch.get_num_threads()  # OMP_NUM_THREADS: two threads in each of two processes on two cores only wait
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _imports_are_not_garbage() -> None:
-    """accelerate collects garbage whenever a trainer starts: a second and more over what the libraries hold."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .objective import CompiledPasses, backbone_pass, student_pass, without_input_hooks
+from .objective import CompiledPasses, without_input_hooks
+from .terms import backbone_pass, student_pass
 
 BACKEND = "ba_lora"
 LAYERS = "layers"

@@ -493,14 +493,14 @@ def test_layers_that_cannot_be_compiled_run_eagerly(last, tmp_path, tokenizer, w
         return compiles(module, inputs, options)
 
     monkeypatch.setattr(backend, "lower", lower)
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)  # as Axolotl has it
     terms, histories = RegularizerConfig(**WEIGHTS), []
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     for how in ("layers", False):
         config = adapter(regularizers=terms, compile=how, rank_pattern={r".*layers\.2.*q_proj": 2})
         model = tiny_llama(num_hidden_layers=3)
         trainer = build(tmp_path, tokenizer, peft_config=config, model=model, **checkpointing)
-        trainer.train()
+        with torch._dynamo.config.patch(suppress_errors=True):  # as Axolotl has it
+            trainer.train()
         assert ("compile" in trainer._ba_lora_warned) == bool(how)
         histories.append(history(trainer))
     assert len(without_inductor) == last
@@ -620,10 +620,13 @@ def test_the_hosts_mode_is_passed_on_and_a_failure_is_said_once(terms, tmp_path,
     asked = {"torch_compile": True, "torch_compile_backend": "ba_lora", "torch_compile_mode": "max-autotune"}
     config = adapter(regularizers=RegularizerConfig(**WEIGHTS)) if terms else LoraConfig(target_modules=["q_proj"])
     model = tiny_llama(num_hidden_layers=1)
-    with caplog.at_level("WARNING"):
-        logging.getLogger("balora_plugin.trainer").addHandler(caplog.handler)
+    ours = logging.getLogger("balora_plugin.trainer")
+    ours.addHandler(caplog.handler)
+    try:
         trainer = build(tmp_path, tokenizer, model=model, peft_config=config, max_steps=2, **asked)
         trainer.train()
+    finally:
+        ours.removeHandler(caplog.handler)
     torch._dynamo.reset()
     assert seen and all(options["max_autotune"] for options in seen)
     assert all(math.isfinite(loss) for loss in history(trainer))

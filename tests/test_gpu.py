@@ -116,7 +116,8 @@ def step_inputs():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 def test_a_step_from_a_zero_consistency(precision, compile):
     from balora_plugin.compile import Compiled
-    from balora_plugin.objective import CompiledPasses, backbone_pass, student_pass
+    from balora_plugin.objective import CompiledPasses
+    from balora_plugin.terms import backbone_pass, student_pass
 
     torch._dynamo.reset()
     mixed = precision == "autocast"

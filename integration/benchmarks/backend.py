@@ -20,7 +20,8 @@ from torch._inductor.utils import fresh_cache
 from transformers import LlamaConfig, LlamaModel
 
 from balora_plugin import BaLoraConfig, get_ba_lora_model
-from balora_plugin.objective import CompiledPasses, backbone_pass, student_pass
+from balora_plugin.objective import CompiledPasses
+from balora_plugin.terms import backbone_pass, student_pass
 
 from .measuring import machine, measure, quiet, synchronize, table
 from .step import Bench
