@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .compile.backend import COMPILE_ERRORS, GRAPHS, compile_alone, or_eagerly, whole_graphs, why
+from .compile.calls import COMPILE_ERRORS, GRAPHS, compile_alone, or_eagerly, whole_graphs, why
 
 GRAPHS_OF_A_KIND = 8  # teacher and student, states that need gradients (below the first layer) and not, lengths
 

@@ -12,7 +12,7 @@ from models import tiny_gpt2, tiny_llama
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
 
-from balora_plugin.compile import Compiled, backend, or_eagerly
+from balora_plugin.compile import Compiled, backend, calls, or_eagerly
 from balora_plugin.compile import ba_lora as compile_backend
 from balora_plugin.objective import without_input_hooks
 
@@ -416,7 +416,7 @@ def test_a_failed_compilation_falls_back_once():
 
 def test_too_many_graphs_are_a_failed_compilation(graphs, monkeypatch):
     """Dynamo raises no error of its own kind where a whole graph may not be compiled once more."""
-    monkeypatch.setattr(backend, "GRAPHS", 2)
+    monkeypatch.setattr(calls, "GRAPHS", 2)
     said = []
     passed = Compiled(lambda x: x * 2, lambda key, message: said.append(message))
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -431,7 +431,7 @@ def test_one_trainers_graphs_are_not_counted_as_anothers(graphs):
     def function(x):
         return x * 2
 
-    limit = backend.GRAPHS
+    limit = calls.GRAPHS
     for _ in range(limit + 2):
         passed = Compiled(function, lambda key, message: pytest.fail(message))
         passed(torch.ones(2))
