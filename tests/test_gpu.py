@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_kernels import watched
 from helpers import TERMS, ba_lora, quantised_layers, train, trainable
-from models import load_quantised, tiny_llama
+from models import VOCABULARY, load_quantised, tiny_llama
 from packing import assert_same_terms, documents, leak, move
 
 from balora_plugin.attention import FLASH, flash_lacks, importable, is_flash
@@ -19,6 +19,7 @@ from balora_plugin.objective import StepRequest, install
 from balora_plugin.schedules import Lambdas
 from balora_plugin.teacher import teacher_mode
 from balora_plugin.teacher_cache import TeacherCache
+from balora_plugin.teacher_rows import RowChoice
 
 DEVICE = "cuda"
 LAMBDAS = Lambdas(0.5, 0.02, 0.02)
@@ -207,7 +208,9 @@ def test_the_cache_gives_the_device_what_it_was_given(tmp_path):
         trainable(model)[1].add_(0.05)
 
     def open_cache():
-        return TeacherCache(tmp_path, base="a" * 64, hidden_size=32)
+        cache = TeacherCache(tmp_path, RowChoice(32, VOCABULARY), base="a" * 64)
+        cache.settle(torch.device(DEVICE))
+        return cache
 
     def step(cache):
         for p in trainable(model):
