@@ -18,7 +18,7 @@ NEWEST = .venv-newest/bin/python
 # unit tests of what touches PEFT and transformers; pure maths does not depend on them
 TOUCHING_HOSTS = adapter card checkpoint compile_passes doctor experts export head nlu package quantised starts teacher_cache verify whole
 
-.PHONY: quickstart quickstart-trl test test-pins test-newest lint clean
+.PHONY: quickstart quickstart-trl test environments test-pins test-newest lint clean
 
 quickstart: .venv-axolotl/.ready
 	$(PINS) -m integration.quickstart
@@ -26,7 +26,12 @@ quickstart: .venv-axolotl/.ready
 quickstart-trl: .venv/.ready
 	$(QUICK) -m integration.quickstart --host trl
 
-test: lint test-pins test-newest
+# both environments at once: each installs on one core
+test:
+	$(MAKE) -j 2 environments
+	$(MAKE) lint test-pins test-newest
+
+environments: .venv-axolotl/.ready .venv-newest/.ready
 
 lint: .venv-axolotl/.ready
 	$(PINS) -m ruff check .
