@@ -13,12 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter.config import BaLoraConfig
-from .checkpoint import read_settings
+from .checkpoint import INIT_FILE, read_settings
 from .config import RegularizerConfig
 from .head import read_head
 from .identity import is_sharded
 from .nlu.heads import check_head_trains, head_names, is_classifier, reads_last_token, teacher_head
 from .quantised import is_quantised_linear
+from .whole import STATE_FILE
 
 # starts that rewrite the base weights: switching such an adapter off gives a residual model, not the pre-trained one
 MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -101,13 +102,25 @@ def as_regularizers(value: Any) -> RegularizerConfig:
     return value
 
 
+_OF_ANY_ADAPTER = ("adapter_config.json", STATE_FILE)  # of a checkpoint that a Trainer has finished
+
+
 def check_checkpoint(adapter: Any, directory: str) -> None:
     """Refuses to resume a BA-LoRA checkpoint into a plain LoRA: its optimizer state is that of rank r, its file of 2r.
+    And the reverse.
 
     Raises:
         ValueError: names the checkpoint and the remedy.
     """
     settings = read_settings(directory) if os.path.isdir(directory) else None
+    has = {name: os.path.isfile(os.path.join(directory, name)) for name in (*_OF_ANY_ADAPTER, INIT_FILE)}
+    if settings is None and all(has[name] for name in _OF_ANY_ADAPTER) and not has[INIT_FILE]:
+        if isinstance(adapter, BaLoraConfig) and adapter.delta:
+            raise ValueError(
+                f"{directory} is a checkpoint of another adapter than BA-LoRA, which this run trains: resume one of a "
+                "BA-LoRA run, or start with another output_dir."
+            )
+        return
     if settings is None or not settings["delta_form"] or (isinstance(adapter, BaLoraConfig) and adapter.delta):
         return
     raise ValueError(

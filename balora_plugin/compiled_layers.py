@@ -26,6 +26,7 @@ class CompiledLayers:
 
     def __init__(self, warn: Callable[[str, str], None], mode: str | None = None) -> None:
         self.warn = warn
+        self.failed = False  # in part at least
         self._backend = or_eagerly(self._say, mode)
         self._inside = False
         self._models: list[nn.Module] = []
@@ -101,6 +102,7 @@ class CompiledLayers:
         return self._compiled[function]
 
     def _say(self, reason: str) -> None:
+        self.failed = True
         self.warn("compile", f"compile: layers does not work here, so training goes on without it: {reason}")
 
 

@@ -191,8 +191,10 @@ def format_report(report: dict[str, Any]) -> str:
             continue
         peak = f"{peaks[name]:8.2f} GiB" if peaks.get(name) else ""
         lines.append(f"  {LABELS[name]:34s}{seconds[name]:9.4f} s {100 * seconds[name] / whole:5.1f} %{peak}")
-    if report.get("compiled"):
-        lines.append("  (compiled: the terms are part of the student's graph)")
+    if report.get("compiled") == "whole":
+        lines.append("  (compiled: the terms are part of the student's graph, but where shares are measured)")
+    elif report.get("compiled"):
+        lines.append("  (compiled by layer)")
     return "\n".join(lines)
 
 

@@ -79,10 +79,11 @@ class CompiledPasses(NamedTuple):
     student: Callable[..., Any] | None = None
     layers: CompiledLayers | None = None
 
-    @property
-    def in_one_graph(self) -> bool:
-        """Whether the student's terms run inside its graph: asked for, and not fallen back from."""
-        return self.student is not None and getattr(self.student, "compiled", None) is not None
+    def in_use(self) -> str:
+        """How the student is compiled, if compiling did not fail: "whole" (its terms in its graph), "layers" or ""."""
+        if self.layers is not None:
+            return "" if self.layers.failed else "layers"
+        return "whole" if getattr(self.student, "compiled", None) is not None else ""
 
 
 @dataclass

@@ -210,7 +210,7 @@ class BaLoraTrainerMixin(_Base):
         if meter is None or not meter.steps or not self.is_world_process_zero():
             return
         report = meter.report(
-            compiled=self._ba_lora_compiled is not None and self._ba_lora_compiled.in_one_graph,
+            compiled="" if self._ba_lora_compiled is None else self._ba_lora_compiled.in_use(),
             teacher_interval=self.ba_lora.teacher_interval if self.ba_lora is not None else 1,
             device=torch.cuda.get_device_name(self.args.device) if meter.cuda else platform.machine() or "cpu",
             torch=torch.__version__,

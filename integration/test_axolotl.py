@@ -339,6 +339,7 @@ WRONG = {
     "preset_at_top": ({"preset": "iclr2026"}, "ba_lora.preset"),
     "rank_in_block": ({"ba_lora": {"r": 16}}, "write lora_r there"),
     "compiled_how": ({"ba_lora": {"compile": "layer"}}, "write true, false or layers"),
+    "two_lines_on_attention": ({"attn_implementation": "sdpa", "flash_attention": True}, "remove flash_attention"),
     "compiled_reentrant": (
         {
             "ba_lora": {"compile": True},

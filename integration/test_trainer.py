@@ -224,6 +224,15 @@ def test_a_ba_lora_checkpoint_is_not_resumed_into_a_plain_lora(tmp_path, tokeniz
                 plain.train(resume_from_checkpoint=given)
 
 
+def test_another_adapters_checkpoint_is_not_resumed_into_ba_lora(tmp_path, tokenizer):
+    """It is whole, and no BA-LoRA run that was cut short."""
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    build(tmp_path, tokenizer, peft_config=LoraConfig(r=4, target_modules="all-linear"), **settings).train()
+    ours = build(tmp_path, tokenizer, peft_config=adapter(), **settings)
+    with pytest.raises(ValueError, match="is a checkpoint of another adapter than BA-LoRA"):
+        ours.train(resume_from_checkpoint=True)
+
+
 def test_settings_as_a_dict(tmp_path, tokenizer):
     config = LoraConfig(r=4, target_modules=["q_proj"])
     trainer = build(tmp_path, tokenizer, peft_config=config, regularizers={"lambda_svd": 0.25})

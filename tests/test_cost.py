@@ -180,7 +180,7 @@ def test_the_table_and_the_file(clock, tmp_path):
     meter = CostMeter(torch.device("cpu"))
     for _ in range(2):
         step(meter, clock, micro_batches=1)
-    report = meter.report(compiled=False)
+    report = meter.report(compiled="")
     path = write_report(report, str(tmp_path / "out"))
     with open(path, encoding="utf-8") as file:
         assert json.load(file) == json.loads(json.dumps(report))

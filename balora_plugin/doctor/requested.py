@@ -74,13 +74,19 @@ def _hosts(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
 def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
     key, value, name = attention_of(values)
     instead = "write attn_implementation: sdpa"
+    for flag in FLAGS if key == "attn_implementation" else ():
+        if values.get(flag):
+            yield Problem(
+                flag, values[flag], f"stands beside {key}: {value}, and Axolotl takes one line alone", "remove it"
+            )
     if is_flash(name):
         device = None if machine.device == "cpu" else machine.device
         lacks = flash_lacks(name, device, machine.capability, machine.modules.__contains__)
         if lacks is not None:
+            instead = instead if key == "attn_implementation" else f"{instead} in its place"
             yield Problem(key, value, lacks[0], f"{lacks[1]}, or {instead}" if lacks[1] else instead)
         half = values.get("bf16", "auto") or values.get("fp16") or values.get("bfloat16") or values.get("float16")
-        if not half:
+        if not half and lacks is None:
             yield Problem(key, value, "computes in half precision alone, this run in float32", "write bf16: true")
     elif name in NEEDS and NEEDS[name][0] not in machine.modules:
         package = NEEDS[name][1]

@@ -17,7 +17,7 @@ from ...attention import check_flash, is_flash
 from ...checks import MUTATING_STARTS
 from ...compiling import BACKEND, LAYERS
 from ...config import RegularizerConfig
-from ...doctor.requested import attention_of
+from ...doctor.requested import FLAGS, attention_of
 from .classification import check as check_classification
 from .classification import is_classification
 
@@ -342,6 +342,12 @@ def _check_engine(data: dict[str, Any]) -> None:
     for key in ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size"):
         if str(data.get(key) or 1) != "1":
             raise ValueError(f"{key}: {data[key]} is not supported with BA-LoRA yet: use DDP or DeepSpeed.")
+    for flag in FLAGS if data.get("attn_implementation") else ():
+        if data.get(flag):
+            raise ValueError(
+                f"{flag}: {str(data[flag]).lower()} beside attn_implementation: {data['attn_implementation']}: Axolotl "
+                f"takes one line alone: remove {flag}."
+            )
     half = data.get("bf16", "auto") or data.get("fp16") or data.get("bfloat16") or data.get("float16")  # as Axolotl's
     if is_flash(attention_of(data)[2]) and half in (False, None, "false"):
         raise ValueError(f"{attention_setting(data)} {_HALF}")
