@@ -57,6 +57,7 @@ class CompiledLayers:
         self._models.append(model)
         layers = list(outermost_layers(model))
         if not layers:
+            self.failed = True
             name = type(model).__name__
             self.warn("compile", f"compile: layers finds none in {name}, which runs eagerly: write compile: true.")
         graphs = max(GRAPHS, GRAPHS_OF_A_KIND * len({_kind(layer) for layer in layers}))

@@ -321,7 +321,7 @@ def _by_factor(y: Tensor, factor: Tensor | None, scale: float) -> _Small:
     precision = y.dtype
     if factor is not None:
         y = exact_product(y, factor.to(precision))
-    y = y.double() * scale
+    y = y.double() if scale == 1.0 else y.double() * scale
     rows = y.flatten(1)
     tall = rows.shape[0] > rows.shape[1]
 
