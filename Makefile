@@ -21,10 +21,10 @@ TOUCHING_HOSTS = adapter card checkpoint compile_passes doctor experts export he
 .PHONY: quickstart quickstart-trl test environments test-pins test-newest lint clean
 
 quickstart: .venv-axolotl/.ready
-	$(PINS) -m integration.quickstart
+	$(PINS) -m studies.quickstart
 
 quickstart-trl: .venv/.ready
-	$(QUICK) -m integration.quickstart --host trl
+	$(QUICK) -m studies.quickstart --host trl
 
 # both environments at once: each installs on one core
 test:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 # Lazy: importing the package imports no host, and nothing at all before an attribute is used.
 _LAZY = {
@@ -13,12 +13,11 @@ _LAZY = {
     "BaLoraConfig": ".adapter.config",
     "get_ba_lora_model": ".adapter.build",
     "BaLoraModel": ".adapter.model",
-    "BaLoraTrainerMixin": ".trainer",
+    "BaLoraTrainerMixin": ".training.trainer",
     "BaLoraTrainer": ".hosts.transformers",
     "BaLoraSFTTrainer": ".hosts.trl",
     "BaLoraPlugin": ".hosts.axolotl",
 }
-
 _NEEDS = {"BaLoraSFTTrainer": "trl", "BaLoraPlugin": "axolotl"}
 # what `from balora_plugin import *` can give here
 __all__ = ["__version__", *(name for name in _LAZY if name not in _NEEDS or find_spec(_NEEDS[name]) is not None)]
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from .config import RegularizerConfig as RegularizerConfig
     from .hosts.transformers import BaLoraTrainer as BaLoraTrainer
     from .hosts.trl import BaLoraSFTTrainer as BaLoraSFTTrainer
-    from .trainer import BaLoraTrainerMixin as BaLoraTrainerMixin
+    from .training.trainer import BaLoraTrainerMixin as BaLoraTrainerMixin
 
 
 def __getattr__(name: str) -> Any:

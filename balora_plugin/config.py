@@ -270,3 +270,12 @@ def _check_integer(key: str, value: object, minimum: int, optional: bool = True)
         raise TypeError(f"{key}={value!r} must be a whole number, not {type(value).__name__}.")
     if value < minimum:
         raise ValueError(f"{key}={value!r} must be >= {minimum}.")
+
+
+def as_regularizers(value: Any) -> RegularizerConfig:
+    """`value` as a RegularizerConfig; a dict of its fields works too."""
+    if isinstance(value, dict):
+        return RegularizerConfig.from_dict(value)
+    if not isinstance(value, RegularizerConfig):
+        raise TypeError(f"regularizers={value!r} must be a RegularizerConfig or a dict of its fields.")
+    return value

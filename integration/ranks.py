@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARIES = (
     "trl.trainer.sft_trainer",
     "transformers.models.llama.modeling_llama",
-    "balora_plugin.trainer",
+    "balora_plugin.training.trainer",
     "balora_plugin.hosts.trl",
 )
 
@@ -37,7 +37,7 @@ def run_worker(script: str, *arguments: str, ranks: int = 1, **variables: str) -
     launcher = [] if ranks == 1 else ["-m", "integration.ranks", str(ranks)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "integration" / script), *arguments],
+        [sys.executable, *launcher, str(ROOT / "integration" / "workers" / script), *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **variables},
         capture_output=True,

@@ -34,11 +34,12 @@ from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, get
 from balora_plugin.hosts.axolotl import checks
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin, adapter_config
 from balora_plugin.hosts.axolotl.trainer import AxolotlBaLoraTrainer
-from integration.axolotl_run import history, run
-from integration.quickstart import measure, settings, tiny_model, with_axolotl
-from integration.quickstart.corpus import Corpus, Instruction
-from integration.quickstart.methods import METHODS
-from integration.quickstart.run import check_reload
+from studies.quickstart import measure, settings, tiny_model, with_axolotl
+from studies.quickstart.corpus import Corpus, Instruction
+from studies.quickstart.methods import METHODS
+from studies.quickstart.run import check_reload
+
+from .axolotl_run import history, run
 
 ROOT = Path(__file__).parent.parent
 TERMS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.02}
@@ -739,7 +740,7 @@ def test_packed_epochs_are_served_from_the_teacher_cache(top_k, written, tmp_pat
 
 
 def test_the_card_keeps_axolotls_part_and_the_adapter_verifies(workspace, written, tmp_path):
-    from balora_plugin import card
+    from balora_plugin.adapter.saved import card
     from balora_plugin.commands import main
 
     trainer = run(written(save_strategy="steps", save_steps=2))

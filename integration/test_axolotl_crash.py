@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 pytest.importorskip("axolotl")
 
-from integration.axolotl_run import history, run
-from integration.crash_worker import KILL_AT, STEPS
-from integration.ranks import ROOT
+from .axolotl_run import history, run
+from .ranks import ROOT
+from .workers.crash import KILL_AT, STEPS
 
 MOMENTS = ("in_step", "in_weights", "in_optimizer", "in_state")
 RUN = {
@@ -48,7 +48,7 @@ def test_a_run_killed_inside_a_step_or_a_save_resumes_to_the_uninterrupted_one(w
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     killed = [text for moment in MOMENTS for text in (moment, str(yaml(moment, "first")))]
     done = subprocess.run(
-        [sys.executable, "-m", "integration.axolotl_crash_worker", *killed],
+        [sys.executable, "-m", "integration.workers.axolotl_crash", *killed],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},

@@ -63,7 +63,7 @@ def test_the_terms_are_those_of_the_same_samples_unpacked(written, monkeypatch):
 )
 def test_flash_attention_without_a_gpu_is_refused_in_the_yamls_words(changes, setting, written, monkeypatch):
     """Before the model loads, not when the YAML is read: data may be prepared on another machine."""
-    monkeypatch.setattr("balora_plugin.attention.accelerator", lambda: None)
+    monkeypatch.setattr("balora_plugin.pretrained.attention.accelerator", lambda: None)
     cfg = load_cfg(str(written(**changes)))
     plugin = next(p for p in _plugins() if isinstance(p, BaLoraPlugin))
     with pytest.raises(ValueError, match=rf"^{setting} needs a GPU, and there is none here: write attn_impl"):
@@ -78,7 +78,7 @@ def _plugins():
 
 def test_flash_attention_in_the_precision_of_the_final_config(monkeypatch):
     """bf16: auto on a GPU that has none, and fp16: false."""
-    monkeypatch.setattr("balora_plugin.attention.accelerator", lambda: "xpu")
+    monkeypatch.setattr("balora_plugin.pretrained.attention.accelerator", lambda: "xpu")
     setting, cfg = "flash_attention: true", {"attn_implementation": "flash_attention_2", "torch_dtype": torch.float32}
     with pytest.raises(ValueError, match=r"^flash_attention: true needs half precision: write bf16: true"):
         checks.check_attention_here(cfg, setting)

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, 
 
 from balora_plugin.adapter.delta import delta_layers_of
 from balora_plugin.hosts.axolotl import kbit, plugin
-from balora_plugin.teacher import teacher_mode
-from integration.axolotl_run import history, run
+from balora_plugin.pretrained.switch import teacher_mode
+
+from .axolotl_run import history, run
 
 FOUR, EIGHT = {"load_in_4bit": True}, {"load_in_8bit": True}
 KINDS = {"4bit": FOUR, "8bit": EIGHT}

@@ -18,8 +18,9 @@ from axolotl.cli import train as axolotl_train
 from axolotl.cli.config import load_cfg
 
 from balora_plugin.hosts.axolotl.plugin import regularizers_of
-from integration.axolotl_run import history, run
-from integration.ranks import ROOT, free_port
+
+from .axolotl_run import history, run
+from .ranks import ROOT, free_port
 
 RUN = {
     "max_steps": 4,

@@ -15,14 +15,8 @@ from models import character_tokenizer, tiny_llama
 from peft import LoraConfig, PromptTuningConfig
 from transformers import DataCollatorForSeq2Seq, LlamaModel, TrainerCallback, TrainingArguments
 
-from balora_plugin import (
-    BaLoraConfig,
-    BaLoraSFTTrainer,
-    BaLoraTrainer,
-    RegularizerConfig,
-    attention,
-    get_ba_lora_model,
-)
+from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, BaLoraTrainer, RegularizerConfig, get_ba_lora_model
+from balora_plugin.pretrained import attention
 
 HOSTS = ("trl", "transformers")
 TEXT = [f"The number {i} comes before {i + 1}" for i in range(4)]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from balora_plugin import whole
+from balora_plugin.checkpoint import integrity
 
-from .crash_worker import KILL_AT, MOMENTS, STEPS, trainer
+from .workers.crash import KILL_AT, MOMENTS, STEPS, trainer
 
 HOSTS = ("trl", "transformers")
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def killed(tmp_path_factory):
     """The directories of all killed runs."""
     directory = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
-        [sys.executable, "-m", "integration.crash_worker", str(directory)],
+        [sys.executable, "-m", "integration.workers.crash", str(directory)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([".", "tests", os.environ.get("PYTHONPATH", "")])},
@@ -69,7 +69,7 @@ def test_a_killed_run_resumes_to_the_uninterrupted_one(host, moment, killed, uni
         with pytest.raises(ValueError, match="cannot resume") as caught:
             made.train(resume_from_checkpoint=True)
         assert str(before) in str(caught.value)
-        assert whole.last_whole(str(out)) == str(before)
+        assert integrity.last_whole(str(out)) == str(before)
         made = trainer(host, directory)
         made.train(resume_from_checkpoint=str(before))  # over the one that was cut short
     expected = uninterrupted[host]

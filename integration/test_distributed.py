@@ -12,7 +12,7 @@ from .ranks import run_worker
 def step(directory, host, ranks, batch, accumulation):
     directory.mkdir()
     arguments = [str(directory / "result.pt"), str(batch), str(accumulation), str(directory), host]
-    done = run_worker("ddp_worker.py", *arguments, ranks=ranks)
+    done = run_worker("ddp.py", *arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(directory / "result.pt", weights_only=False), load_file(directory / "adapter_model.safetensors")
 

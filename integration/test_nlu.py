@@ -9,76 +9,21 @@ import math
 import pytest
 import torch
 from classifiers import batch, classifier
-from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from transformers import TrainerCallback, TrainingArguments
+from peft import PeftModel
+from transformers import TrainerCallback
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
-from balora_plugin.nlu.heads import HEAD_FILE
-from integration.ranks import run_worker
+from balora_plugin.checkpoint.names import HEAD_FILE
 
-TERMS = RegularizerConfig(preset="iclr2026", schedule="constant", lambda_consistency=0.5)
+from .nlu_training import Gradients, arguments, build, rows
+from .ranks import run_worker
+
 SAMPLE_TERMS = RegularizerConfig(preset="iclr2026", schedule="constant", lambda_diversity=0.0, lambda_svd=0.0)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(_seed):
     torch.set_num_threads(1)  # two would wait for each other more than they compute on models this small
-
-
-def rows(n=12, **kind):
-    data = batch(n, **kind)
-    return Dataset.from_dict({key: value.tolist() for key, value in data.items()})
-
-
-class Gradients(TrainerCallback):
-    """The gradients of the first optimizer step."""
-
-    def __init__(self):
-        self.found = {}
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self.found:
-            self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def arguments(directory, **changes):
-    values = {
-        "output_dir": str(directory),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "max_grad_norm": 0.0,
-        "seed": 1,
-    }
-    return TrainingArguments(**{**values, **changes})
-
-
-def build(directory, model=None, terms=TERMS, data=None, adapter="ba_lora", callbacks=(), **changes):
-    keys = ("teacher_model", "compute_metrics")
-    extra = {key: changes.pop(key) for key in keys if key in changes}
-    if adapter.startswith("ba_lora"):
-        start = True if "plain" in adapter else "pissa"
-        extra["peft_config"] = BaLoraConfig(r=2, lora_alpha=2, regularizers=terms, init_lora_weights=start)
-    elif adapter == "lora":
-        extra |= {"peft_config": LoraConfig(r=2, task_type="SEQ_CLS"), "regularizers": terms}
-    else:
-        extra["regularizers"] = terms
-    data = rows() if data is None else data
-    return BaLoraTrainer(
-        model=classifier() if model is None else model,
-        args=arguments(directory, **changes),
-        train_dataset=data,
-        eval_dataset=data.select(range(4)),
-        callbacks=list(callbacks),
-        **extra,
-    )
 
 
 def history(trainer, key):
@@ -296,11 +241,11 @@ def test_engines_that_would_lose_the_teachers_head_are_refused(engine, tmp_path,
 
 def test_gathered_statistics_on_two_ranks_are_one_processs(tmp_path):
     """Covariance and spectrum over both ranks' samples: losses, gradients and logs of one process with all of them."""
-    from integration.nlu_worker import train
+    from .workers.nlu import train
 
     one = train(8)
     out = tmp_path / "ranks.pt"
-    done = run_worker("nlu_worker.py", str(out), "4", ranks=2)
+    done = run_worker("nlu.py", str(out), "4", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(out, weights_only=False)
     scale = max(g.abs().max() for g in one["gradients"].values())
@@ -333,7 +278,7 @@ def test_a_batch_of_nothing_but_repeats_counts_nothing(kind, tmp_path, monkeypat
         batches.append(n)
         return n if len(batches) % 2 == 0 else 0
 
-    monkeypatch.setattr("balora_plugin.trainer.repeated_rows", repeated)
+    monkeypatch.setattr("balora_plugin.training.trainer.repeated_rows", repeated)
     both = trainer.evaluate(rows(8, **kind))
     assert len(batches) == 2
     for key in ("eval_balora/task", "eval_balora/loss", "eval_balora/consistency"):

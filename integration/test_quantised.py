@@ -16,8 +16,9 @@ from trl import SFTConfig
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, BaLoraTrainer
 from balora_plugin.adapter.delta import delta_layers_of
-from balora_plugin.checkpoint import copy_factors, delta_layers
-from balora_plugin.teacher import teacher_mode
+from balora_plugin.adapter.saved.reading import copy_factors
+from balora_plugin.adapter.saved.stock import delta_layers
+from balora_plugin.pretrained.switch import teacher_mode
 
 pytest.importorskip("bitsandbytes")
 

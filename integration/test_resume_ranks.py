@@ -25,7 +25,7 @@ RANKS = [
 def work(directory, kind):
     directory.mkdir()
     ranks = 1 if kind == "alone" else 2
-    done = run_worker("resume_worker.py", str(directory), kind, ranks=ranks, DS_ACCELERATOR="cpu")
+    done = run_worker("resume.py", str(directory), kind, ranks=ranks, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return torch.load(directory / "result.pt")
 

@@ -20,7 +20,7 @@ def work(directory, kind, units=LAYERS, modules_to_save=""):
     """The worker's exit code and what it said."""
     directory.mkdir()
     ranks = 1 if kind == "alone" else 2
-    done = run_worker("fsdp_worker.py", str(directory), kind, units, modules_to_save, ranks=ranks)
+    done = run_worker("fsdp.py", str(directory), kind, units, modules_to_save, ranks=ranks)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -90,7 +90,7 @@ def test_ways_to_save_that_leave_no_adapter_are_refused(kind, works):
 
     from torch.distributed.fsdp import StateDictType
 
-    from balora_plugin.checks import check_saving
+    from balora_plugin.training.checks.arguments import check_saving
 
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=getattr(StateDictType, f"{kind}_STATE_DICT")))
     if works:

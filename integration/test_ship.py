@@ -12,12 +12,14 @@ from huggingface_hub import ModelCard
 from models import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from balora_plugin import RegularizerConfig, card
+from balora_plugin import RegularizerConfig
+from balora_plugin.adapter.saved import card
 from balora_plugin.commands import main
-from balora_plugin.fingerprint import model_fingerprint
-from integration import test_trainer, test_trl
-from integration.ranks import run_worker
-from integration.test_distributed import step
+from balora_plugin.pretrained.fingerprint import model_fingerprint
+
+from . import test_trainer, test_trl
+from .ranks import run_worker
+from .test_distributed import step
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_the_teacher_is_named(tmp_path, tokenizer):
 
 
 def test_the_weights_are_hashed_once_a_run_cache_and_checkpoints_included(tmp_path, tokenizer, monkeypatch):
-    from balora_plugin import fingerprint, identity
+    from balora_plugin.pretrained import fingerprint, identity
 
     calls = []
     original = fingerprint.weight_digests

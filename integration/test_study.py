@@ -11,12 +11,12 @@ import torch
 from classifiers import classifier
 from models import character_tokenizer
 
-from integration.quickstart import corpus
-from integration.quickstart.corpus import Docstring
-from integration.study import __main__ as command
-from integration.study import data, encoder, table, train
-from integration.study.data import CLASSES, Sample
-from integration.study.train import Seen, Sizes
+from studies.encoder import __main__ as command
+from studies.encoder import data, encoder, table, train
+from studies.encoder.data import CLASSES, Sample
+from studies.encoder.train import Seen, Sizes
+from studies.quickstart import corpus
+from studies.quickstart.corpus import Docstring
 
 TINY = Sizes(steps=2, batch=4, max_length=12, rank=2, per_class=2, test_per_class=1)
 PER_CLASS = 40

@@ -16,11 +16,14 @@ from models import VOCABULARY, character_tokenizer, tiny_llama, tiny_mixtral
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
-from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig, objective, teacher_rows
+from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
 from balora_plugin.fused import TopLogProbs, top_log_probs
-from balora_plugin.prefill import logger as prefill_logger
-from integration.ranks import run_worker
-from integration.test_trl import (  # noqa: F401
+from balora_plugin.objective import causal_lm as objective
+from balora_plugin.teacher import rows as teacher_rows
+from balora_plugin.training.fill_cache import logger as prefill_logger
+
+from .ranks import run_worker
+from .test_trl import (  # noqa: F401
     PROMPT_COMPLETION,
     TEXT,
     adapter,
@@ -242,7 +245,7 @@ def test_the_pass_before_training_leaves_training_alone(tmp_path, tokenizer):
 @pytest.mark.parametrize("kept", [{}, TOP], ids=["hidden", "top_k"])
 def test_a_half_written_cache_is_completed_to_the_same_run(kept, broken, tmp_path, tokenizer, monkeypatch):
     """In its own form, also by a run that leaves the choice to it."""
-    monkeypatch.setattr("balora_plugin.teacher_cache.FLUSH_BYTES", 2000)
+    monkeypatch.setattr("balora_plugin.teacher.cache.FLUSH_BYTES", 2000)
     whole = trainer(tmp_path, tokenizer, tmp_path / "cache", kept)
     whole.train()
     indices = sorted((tmp_path / "cache").glob("*.index.npy"))
@@ -582,7 +585,7 @@ def test_two_processes_fill_one_cache(kept, tmp_path):
         directory.mkdir()
         arguments = [str(directory / "result.pt"), str(8 // ranks), "1", str(directory), "trl"]
         arguments += [f"{tmp_path / cache}{kept}"] if cache else []
-        done = run_worker("ddp_worker.py", *arguments, ranks=ranks)
+        done = run_worker("ddp.py", *arguments, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         result = torch.load(directory / "result.pt", weights_only=False)
         logs[name] = [{**row} for row in result["logs"]], result["eval"], result["runs"]

@@ -19,7 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from balora_plugin import BaLoraConfig, BaLoraTrainer, BaLoraTrainerMixin, RegularizerConfig, get_ba_lora_model, whole
+from balora_plugin import BaLoraConfig, BaLoraTrainer, BaLoraTrainerMixin, RegularizerConfig, get_ba_lora_model
+from balora_plugin.checkpoint import integrity
 
 TEXTS = [f"The number {i} comes before {i + 1}" + " and so on" * (i % 3) for i in range(12)]
 
@@ -292,7 +293,7 @@ def test_a_term_that_is_not_finite_stops_the_run_before_anything_is_saved(
     assert trainer.state.global_step == stops_at  # at the log, or else at the checkpoint
     good = tmp_path / "out" / "checkpoint-2"
     assert str(good) in str(caught.value)
-    assert whole.checkpoint_flaw(str(good)) is None
+    assert integrity.checkpoint_flaw(str(good)) is None
     assert not (tmp_path / "out" / "checkpoint-4").exists()
 
 

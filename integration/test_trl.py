@@ -626,7 +626,7 @@ def test_the_hosts_mode_is_passed_on_and_a_failure_is_said_once(terms, tmp_path,
     asked = {"torch_compile": True, "torch_compile_backend": "ba_lora", "torch_compile_mode": "max-autotune"}
     config = adapter(regularizers=RegularizerConfig(**WEIGHTS)) if terms else LoraConfig(target_modules=["q_proj"])
     model = tiny_llama(num_hidden_layers=1)
-    ours = logging.getLogger("balora_plugin.trainer")
+    ours = logging.getLogger("balora_plugin.training.trainer")
     ours.addHandler(caplog.handler)
     try:
         trainer = build(tmp_path, tokenizer, model=model, peft_config=config, max_steps=2, **asked)
@@ -754,7 +754,7 @@ def test_teacher_interval_runs_every_nth_micro_batch_with_n_times_the_weight(tmp
 
 def test_another_epoch_shows_the_teacher_another_part():
     """Twelve micro-batches an epoch in a fixed order, every fourth: one phase would show the same three for ever."""
-    from balora_plugin.requests import teacher_runs
+    from balora_plugin.training.step_requests import teacher_runs
 
     met = {epoch: {i for i in range(12) if teacher_runs(12 * epoch + i, 4, epoch)} for epoch in range(20)}
     assert all(len(part) == 3 for part in met.values())
@@ -892,7 +892,7 @@ class Listener(logging.Handler):
 @pytest.fixture
 def warned():
     listener = Listener()
-    logger = logging.getLogger("balora_plugin.trainer")
+    logger = logging.getLogger("balora_plugin.training.trainer")
     logger.addHandler(listener)
     yield listener.messages
     logger.removeHandler(listener)

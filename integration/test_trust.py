@@ -32,12 +32,12 @@ def audited(tmp_path_factory):
         "HOME": str(home),
         "TMPDIR": str(home),
         "BALORA_CACHE": str(directory / "cache"),
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "integration"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "integration" / "workers"))),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": "1",  # the libraries' own questions to the hub are not ours
         "MPLCONFIGDIR": str(home),
     }
-    worker = [sys.executable, str(ROOT / "integration" / "trust_worker.py"), str(directory)]
+    worker = [sys.executable, str(ROOT / "integration" / "workers" / "trust.py"), str(directory)]
     done = subprocess.run(worker, cwd=home, env=env, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory, json.loads(done.stdout.splitlines()[-1])

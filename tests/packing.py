@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from helpers import TERMS, trainable
 
-from balora_plugin.objective import StepRequest
+from balora_plugin.objective.request import StepRequest
 from balora_plugin.schedules import Lambdas
 
 SUMS = ("task", "consistency", "diversity")

@@ -11,15 +11,16 @@ from helpers import TERMS, ba_lora, quantised_layers, train, trainable
 from models import VOCABULARY, load_quantised, tiny_llama
 from packing import assert_same_terms, documents, leak, move
 
-from balora_plugin.attention import FLASH, flash_lacks, importable, is_flash
-from balora_plugin.cost import CostMeter
-from balora_plugin.documents import counted_positions, without_crossings
 from balora_plugin.fused import HeadFactor, TopLogProbs, spectral_term, spectrum, token_terms, top_log_probs
-from balora_plugin.objective import StepRequest, install
+from balora_plugin.objective.batches import counted_positions, without_crossings
+from balora_plugin.objective.install import install
+from balora_plugin.objective.request import StepRequest
+from balora_plugin.pretrained.attention import FLASH, flash_lacks, importable, is_flash
+from balora_plugin.pretrained.switch import teacher_mode
 from balora_plugin.schedules import Lambdas
-from balora_plugin.teacher import teacher_mode
-from balora_plugin.teacher_cache import TeacherCache
-from balora_plugin.teacher_rows import RowChoice
+from balora_plugin.teacher.cache import TeacherCache
+from balora_plugin.teacher.rows import RowChoice
+from balora_plugin.training.cost import CostMeter
 
 DEVICE = "cuda"
 LAMBDAS = Lambdas(0.5, 0.02, 0.02)
@@ -117,8 +118,8 @@ def step_inputs():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
 def test_a_step_from_a_zero_consistency(precision, compile):
     from balora_plugin.compile import Compiled
-    from balora_plugin.objective import CompiledPasses
-    from balora_plugin.terms import backbone_pass, student_pass
+    from balora_plugin.objective.causal_lm_terms import backbone_pass, student_pass
+    from balora_plugin.objective.request import CompiledPasses
 
     torch._dynamo.reset()
     mixed = precision == "autocast"

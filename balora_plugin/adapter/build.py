@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
-from ..nlu.heads import DEFAULT_TARGETS, with_head
 from .config import BaLoraConfig
-from .delta import check_peft_version
-from .model import CLASSES
+from .model import build
 
 
 def get_ba_lora_model(
@@ -46,51 +42,3 @@ def get_ba_lora_model(
     if not isinstance(config, BaLoraConfig):
         raise TypeError(f"config must be a BaLoraConfig, not {type(config).__name__}: use peft.get_peft_model.")
     return build(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, start=True)
-
-
-def build(
-    model: nn.Module,
-    config: BaLoraConfig,
-    adapter_name: str,
-    *,
-    autocast_adapter_dtype: bool = True,
-    low_cpu_mem_usage: bool = False,
-    start: bool,
-) -> PeftModel:
-    """Stock injection, then our class, then the delta form. `start=False`: the factors come from a file."""
-    check_peft_version()
-    config = copy.deepcopy(config)
-    with_head(config, model)
-    if config.target_modules is None and not config.target_parameters:
-        config.target_modules = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if config.target_modules is None and not config.target_parameters:
-        _check_default_targets(model, config)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
-    peft_model = get_peft_model(
-        model,
-        stock,
-        adapter_name=adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
-    peft_model.__class__ = CLASSES[type(peft_model)]
-    try:
-        peft_model._adopt(config, adapter_name, start=start)
-    except Exception:
-        base = peft_model.unload()  # leave the caller's model as it was
-        for name, p in base.named_parameters():
-            p.requires_grad_(name in trainable)
-        raise
-    return peft_model
-
-
-def _check_default_targets(model: nn.Module, config: BaLoraConfig) -> None:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
-
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in known:
-        raise ValueError(
-            f"target_modules=None and PEFT knows no default for model type {model_type!r}: write "
-            "target_modules='all-linear' or a list of module names."
-        )

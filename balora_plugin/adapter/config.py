@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 from peft import LoraConfig
 from torch import nn
 
+from ..checkpoint.integrity import is_finished
+from ..checkpoint.location import AdapterFiles
+from ..checkpoint.names import SETTINGS_FILE
+from ..checkpoint.settings import read_settings, write_settings
 from ..config import RegularizerConfig, as_path
+from ..teacher.files import HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -137,21 +145,99 @@ class BaLoraConfig(LoraConfig):
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
         return LoraConfig(**{**values, **changes})
 
+    def to_stock_config(self) -> LoraConfig:
+        """Returns the LoraConfig of a saved file: rank 2r with the same scaling in delta form, rank r otherwise.
+
+        alpha / r = (2 alpha) / (2 r) exactly. With rsLoRA alpha / sqrt(r) has no such twin, so it says
+        use_rslora=False with an alpha that gives the same float. Patterns are doubled as they stand; where that would
+        give a layer something else, the writer, who knows the layers, replaces them.
+        """
+        if not self.delta:
+            return self.to_lora_config(init_lora_weights=True)
+        ranks: dict[str, int] = self.rank_pattern or {}
+        alphas: dict[str, float] = self.alpha_pattern or {}
+        default_rank: int = self.r
+        default_alpha: float = self.lora_alpha
+        if self.use_rslora:
+            alpha = alpha_for(default_alpha / math.sqrt(default_rank), 2 * default_rank)
+            scaled = {
+                key: alpha_for(
+                    alphas.get(key, default_alpha) / math.sqrt(ranks.get(key, default_rank)),
+                    2 * ranks.get(key, default_rank),
+                )
+                for key in {**ranks, **alphas}
+            }
+        else:
+            alpha, scaled = 2 * default_alpha, {key: 2 * value for key, value in alphas.items()}
+        changes: dict[str, Any] = {"init_lora_weights": True, "use_rslora": False, "r": 2 * default_rank}
+        doubled = {key: 2 * rank for key, rank in ranks.items()}
+        return self.to_lora_config(**changes, lora_alpha=alpha, rank_pattern=doubled, alpha_pattern=scaled)
+
+    def to_settings(self) -> dict[str, Any]:
+        """Returns what `ba_lora.json` says of this config: plain values, JSON-ready."""
+        # only what is set: another PEFT release may not know the rest
+        neutral = type(self)().to_dict()
+        values = {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in self.to_dict().items()
+            if (value != neutral.get(key) or key in ("r", "lora_alpha"))
+            and key not in ("runtime_config", "auto_mapping", "peft_version", "inference_mode", "start_from")
+        }
+        return {
+            "start": self.init_lora_weights,
+            "delta_form": self.delta,
+            "base_model": self.base_model_name_or_path,
+            "regularizers": self.regularizers.to_dict(),
+            # for readers: presets may change
+            "regularizers_in_force": self.regularizers.resolved(self.family).to_dict(),
+            "config": values,
+        }
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any] | None, source: str) -> BaLoraConfig:
+        """Returns the config that `ba_lora.json` holds; `source` names its adapter in errors.
+
+        A `teacher_cache` is taken over only where that directory already is one: an adapter from elsewhere does not
+        choose where files are written.
+
+        Raises:
+            ValueError: no settings (not a BA-LoRA adapter), or an option that this release of PEFT does not know.
+        """
+        if settings is None:
+            raise ValueError(
+                f"{source!r} holds no {SETTINGS_FILE}: it is not a BA-LoRA adapter (or its side files were not "
+                "copied). As a plain LoRA it loads with peft.PeftModel.from_pretrained."
+            )
+        values = settings["config"]
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"{source!r} was saved with {unknown[0]}={values[unknown[0]]!r}, which this release of PEFT "
+                f"({peft.__version__}) does not know: pip install -U peft."
+            )
+        config = cls(**values)
+        cache = config.regularizers.teacher_cache
+        if cache is not None and not os.path.isfile(os.path.join(cache, HEADER)):  # somebody else's path
+            logger.warning(
+                f"{source} was trained with teacher_cache={cache}, which is no teacher cache here: going on without; "
+                "name one of your own to have it again."
+            )
+            config.regularizers = dataclasses.replace(config.regularizers, teacher_cache=None, teacher_cache_top_k=None)
+        return config
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes what a saved adapter carries: the *stock* config (rank 2r in delta form) and `ba_lora.json`.
 
         Not over a finished adapter, whose weights these would not describe: Axolotl saves a config before the first
         step, and a run that then fails must leave the adapter of the run before it as it was.
         """
-        from .. import checkpoint, whole
-
-        if whole.is_finished(str(save_directory)):
+        if is_finished(str(save_directory)):
             logger.warning(
                 f"{save_directory} holds the adapter of an earlier run: it stays until the new one is saved over it."
             )
             return
-        checkpoint.stock_config(self).save_pretrained(str(save_directory), **kwargs)
-        checkpoint.write_settings(str(save_directory), self)
+        self.to_stock_config().save_pretrained(str(save_directory), **kwargs)
+        write_settings(str(save_directory), self.to_settings())
 
     @classmethod
     def from_pretrained(
@@ -162,9 +248,17 @@ class BaLoraConfig(LoraConfig):
         Raises:
             ValueError: if the directory holds no `ba_lora.json` (a plain LoRA: use `LoraConfig.from_pretrained`).
         """
-        from .. import checkpoint
+        files = AdapterFiles.from_arguments(pretrained_model_name_or_path, {**kwargs, "subfolder": subfolder})
+        return cls.from_settings(read_settings(files), str(files))
 
-        return checkpoint.read_config(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+
+def alpha_for(scaling: float, rank: int) -> float:
+    """Returns alpha with alpha / rank == scaling, bit for bit (or, if no float does, to the last bit of a float32)."""
+    guess = scaling * rank
+    for alpha in (guess, math.nextafter(guess, math.inf), math.nextafter(guess, 0.0)):
+        if alpha / rank == scaling:
+            return alpha
+    return guess
 
 
 def our_adapters(model: Any) -> list[str]:

@@ -22,7 +22,7 @@ from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from ..quantised import dequantised, is_quantised_linear
+from ..pretrained.quantised import dequantised, is_quantised_linear
 
 TESTED_PEFT = ("0.20", "0.22")  # from, below
 FROZEN = ("frozen_A", "frozen_B")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.peft_model import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -16,21 +15,25 @@ from peft.peft_model import (
     PeftModelForTokenClassification,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from .. import card, checkpoint, provenance, whole
-from ..nlu.heads import HEAD_FILE, read_head, with_head
-from ..probe import PROBE_FILE, Probe, read_probe
-from ..quantised import is_quantised_linear, protect_weights
+from ..checkpoint.integrity import check_adapter
+from ..checkpoint.names import SETTINGS_FILE
+from ..pretrained.classifier_head import with_head
+from ..pretrained.quantised import is_quantised_linear, protect_weights
 from .config import BaLoraConfig
-from .delta import FROZEN, attach_delta, is_delta, is_supported_layer
-from .starts import start_layers
+from .delta import FROZEN, attach_delta, check_peft_version, is_delta
+from .saved import card
+from .saved.reading import LoadOptions, SavedAdapter, check_same_base, load_delta, restore_teacher_head
+from .saved.stock import stock_config, to_stock_state_dict
+from .saved.writing import write_side_files
+from .start.layers import start_layers
+from .targets import check_targets, fill_default_targets, injected_layers
 
 if TYPE_CHECKING:  # a mixin for type checkers too: its methods call PeftModel's
     from peft import PeftModel as _Base
 
-    from .source import FullPrecisionWeights
+    from .start.full_precision import FullPrecisionWeights
 else:
     _Base = object
 
@@ -55,8 +58,8 @@ class BaLoraModelMixin(_Base):
         """Checks the injected layers, replaces the stock config by ours, and puts the layers in delta form."""
         protect_weights(self.get_base_model())
         stock: LoraConfig = self.peft_config[adapter_name]
-        layers = self._injected(adapter_name)
-        self._check_targets(layers)
+        layers = injected_layers(self, adapter_name)
+        check_targets(self.get_base_model(), layers)
         for key in _RESOLVED:
             setattr(config, key, getattr(stock, key))
         with_head(config, self.get_base_model())
@@ -79,31 +82,9 @@ class BaLoraModelMixin(_Base):
                 f"start_from={config.start_from!r}, but no targeted layer is quantised: the base's own weights are the "
                 "full-precision ones. Leave start_from out, or load the base with a BitsAndBytesConfig."
             )
-        from .source import FullPrecisionWeights
+        from .start.full_precision import FullPrecisionWeights
 
         return FullPrecisionWeights(config.start_from, self.get_base_model(), quantised)
-
-    def _injected(self, adapter_name: str) -> list[tuple[str, LoraLayer]]:
-        return [
-            (name.removeprefix("base_model.model."), layer)
-            for name, layer in self.named_modules()
-            if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
-        ]
-
-    def _check_targets(self, layers: list[tuple[str, LoraLayer]]) -> None:
-        base = self.get_base_model()
-        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-        for name, layer in layers:
-            if layer is head or layer.get_base_layer() is head:
-                raise ValueError(
-                    f"target_modules matches the LM head {name!r}: the terms read its weight directly and would "
-                    "ignore an adapter. Remove it from target_modules (or write 'all-linear', which leaves it out)."
-                )
-            if not is_supported_layer(layer):
-                raise ValueError(
-                    f"target_modules matches {name!r}, a {type(layer.get_base_layer()).__name__}: BA-LoRA adapts "
-                    "nn.Linear, Conv1D, bitsandbytes linear layers and fused experts. Remove it from target_modules."
-                )
 
     # --- saving
 
@@ -144,9 +125,9 @@ class BaLoraModelMixin(_Base):
             ours = isinstance(config, BaLoraConfig)
             rewritten = state_dict
             if ours and config.delta:
-                rewritten = checkpoint.to_stock_state_dict(self, name, state_dict)
+                rewritten = to_stock_state_dict(self, name, state_dict)
             if ours:
-                configs[name] = checkpoint.stock_config(config, self, name)
+                configs[name] = stock_config(config, self, name)
             try:
                 super().save_pretrained(
                     save_directory,
@@ -160,7 +141,7 @@ class BaLoraModelMixin(_Base):
                     configs[name] = config
             if ours:
                 directory = str(save_directory) if name == "default" else f"{save_directory}/{name}"
-                checkpoint.write_side_files(directory, self, name, state_dict)
+                write_side_files(directory, self, name, state_dict)
         card.update(str(save_directory), self)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
@@ -191,14 +172,12 @@ class BaLoraModelMixin(_Base):
         Raises:
             ValueError: the directory is not a BA-LoRA adapter, or was saved for other modules.
         """
-        hub = _hub_arguments(kwargs)
         if config is None:
-            config = checkpoint.read_config(str(model_id), **hub)
+            saved = SavedAdapter.open(model_id, kwargs)
+            config = BaLoraConfig.from_settings(saved.settings, str(saved.files))
         if not isinstance(config, BaLoraConfig):
             raise TypeError(f"config must be a BaLoraConfig, got {type(config).__name__}.")
         config.inference_mode = not is_trainable
-        from .build import build
-
         peft_model = build(
             model,
             config,
@@ -232,21 +211,20 @@ class BaLoraModelMixin(_Base):
         Also the path of `resume_from_checkpoint` and `load_best_model_at_end`: A0 and B0 come from the checkpoint, they
         are never recomputed.
         """
-        hub = _hub_arguments(kwargs)
-        settings = checkpoint.read_settings(str(model_id), **hub)
+        saved = SavedAdapter.open(model_id, kwargs)
         existing = self.peft_config.get(adapter_name)
         delta = isinstance(existing, BaLoraConfig) and existing.delta
-        if settings is None or not settings["delta_form"]:
+        if not saved.delta:
             if delta:
                 raise ValueError(
-                    f"{model_id!r} is not a BA-LoRA adapter in delta form ({checkpoint.SETTINGS_FILE} "
-                    f"{'is missing' if settings is None else 'says so'}), but adapter {adapter_name!r} here is: "
+                    f"{model_id!r} is not a BA-LoRA adapter in delta form ({SETTINGS_FILE} "
+                    f"{'is missing' if saved.settings is None else 'says so'}), but adapter {adapter_name!r} here is: "
                     "load it under another adapter_name, or with peft.PeftModel.from_pretrained."
                 )
-            if settings is not None:  # ours, as an ordinary LoRA
-                whole.check_adapter(settings, str(model_id), **hub)
+            if saved.settings is not None:  # ours, as an ordinary LoRA
+                check_adapter(saved.settings, saved.files)
             if is_trainable:
-                self._check_base(settings, str(model_id), hub)
+                check_same_base(self, saved)
             result = super().load_adapter(
                 model_id,
                 adapter_name,
@@ -256,64 +234,23 @@ class BaLoraModelMixin(_Base):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 **kwargs,
             )
-            if is_trainable:
-                self._restore_head(settings, str(model_id), hub)
-            return result
-        if existing is None:
-            config = checkpoint.read_config(str(model_id), **hub)
-            config.inference_mode = not is_trainable
-            self._add_ba_lora(adapter_name, config, start=False, autocast_adapter_dtype=autocast_adapter_dtype)
-        elif not delta:
-            raise ValueError(
-                f"adapter {adapter_name!r} of this model is not in delta form, but {model_id!r} is: load "
-                "it under another adapter_name."
-            )
-        checkpoint.check_settings(settings, self.peft_config[adapter_name], str(model_id))
-        whole.check_adapter(settings, str(model_id), **hub)
-        if is_trainable:
-            self._check_base(settings, str(model_id), hub)
-        init_path = checkpoint.find_file(str(model_id), checkpoint.INIT_FILE, **hub)
-        if init_path is None:
-            raise ValueError(
-                f"{model_id!r} lacks {checkpoint.INIT_FILE}: without A0 training cannot go on. For inference load it "
-                "with peft.PeftModel.from_pretrained."
-            )
-        weights = load_peft_weights(str(model_id), device=torch_device or "cpu", **hub)
-        split, factors = checkpoint.read_factors(self, adapter_name, weights, init_path)
-        result = set_peft_model_state_dict(self, split, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        # an existing adapter keeps the dtype that a host gave it (TRL: bfloat16 over quantised bases), or a resumed run
-        # would go on in another one; with low_cpu_mem_usage the file's dtype came with its tensors
-        if low_cpu_mem_usage:
-            self.base_model._cast_adapter_dtype(
-                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-            )
-        checkpoint.copy_factors(self, adapter_name, factors)
-        if os.path.isdir(str(model_id)):
-            checkpoint.init_files(self)[adapter_name] = init_path
-        result.missing_keys.clear()  # base weights; read_factors has checked the adapter's own
-        if not is_trainable:
-            self.eval()
         else:
-            self._restore_head(settings, str(model_id), hub)
+            if existing is None:
+                config = BaLoraConfig.from_settings(saved.settings, str(saved.files))
+                config.inference_mode = not is_trainable
+                self._add_ba_lora(adapter_name, config, start=False, autocast_adapter_dtype=autocast_adapter_dtype)
+            elif not delta:
+                raise ValueError(
+                    f"adapter {adapter_name!r} of this model is not in delta form, but {model_id!r} is: load "
+                    "it under another adapter_name."
+                )
+            options = LoadOptions(is_trainable, torch_device, autocast_adapter_dtype, low_cpu_mem_usage)
+            result = load_delta(self, adapter_name, saved, options)
+            if not is_trainable:
+                self.eval()
+        if is_trainable:
+            restore_teacher_head(self, saved)
         return result
-
-    def _restore_head(self, settings: dict[str, Any] | None, model_id: str, hub: dict[str, Any]) -> None:
-        """A classifier's teacher gets the head that the run began with: this model's own is a new random one."""
-        if settings is not None and HEAD_FILE in settings["sha256"]:
-            path = checkpoint.find_file(model_id, HEAD_FILE, **hub)
-            assert path is not None  # whole.check_adapter
-            read_head(path, self.get_base_model())
-
-    def _check_base(self, settings: dict[str, Any] | None, model_id: str, hub: dict[str, Any]) -> None:
-        """Training goes on only on the base that the adapter was trained on."""
-
-        def stored_probe() -> Probe | None:
-            assert settings is not None
-            path = checkpoint.find_file(model_id, PROBE_FILE, **hub) if PROBE_FILE in settings["sha256"] else None
-            return None if path is None else read_probe(path)
-
-        if settings is not None:
-            provenance.check_base(self, settings, model_id, stored_probe)
 
     # --- several adapters
 
@@ -366,14 +303,6 @@ class BaLoraModelMixin(_Base):
         return super().supports_lora_conversion(adapter_name)
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: kwargs[key]
-        for key in ("subfolder", "revision", "cache_dir", "token", "local_files_only")
-        if kwargs.get(key) is not None
-    }
-
-
 class BaLoraModel(BaLoraModelMixin, PeftModel):
     """[`peft.PeftModel`] with BA-LoRA's saving and loading."""
 
@@ -412,3 +341,37 @@ CLASSES: dict[type[PeftModel], type[PeftModel]] = {
     PeftModelForQuestionAnswering: BaLoraModelForQuestionAnswering,
     PeftModelForFeatureExtraction: BaLoraModelForFeatureExtraction,
 }
+
+
+def build(
+    model: nn.Module,
+    config: BaLoraConfig,
+    adapter_name: str,
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    start: bool,
+) -> PeftModel:
+    """Stock injection, then our class, then the delta form. `start=False`: the factors come from a file."""
+    check_peft_version()
+    config = copy.deepcopy(config)
+    with_head(config, model)
+    fill_default_targets(config, model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
+    peft_model = get_peft_model(
+        model,
+        stock,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    peft_model.__class__ = CLASSES[type(peft_model)]
+    try:
+        peft_model._adopt(config, adapter_name, start=start)
+    except Exception:
+        base = peft_model.unload()  # leave the caller's model as it was
+        for name, p in base.named_parameters():
+            p.requires_grad_(name in trainable)
+        raise
+    return peft_model

@@ -27,7 +27,7 @@ def subcommands() -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from .. import __version__
+    from .._version import __version__
 
     parser = Parser(prog="balora", description="Check, convert and ship BA-LoRA adapters.")
     parser.add_argument("--version", action="version", version=f"balora-plugin {__version__}")

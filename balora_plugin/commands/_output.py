@@ -1,13 +1,13 @@
-"""Writing a directory whole or not at all."""
+"""Where a command writes: refused beforehand where something would be lost, there whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from ..atomic import replacing_directory
 
 
 def check_output(output: str, inputs: list[str | None], *, overwrite: bool) -> None:
@@ -34,23 +34,7 @@ def writing(output: str, *, overwrite: bool) -> Iterator[str]:
     """A new directory beside `output` that takes its place when everything in it has been written."""
     path = Path(output).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with replacing_directory(path) as fresh:
         yield str(fresh)
-        os.chmod(fresh, 0o777 & ~_umask())  # mkdtemp's is private
-        old = None
         if path.exists():
             check_output(output, [], overwrite=overwrite)  # written by somebody else meanwhile?
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.replace(old / path.name)
-        fresh.replace(path)
-        if old is not None:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -21,7 +21,7 @@ from ._models import DTYPES, is_quantised, load_base, quiet, size, torch_dtype
 from ._output import check_output, writing
 
 if TYPE_CHECKING:
-    from ..portable import Adapter, Errors
+    from ..export.lora_file import Adapter, Errors
 
 HELP = "write an adapter as a plain LoRA, at a smaller rank, or merged into its base"
 FAR_FROM_INITIAL = 0.5  # of the initial factors' norm: fine-tuning moves them by percents
@@ -73,10 +73,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace) -> Adapter:
     """The adapter, converted if it is a raw PiSSA one."""
-    from .. import portable, raw_pissa
+    from ..export import lora_file, residual_start
 
-    adapter = portable.read_adapter(args.adapter)
-    start = raw_pissa.raw_start(adapter)
+    adapter = lora_file.read_adapter(args.adapter)
+    start = residual_start.raw_start(adapter)
     print(f"reads    {args.adapter}: {_describe(adapter, start)}")
     if args.initial is None:
         if start is not None:
@@ -90,9 +90,9 @@ def _read(args: argparse.Namespace) -> Adapter:
         raise ValueError(
             f"--initial {args.initial}: {args.adapter!r} is a BA-LoRA adapter, nothing is to be converted."
         )
-    initial = portable.read_adapter(args.initial)
-    converted = raw_pissa.converted(adapter, initial)
-    moved = raw_pissa.moved_from(adapter, initial)
+    initial = lora_file.read_adapter(args.initial)
+    converted = residual_start.converted(adapter, initial)
+    moved = residual_start.moved_from(adapter, initial)
     print(f"converts a raw {start or 'adapter'}; training moved its factors by {moved:.2g} of the initial ones")
     if moved > FAR_FROM_INITIAL:
         print(f"warning: that is far for fine-tuning: is {args.initial} what this adapter started as?")
@@ -108,8 +108,8 @@ def _describe(adapter: Adapter, start: str | None) -> str:
 
 
 def _export(args: argparse.Namespace, adapter: Adapter) -> None:
-    from .. import portable
-    from ..card import VLLM_DEFAULT_RANK
+    from ..adapter.saved.card import VLLM_DEFAULT_RANK
+    from ..export import lora_file
 
     dtype = None if args.dtype is None else torch_dtype(args.dtype)
     if args.base is not None:
@@ -118,12 +118,12 @@ def _export(args: argparse.Namespace, adapter: Adapter) -> None:
     if isinstance(args.rank, int) and args.rank > adapter.rank:
         raise ValueError(f"--rank {args.rank} is above the adapter's own {adapter.rank}: leave --rank out.")
     if args.rank == "auto":
-        changed, errors = portable.smallest(adapter, args.max_error, dtype)
+        changed, errors = lora_file.smallest(adapter, args.max_error, dtype)
     else:
-        changed = portable.one_rank(adapter, args.rank, dtype)
-        errors = portable.errors(changed, adapter)
+        changed = lora_file.one_rank(adapter, args.rank, dtype)
+        errors = lora_file.errors(changed, adapter)
     rank = changed.config.r
-    written = size(portable.size_of(portable.state_dict(changed).values()))
+    written = size(lora_file.size_of(lora_file.state_dict(changed).values()))
     print(f"writes   {args.output}: plain LoRA, rank {rank}, {_name(changed.dtype)}, {written}")
     _print_errors(errors)
     if rank > VLLM_DEFAULT_RANK:
@@ -133,7 +133,7 @@ def _export(args: argparse.Namespace, adapter: Adapter) -> None:
     if args.dry_run:
         return
     with writing(args.output, overwrite=args.overwrite) as directory:
-        portable.write_adapter(changed, directory, _metadata(adapter, errors))
+        lora_file.write_adapter(changed, directory, _metadata(adapter, errors))
         _write_card(directory, changed, errors)
 
 
@@ -141,8 +141,8 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
     import torch
     from transformers import AutoConfig
 
-    from ..merge import attach, merge
-    from ..portable import size_of
+    from ..export.lora_file import size_of
+    from ..export.merge import attach, merge
 
     if is_quantised(args.base):
         raise ValueError(
@@ -173,8 +173,11 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
 
 def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = None) -> Any:
     """Loads --base and compares it with what is known of the one that the adapter was trained on."""
-    from .. import checkpoint, portable, probe, raw_pissa
-    from ..identity import BaseIdentity, base_identity, compare
+    from ..checkpoint.location import AdapterFiles
+    from ..checkpoint.names import PROBE_FILE
+    from ..export import lora_file, residual_start
+    from ..pretrained import probe
+    from ..pretrained.identity import BaseIdentity, base_identity, compare
 
     kind = str(getattr(adapter.config.task_type, "value", adapter.config.task_type) or "CAUSAL_LM")
     if kind != "CAUSAL_LM":
@@ -187,8 +190,8 @@ def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = 
     here = base_identity(model)
     verdict = compare(recorded, here)
     distance = None
-    listed = probe.PROBE_FILE in (adapter.settings or {"sha256": {}})["sha256"]
-    path = checkpoint.find_file(args.adapter, probe.PROBE_FILE) if listed else None
+    listed = PROBE_FILE in (adapter.settings or {"sha256": {}})["sha256"]
+    path = AdapterFiles(args.adapter).find(PROBE_FILE) if listed else None
     if verdict in ("unclear", "config") and path is not None:
         stored, logits = probe.read_probe(path).base, probe.base_logits(model)
         distance = None if stored is None or logits is None else probe.discrepancy(logits, stored)
@@ -198,7 +201,7 @@ def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = 
             "one (balora verify shows the difference)."
         )
     if args.initial is not None:
-        raw_pissa.check_start(model, portable.read_adapter(args.initial), str(adapter.config.init_lora_weights))
+        residual_start.check_start(model, lora_file.read_adapter(args.initial), str(adapter.config.init_lora_weights))
     text = {
         "same": "the one it was trained on",
         "config": "the weights it was trained on, under another config",
@@ -218,7 +221,7 @@ def _recorded(adapter: Adapter) -> dict[str, Any] | None:
 
 def _metadata(adapter: Adapter, errors: Errors) -> dict[str, str]:
     """Where an exported adapter comes from, in the header of its tensor file: servers need no side files."""
-    from .. import __version__
+    from .._version import __version__
 
     origin = adapter.settings or _recorded(adapter) or {}
     keys = ("base_sha256", "base_dtype", "base_quantization", "base_digests")
@@ -232,9 +235,9 @@ def _print_errors(errors: Errors) -> None:
 
 
 def _write_card(directory: str, adapter: Adapter, errors: Errors, merged_into: str | None = None) -> None:
-    from .. import card
+    from ..export.card import exported
 
-    text = card.exported(adapter, errors, merged_into=merged_into)
+    text = exported(adapter, errors, merged_into=merged_into)
     with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as file:
         file.write(text)
 

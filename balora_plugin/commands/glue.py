@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ._models import quiet
 
 if TYPE_CHECKING:
+    from ..glue.job import Job
     from ..glue.recipe import Recipe
-    from ..glue.run import Job
 
 HELP = "fine-tune on GLUE by the paper's recipe, test on GLUE-X"
 

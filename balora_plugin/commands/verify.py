@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ._models import CLASSES, DTYPES, load_base, quiet
 
 if TYPE_CHECKING:
-    from ..identity import BaseIdentity
-    from ..probe import Probe
+    from ..checkpoint.location import AdapterFiles
+    from ..pretrained.identity import BaseIdentity
+    from ..pretrained.probe import Probe
 
 HELP = "check an adapter's files and whether a model is the base it was trained on"
 
@@ -60,22 +61,25 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
     Raises:
         ValueError: no adapter, no model, or one that does not load.
     """
-    from .. import checkpoint, portable
-    from ..identity import BaseIdentity, base_identity, compare
-    from ..probe import PROBE_FILE
-    from ..raw_pissa import RAW_STARTS
+    from ..checkpoint.location import AdapterFiles
+    from ..checkpoint.names import PROBE_FILE
+    from ..checkpoint.settings import read_settings
+    from ..export import lora_file
+    from ..export.residual_start import RAW_STARTS
+    from ..pretrained.identity import BaseIdentity, base_identity, compare
 
-    settings = checkpoint.read_settings(adapter)
-    checks = _files(adapter, settings)
+    files = AdapterFiles(adapter)
+    settings = read_settings(files)
+    checks = _files(files, settings)
     if any(check.mismatch for check in checks):
         return [*checks, Check("not loaded", "because its files are not those that were saved", compared=False)]
-    config, _ = portable.read_config(adapter)
+    config, _ = lora_file.read_lora_config(files)
     task = str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM")
     if task not in CLASSES:
         return [*checks, Check("base", f"not compared: task_type={task} has no base of its own class", compared=False)]
     origin = settings
     if settings is None:
-        exported = portable.read_adapter(adapter).metadata.get("balora")
+        exported = lora_file.read_adapter(adapter).metadata.get("balora")
         origin = json.loads(exported) if exported else None
         start = str(config.init_lora_weights).lower()
         if origin is None and start.startswith(RAW_STARTS):
@@ -91,27 +95,27 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
         remark = Check("probe", f"none for task_type={task}: logits are not compared", compared=False)
         return [*checks, _base(compare(recorded, here), recorded, here), remark]
     listed = settings is not None and PROBE_FILE in settings["sha256"]
-    path = checkpoint.find_file(adapter, PROBE_FILE) if listed else None
+    path = files.find(PROBE_FILE) if listed else None
     delta = settings is not None and settings["delta_form"]
     return [*checks, *_model(adapter, model, recorded, _probe(path), delta, (settings or {}).get("probe"))]
 
 
-def _files(adapter: str, settings: dict[str, Any] | None) -> list[Check]:
-    from .. import checkpoint
+def _files(files: AdapterFiles, settings: dict[str, Any] | None) -> list[Check]:
+    from ..checkpoint.settings import changed_files
 
     if settings is None:
         text = "no ba_lora.json: the adapter's own files cannot be checked"
         return [Check("files", text, compared=False)]
     if not settings["sha256"]:
-        raise ValueError(f"{adapter!r} holds settings and no weights yet: its training has not saved.")
-    changed = checkpoint.changed_files(settings, adapter)
+        raise ValueError(f"{str(files)!r} holds settings and no weights yet: its training has not saved.")
+    changed = changed_files(settings, files)
     if not changed:
         return [Check("files", f"{len(settings['sha256'])} files as they were saved")]
     return [Check(name, what, mismatch=True) for name, what in changed.items()]
 
 
 def _probe(path: str | None) -> Probe | None:
-    from ..probe import read_probe
+    from ..pretrained.probe import read_probe
 
     return None if path is None else read_probe(path)
 
@@ -127,9 +131,9 @@ def _model(
     """The base's hash, then logits: base, adapter through unmodified PEFT, adapter through our own class."""
     from peft import PeftModel
 
-    from .. import probe
     from ..adapter.model import BaLoraModel
-    from ..identity import base_identity, compare
+    from ..pretrained import probe
+    from ..pretrained.identity import base_identity, compare
 
     here = base_identity(model)
     verdict = compare(recorded, here)
@@ -185,7 +189,7 @@ def _base(verdict: str, recorded: BaseIdentity | None, here: BaseIdentity) -> Ch
 
 
 def _logits(what: str, logits: Any, recorded: Any, allowed: float) -> Check:
-    from ..probe import discrepancy
+    from ..pretrained.probe import discrepancy
 
     distance = discrepancy(logits, recorded)
     far = not distance <= allowed

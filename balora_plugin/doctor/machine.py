@@ -47,7 +47,7 @@ def look() -> Machine:
     """This machine, asked through public functions of torch alone."""
     import torch
 
-    from ..attention import FLASH, accelerator, importable
+    from ..pretrained.attention import FLASH, accelerator, importable
 
     found = Machine(versions=installed(), device=accelerator() or "cpu", name=platform.machine() or "cpu")
     if found.device == "cuda":

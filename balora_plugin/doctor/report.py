@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..attention import FLASH, flash_lacks
+from ..pretrained.attention import FLASH, attention_of, flash_lacks
 from . import versions
 from .machine import Machine
-from .requested import Problem, attention_of, problems
+from .requested import Problem, problems
 from .versions import ABSENT, BOUNDS, NEWER, OLD
 
 TOGETHER = (

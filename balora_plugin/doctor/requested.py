@@ -6,19 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..attention import flash_lacks, is_flash
+from ..pretrained.attention import FLAGS, attention_of, flash_lacks, is_flash
 from . import versions
 from .machine import Machine
 
 PLUGIN = "balora_plugin.BaLoraPlugin"
-FLAGS = {  # Axolotl's older keys -> attn_implementation
-    "xformers_attention": "xformers",
-    "sage_attention": "sage",
-    "flex_attention": "flex_attention",
-    "flash_attention": "flash_attention_2",
-    "sdp_attention": "sdpa",
-    "eager_attention": "eager",
-}
 NEEDS = {"xformers": ("xformers", "xformers"), "sage": ("sageattention", "sageattention")}  # module, pip's name
 
 
@@ -33,14 +25,6 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         value = "" if self.value is None else f" {str(self.value).lower() if self.value is True else self.value}"
         return f"{self.key}:{value} {self.why}{self.remedy and f': {self.remedy}'}"
-
-
-def attention_of(values: Any) -> tuple[str, Any, str]:
-    """Key and value of the line about attention, and the implementation it asks for; ("", None, "sdpa") without one."""
-    for key in ("attn_implementation", *FLAGS):
-        if values.get(key):
-            return key, values[key], str(values[key]) if key == "attn_implementation" else FLAGS[key]
-    return "", None, "sdpa"
 
 
 def for_axolotl(values: dict[str, Any]) -> bool:

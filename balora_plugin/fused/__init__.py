@@ -1,7 +1,8 @@
 """The same terms from hidden states, never holding rows x vocabulary logits. Imports torch alone."""
 
+from .factor import HeadFactor
 from .head_spectrum import head_spectral_term
-from .spectrum import HeadFactor, matrix_spectral_term, spectral_ratio, spectral_term
+from .spectrum import matrix_spectral_term, spectral_ratio, spectral_term
 from .tokens import TokenTerms, token_terms
 from .top import TopLogProbs, top_log_probs
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..regularizers import singular_value_ratio
 from . import spectrum
-from .kept import scaled
+from .saved_gradients import scaled
 from .spectrum import exact_product, gram_eigen, value_and_weights
 
 

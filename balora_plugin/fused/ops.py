@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunk import Weights, compiled_chunk, in_base_2, token_chunk
-from .kept import kept_dtype, scaled
 from .project import Projection, block_rows
+from .saved_gradients import kept_dtype, scaled
 from .top import TopLogProbs
 
 IGNORED = -100

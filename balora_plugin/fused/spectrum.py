@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,55 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..regularizers import singular_value_ratio
-from .kept import kept_dtype
+from .factor import HeadFactor
+from .saved_gradients import kept_dtype
 
 _STRONG_IN_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # P100, V100, A100, H100 / H200, B200
 _RELATIVE_ZERO = (
     1e-7  # of the largest singular value: the square root of what a float64 Gram matrix resolves, rounded up
 )
-
-
-class HeadFactor:
-    """L with L L^T = W^T W of an LM head W (V, d), plain or row-centred, (d', rank); d' = d, + 1 with a bias."""
-
-    def __init__(self, gram: Tensor, mean: Tensor, vocabulary: int, has_bias: bool) -> None:
-        self._gram, self._mean = gram, mean
-        self.vocabulary = vocabulary
-        self.has_bias = has_bias
-
-    @cached_property
-    def plain(self) -> Tensor:
-        """(d', rank) L of the logits as they are."""
-        return _square_root(self.gram())
-
-    @cached_property
-    def centered(self) -> Tensor:
-        """(d', rank) L of the row-centred logits."""
-        return _square_root(self.gram(centered=True))
-
-    def gram(self, *, centered: bool = False) -> Tensor:
-        """(d', d') W^T W, of the row-centred logits if `centered`."""
-        return self._centered_gram if centered else self._gram
-
-    @cached_property
-    def _centered_gram(self) -> Tensor:
-        return self._gram - self.vocabulary * torch.outer(self._mean, self._mean)
-
-    @classmethod
-    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, *, chunk_size: int = 16384) -> HeadFactor:
-        """weight (V, d), bias (V,) or None -> factor. Reads W in chunks of `chunk_size` rows; takes no gradient."""
-        vocabulary, d = weight.shape
-        size = d + (bias is not None)
-        gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-        total = torch.zeros(size, dtype=torch.float64, device=weight.device)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            for start in range(0, vocabulary, chunk_size):
-                part = weight[start : start + chunk_size].double()
-                if bias is not None:
-                    part = torch.cat([part, bias[start : start + chunk_size, None].double()], dim=1)
-                gram += part.T @ part
-                total += part.sum(dim=0)
-        return cls(gram, total / vocabulary, vocabulary, bias is not None)
 
 
 def spectral_term(
@@ -358,10 +315,3 @@ def gram_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     s = eigenvalues.flip(0).clamp_min(0.0).sqrt()
     # what a Gram matrix of lower rank leaves of its zeros would add up in the nuclear norm
     return torch.where(s > _RELATIVE_ZERO * s[0], s, torch.zeros_like(s)), vectors.flip(1)
-
-
-def _square_root(gram: Tensor) -> Tensor:
-    """L with L L^T = gram, columns of zero dropped: eigenvectors, because a centred or small head is rank-deficient."""
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    keep = eigenvalues > eigenvalues[-1].clamp_min(0.0) * 1e-14
-    return vectors[:, keep] * eigenvalues[keep].sqrt()

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from ..nlu.data import columns_of
+from ..classification.data import columns_of
 from .tasks import TASKS, Task, label_of
 
 HUB = "nyu-mll/glue"

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import file_digest
+from ..atomic import write_text
+from ..checkpoint.settings import file_digest
 from .tasks import GLUE_X, Task
 
 if TYPE_CHECKING:
-    from .run import Job
+    from .job import Job
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,4 @@ def store(directory: str, job: Job, record: dict[str, Any]) -> None:
     """Writes a record whole or not at all."""
     path = Path(directory, "runs", job.file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(record, indent=1))

@@ -3,56 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..adapter.config import BaLoraConfig
-from ..checks import check_arguments
-from ..config import RegularizerConfig
-from ..nlu.data import columns_of, tokenised
+from ..classification.data import columns_of, tokenised
+from ..training.checks.arguments import check_arguments
 from .data import read_jsonl, read_split
+from .job import Job
 from .metrics import score
-from .recipe import Recipe, Settings
+from .recipe import Recipe
 from .records import data_digest, glue_x_digests
 from .separation import FeatureTap, save
 from .tasks import GLUE_X, Task, comparable, positive_class
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one run is: everything its result depends on, but for the software and what the hub or a model's directory
-    holds. `data`: the digest of its JSONL files, or "hub"."""
-
-    task: str
-    method: str
-    model: str
-    learning_rate: float
-    seed: int
-    settings: Settings
-    regularizers: RegularizerConfig
-    limit: int = 0
-    data: str = "hub"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        values = dataclasses.asdict(self)
-        values["settings"]["learning_rates"] = None  # of the grid, its own alone
-        return values
-
-    @property
-    def file(self) -> str:
-        """Name of its result's file."""
-        digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.task}-{self.method}-{self.learning_rate:g}-{self.seed}-{digest}.json"
 
 
 def jobs_of(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ..nlu.objective import features
+from ..objective.classification import features
 
 SAMPLES = 1000  # the first of a split: t-SNE's cost grows faster than their number
 

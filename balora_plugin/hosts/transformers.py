@@ -10,10 +10,12 @@ from transformers import Trainer, TrainingArguments
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
-from ..attention import check_attention
-from ..checks import as_regularizers, check_arguments, resolve
-from ..head import check_head
-from ..trainer import BaLoraTrainerMixin
+from ..config import as_regularizers
+from ..pretrained.attention import check_attention
+from ..pretrained.lm_head import check_head
+from ..training.checks.arguments import check_arguments
+from ..training.checks.model import resolve
+from ..training.trainer import BaLoraTrainerMixin
 
 
 class BaLoraTrainer(BaLoraTrainerMixin, Trainer):

@@ -15,12 +15,14 @@ from trl.trainer.utils import create_model_from_path
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
-from ..attention import check_attention, check_flash
-from ..checks import as_regularizers, check_arguments, check_teacher, resolve
-from ..config import RegularizerConfig
-from ..head import check_head
-from ..objective import StepOutput
-from ..trainer import BaLoraTrainerMixin
+from ..config import RegularizerConfig, as_regularizers
+from ..objective.request import StepOutput
+from ..pretrained.attention import check_attention, check_flash
+from ..pretrained.lm_head import check_head
+from ..training.checks.arguments import check_arguments
+from ..training.checks.model import resolve
+from ..training.checks.teacher import check_teacher
+from ..training.trainer import BaLoraTrainerMixin
 
 
 class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):

@@ -13,11 +13,10 @@ from typing import Any
 import click
 import torch
 
-from ...attention import check_flash, is_flash
-from ...checks import MUTATING_STARTS
-from ...compiling import BACKEND, LAYERS
 from ...config import RegularizerConfig
-from ...doctor.requested import FLAGS, attention_of
+from ...pretrained.attention import FLAGS, attention_of, check_flash, is_flash
+from ...training.checks.teacher import MUTATING_STARTS
+from ...training.compiling import BACKEND, LAYERS
 from .classification import check as check_classification
 from .classification import is_classification
 
@@ -117,12 +116,8 @@ _REFUSED: dict[str, str] = {
     "unfrozen_parameters": _BASE,
     "sequence_parallel_degree": "is not supported with BA-LoRA yet: use DDP or DeepSpeed.",
 }
-
-
 LOAD_IN = {4: "load_in_4bit", 8: "load_in_8bit"}
 KERNELS = tuple(key for key, why in _REFUSED.items() if why is _KERNELS)
-
-
 _TERMS = {  # the paper's numbers and letters
     "lambda_consistency": ("lambda1", "lambda_1", "lambda_cr", "l1", "cr"),
     "lambda_diversity": ("lambda2", "lambda_2", "lambda_dr", "lambda_entropy", "l2", "dr"),

@@ -19,9 +19,9 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import DataCollatorWithPadding, GenerationConfig, set_seed
 
-from ...nlu.data import columns_of, tokenised
-from ...nlu.heads import head_names
-from ...nlu.scores import scores
+from ...classification.data import columns_of, tokenised
+from ...classification.scores import scores
+from ...pretrained.classifier_head import head_names
 
 logger = logging.getLogger("axolotl.balora_plugin")
 

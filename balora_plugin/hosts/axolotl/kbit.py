@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...quantised import is_quantised_linear
+from ...pretrained.quantised import is_quantised_linear
 from .checks import LOAD_IN
 
 logger = logging.getLogger("axolotl.balora_plugin")

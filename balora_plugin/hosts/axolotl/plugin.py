@@ -17,12 +17,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from ...adapter.build import get_ba_lora_model
 from ...adapter.config import DELTA_STARTS, BaLoraConfig
 from ...adapter.model import BaLoraModel
-from ...checkpoint import read_settings
-from ...checks import resolve
+from ...checkpoint.integrity import check_whole
+from ...checkpoint.location import AdapterFiles
+from ...checkpoint.names import STATE_FILE
+from ...checkpoint.settings import read_settings
 from ...config import RegularizerConfig
-from ...head import check_head
-from ...nlu.heads import is_classifier
-from ...whole import STATE_FILE, check_whole
+from ...pretrained.classifier_head import is_classifier
+from ...pretrained.lm_head import check_head
+from ...training.checks.model import resolve
 from . import classification, kbit
 from .args import BaLoraBlock
 from .checks import (
@@ -223,7 +225,7 @@ def check_resumed(cfg: Any) -> None:
         check_whole(checkpoint)
     if not os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
         return
-    settings = read_settings(checkpoint)
+    settings = read_settings(AdapterFiles(checkpoint))
     theirs = ADAPTER if settings is not None and settings["delta_form"] else "lora"
     if theirs != ours:
         raise ValueError(

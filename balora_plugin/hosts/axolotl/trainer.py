@@ -10,8 +10,8 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from transformers import Trainer
 
 from ...config import RegularizerConfig
-from ...objective import StepOutput
-from ...trainer import BaLoraTrainerMixin
+from ...objective.request import StepOutput
+from ...training.trainer import BaLoraTrainerMixin
 
 
 class TaskPerplexity(Trainer):

@@ -1,0 +1,174 @@
+"""The section of a model card (README.md) that says what a BA-LoRA adapter is, for which base, and what to do with it.
+
+A marked block of text: hosts write cards of their own and update each other's, so the rest of the file, its metadata
+included, is left as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from ..config import BaLoraConfig
+from ..delta import delta_layers_of
+from . import provenance
+
+START, END = "<!-- ba-lora -->", "<!-- /ba-lora -->"
+VLLM_DEFAULT_RANK = 16
+
+
+def update(directory: str, model: PeftModel) -> None:
+    """Writes or replaces the section in `directory`'s README.md; a model without a BA-LoRA adapter gets none."""
+    ours = {name: config for name, config in model.peft_config.items() if isinstance(config, BaLoraConfig)}
+    path = Path(directory, "README.md")
+    if not ours or not path.exists():
+        return
+    parts = [section(model, name, config, heading=len(ours) > 1) for name, config in ours.items()]
+    text = with_section(path.read_text(encoding="utf-8"), "\n\n".join(["## BA-LoRA adapter", *parts]))
+    path.write_text(text, encoding="utf-8")
+
+
+def tags_of(directory: str) -> list[str]:
+    """The tags of `directory`'s README.md, none if there is no such file."""
+    path = Path(directory, "README.md")
+    return list(ModelCard.load(path).data.tags or []) if path.exists() else []
+
+
+def add_tags(directory: str, tags: list[str]) -> None:
+    """Puts back what PEFT leaves out when it updates a host's card: it keeps the model's own tags alone."""
+    path = Path(directory, "README.md")
+    found = ModelCard.load(path)
+    missing = set(tags) - set(found.data.tags or [])
+    if missing:
+        found.data.tags = sorted({*(found.data.tags or []), *missing})
+        found.save(path)
+
+
+def with_section(card: str, section: str) -> str:
+    """`card` with our block: in the place of an earlier one, else before its first second-level heading."""
+    block = f"{START}\n{section}\n{END}"
+    present = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+    if present.search(card):
+        return present.sub(lambda _: block, card, count=1)
+    lines = card.splitlines()
+    at = _first_heading(lines)
+    before, after = lines[:at], lines[at:]
+    return "\n".join([*before, *([""] if before and before[-1] else []), block, "", *after]).rstrip("\n") + "\n"
+
+
+def _first_heading(lines: list[str]) -> int:
+    """Line of the first `## ` heading outside front matter, code and comments; the end if there is none."""
+    fenced = comment = False
+    front = bool(lines) and lines[0].strip() == "---"
+    for number, line in enumerate(lines):
+        if front:
+            front = number == 0 or line.strip() != "---"
+            continue
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        if "<!--" in line and not fenced:
+            comment = True
+        if not fenced and not comment and line.startswith("## "):
+            return number
+        if "-->" in line:
+            comment = False
+    return len(lines)
+
+
+def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, heading: bool = False) -> str:
+    """The section's text for one adapter."""
+    from ..._version import __version__
+
+    found = provenance.known(model)
+    identity = None if found is None else found.identity
+    base = config.base_model_name_or_path or "BASE"
+    ranks = sorted({layer.r[adapter_name] for _, layer in delta_layers_of(model, adapter_name)}) or [config.r]
+    factor = 2 if config.delta else 1
+    rank = factor * ranks[-1]
+    start = f"start `{config.init_lora_weights}`, in delta form" if config.delta else "ordinary LoRA start"
+    file_rank = f"{rank}, twice the trained rank {ranks[-1]}" if config.delta else f"{rank}"
+    if len(ranks) > 1:
+        file_rank += f" (smallest layer: {factor * ranks[0]})"
+    rows = [
+        ("base model", f"`{base}`"),
+        ("SHA-256 of the base", "not recorded" if identity is None else f"`{identity.sha256}` ({identity.dtype})"),
+        ("quantised in training", _quantisation(identity.quantization if identity else None)),
+        ("method", f"BA-LoRA, {start} (balora-plugin {__version__})"),
+        ("terms in force", terms(config)),
+        ("teacher", (found.teacher if found else None) or "the base itself, adapter switched off"),
+        ("rank of the file", file_rank),
+    ]
+    labels = model.get_base_model().config.num_labels if config.family == "nlu" else None
+    place = "." if adapter_name == "default" else adapter_name
+    flag = f"`max_lora_rank` >= {rank} (vLLM: `--max-lora-rank {rank}`; its default is {VLLM_DEFAULT_RANK})"
+    smaller = f"--rank {VLLM_DEFAULT_RANK}" if rank > VLLM_DEFAULT_RANK else "--rank auto --max-error 0.05"
+    commands = [f"balora export {place} --output smaller {smaller}    # prints what is lost"]
+    if labels is None:  # the two run a causal language model
+        verify = f"balora verify {place} --base {shlex.quote(base)}    # is this the base it was trained on?"
+        commands = [verify, *commands, f"balora export {place} --output merged --merge --base {shlex.quote(base)}"]
+    return "\n".join(
+        [
+            *([f"### Adapter `{adapter_name}`, in `{place}`", ""] if heading else []),
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            "This is an ordinary LoRA for the *original* base model, whose weights were not changed. "
+            f"Servers need {flag}.",
+            "",
+            *loading_snippet(base, place, labels),
+            "",
+            "```",
+            *commands,
+            "```",
+        ]
+    )
+
+
+def loading_snippet(base: str, place: str, labels: int | None = None) -> list[str]:
+    """How unmodified PEFT loads an adapter; `labels`: of a classifier with so many outputs."""
+    loader = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
+    return [
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {loader}",
+        "",
+        f'base = {loader}.from_pretrained("{base}"{"" if labels is None else f", num_labels={labels}"})',
+        f'model = PeftModel.from_pretrained(base, "{place}")  # this directory',
+        "```",
+    ]
+
+
+def terms(config: BaLoraConfig) -> str:
+    """The regularisers with their weights, in a line."""
+    r = config.regularizers.resolved(config.family)
+    parts = []
+    if r.lambda_consistency:
+        heat = "" if r.temperature == 1.0 or r.consistency == "mse" else f", temperature {r.temperature:g}"
+        parts.append(f"consistency {r.lambda_consistency:g} ({r.consistency}{heat})")
+    if r.lambda_diversity:
+        parts.append(f"diversity {r.lambda_diversity:g}{f' (top {r.diversity_top_k})' if r.diversity_top_k else ''}")
+    if r.lambda_svd:
+        parts.append(f"singular values {r.lambda_svd:g} (k = {r.svd_top_k}, {r.svd_norm}, {r.svd_input})")
+    if not parts:
+        return "none (all weights 0)"
+    schedule = "" if r.schedule == "constant" else f"; schedule {r.schedule}"
+    interval = "" if r.teacher_interval == 1 else f"; teacher on every {r.teacher_interval}th micro-batch"
+    return f"{', '.join(parts)}{schedule}{interval}; preset {r.preset}"
+
+
+def _quantisation(values: dict[str, Any] | None) -> str:
+    """A quantisation in words."""
+    if values is None:
+        return "no"
+    if values.get("load_in_4bit"):
+        double = ", double quantisation" if values.get("bnb_4bit_use_double_quant") else ""
+        return f"bitsandbytes 4-bit ({values.get('bnb_4bit_quant_type')}{double})"
+    if values.get("load_in_8bit"):
+        return "bitsandbytes 8-bit"
+    return str(values.get("quant_method", "yes"))

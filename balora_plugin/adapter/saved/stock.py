@@ -1,0 +1,123 @@
+"""Format version 1: what a saved BA-LoRA adapter is, how it is written and read back exactly.
+
+A directory holds a stock LoRA of rank 2r for the original base (adapter_config.json, adapter_model.safetensors, with
+A = [dA; A0 + dA] and B = [B0, dB]) and side files: ba_lora_init.safetensors (A0; dA, dB and B0 stand exactly in the
+stock file), for a classifier ba_lora_head.safetensors (the teacher's head), and ba_lora.json (format version, settings,
+hashes), written last. Unmodified PEFT reads the first two.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from torch import Tensor
+
+from ...checkpoint.names import WEIGHTS_FILE
+from ..config import BaLoraConfig, alpha_for
+from ..delta import FROZEN, PEFT_PREFIX, delta_layers_of, num_experts, stack_factors, target_key
+
+
+def stock_config(config: BaLoraConfig, model: PeftModel, adapter_name: str) -> LoraConfig:
+    """Returns the LoraConfig of an adapter's saved file: [`BaLoraConfig.to_stock_config`], made right for its layers.
+
+    Patterns are written per layer where their own form, read back by PEFT, would give a layer something else (rsLoRA;
+    overlapping patterns, whose order the file loses).
+    """
+    stock = config.to_stock_config()
+    if not config.delta or not (config.rank_pattern or config.alpha_pattern):
+        return stock
+    layers = [(target_key(name, layer), layer) for name, layer in delta_layers_of(model, adapter_name)]
+    if all(_as_peft_reads(stock, key) == (2 * la.r[adapter_name], la.scaling[adapter_name]) for key, la in layers):
+        return stock
+    stock.rank_pattern = {key: 2 * layer.r[adapter_name] for key, layer in layers}
+    stock.alpha_pattern = {
+        key: alpha_for(layer.scaling[adapter_name], 2 * layer.r[adapter_name]) for key, layer in layers
+    }
+    return stock
+
+
+def _as_peft_reads(config: LoraConfig, key: str) -> tuple[int, float]:
+    """Rank and scaling PEFT gives the module `key` when it reads `config` back from its file, where keys are sorted."""
+    rank_key = get_pattern_key(sorted(config.rank_pattern), key)
+    alpha_key = get_pattern_key(sorted(config.alpha_pattern), key)
+    rank = config.rank_pattern.get(rank_key, config.r)
+    return rank, config.alpha_pattern.get(alpha_key, config.lora_alpha) / rank
+
+
+def delta_layers(model: PeftModel, adapter_name: str) -> list[tuple[str, LoraLayer]]:
+    """(name as it stands in state dicts, layer) of every layer with `adapter_name` in delta form."""
+    return [(PEFT_PREFIX + name, layer) for name, layer in delta_layers_of(model, adapter_name)]
+
+
+def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` of the whole model with this adapter's tensors replaced by the stock rank-2r pair.
+
+    A dict gathered by a sharded trainer may lack the frozen factors: they are completed from the model if it holds them
+    whole. Refused, never half-written: a dict without the trained factors, or tensors of another shape.
+
+    Raises:
+        ValueError: names the tensor that is missing or of another shape.
+        FloatingPointError: a factor holds NaN or inf.
+    """
+    stock = {key: value for key, value in state_dict.items() if not any(f".{name}." in key for name in FROZEN)}
+    for name, layer in delta_layers(model, adapter_name):
+        tensors = {}
+        for attribute in ("lora_A", "lora_B", *FROZEN):
+            key = f"{name}.{attribute}.{adapter_name}.weight"
+            module = getattr(layer, attribute)[adapter_name]
+            value = state_dict.get(key)
+            if value is None and attribute in FROZEN:
+                value = module.weight.detach()
+            expected = (module.out_features, module.in_features)
+            if value is None or tuple(value.shape) != expected:
+                raise ValueError(
+                    f"cannot save BA-LoRA adapter {adapter_name!r}: {key} is "
+                    f"{'missing from' if value is None else f'{tuple(value.shape)}, not {expected}, in'} the state "
+                    "dict. Gather the full state dict first (FSDP: FULL_STATE_DICT; ZeRO-3: "
+                    "stage3_gather_16bit_weights_on_model_save)."
+                )
+            tensors[attribute] = value.detach()
+            if not bool(torch.isfinite(value).all()):
+                raise FloatingPointError(
+                    f"cannot save BA-LoRA adapter {adapter_name!r}: {key} holds NaN or inf. Nothing was written: go on "
+                    "from the last checkpoint, with a lower learning_rate."
+                )
+        a, b = stack_factors(
+            tensors["lora_A"], tensors["lora_B"], tensors["frozen_A"], tensors["frozen_B"], num_experts(layer)
+        )
+        stock[f"{name}.lora_A.{adapter_name}.weight"] = a
+        stock[f"{name}.lora_B.{adapter_name}.weight"] = b
+    return stock
+
+
+def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> None:
+    """Asserts that the written file holds exactly the stock pair of every layer, at the scaling PEFT will compute.
+
+    Raises:
+        RuntimeError: a frozen factor leaked in, a layer is missing, or the scaling would differ.
+    """
+    saved = LoraConfig.from_pretrained(directory)
+    with safe_open(os.path.join(directory, WEIGHTS_FILE), framework="pt") as file:
+        names = list(file.keys())
+    lora_keys = {key for key in names if ".lora_" in key or "frozen_" in key}
+    expected = set()
+    for name, layer in delta_layers(model, adapter_name):
+        expected |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+        key = target_key(name.removeprefix(PEFT_PREFIX), layer)
+        rank, scaling = _as_peft_reads(saved, key)
+        both = torch.tensor([scaling, layer.scaling[adapter_name]], dtype=torch.float32)
+        if rank != 2 * layer.r[adapter_name] or both[0] != both[1]:
+            raise RuntimeError(
+                f"the saved config would give layer {key} rank {rank} and scaling {scaling} instead of "
+                f"{2 * layer.r[adapter_name]} and {layer.scaling[adapter_name]}: please report this."
+            )
+    if lora_keys != expected:
+        raise RuntimeError(
+            f"the saved adapter is not exactly the stock factors: unexpected {sorted(lora_keys - expected)[:3]}, "
+            f"missing {sorted(expected - lora_keys)[:3]}: please report this."
+        )

@@ -1,0 +1,86 @@
+"""The files beside a saved adapter's stock pair: A0, the settings, a classifier's head, where it came from."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...atomic import replacing
+from ...checkpoint.names import CONFIG_FILE, HEAD_FILE, INIT_FILE, WEIGHTS_FILE
+from ...checkpoint.settings import file_digest, write_settings
+from ...pretrained.classifier_head import write_teacher_head
+from . import provenance
+from .stock import check_stock_file, delta_layers
+
+
+def init_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A0 of every layer, `<layer>.lora_A0.weight` -> (r, in), on the CPU."""
+    return {
+        f"{name}.lora_A0.weight": state_dict.get(
+            f"{name}.frozen_A.{adapter_name}.weight", layer.frozen_A[adapter_name].weight
+        )
+        .detach()
+        .cpu()
+        .contiguous()
+        for name, layer in delta_layers(model, adapter_name)
+    }
+
+
+def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Checks the stock file that was just written, then adds A0 and, last, the settings with the files' hashes."""
+    config = model.peft_config[adapter_name]
+    names = [CONFIG_FILE, WEIGHTS_FILE]
+    if config.delta:
+        check_stock_file(directory, model, adapter_name)
+        write_init_file(directory, model, adapter_name, state_dict)
+        names.append(INIT_FILE)
+    if write_teacher_head(directory, model.get_base_model()):
+        names.append(HEAD_FILE)
+    origin, files = provenance.write(directory, model, adapter_name)
+    names += files
+    hashes = {name: file_digest(os.path.join(directory, name)) for name in names}
+    write_settings(directory, {**config.to_settings(), **origin}, hashes)
+
+
+def write_init_file(directory: str, model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """A0, which never changes: a hard link to the run's last file of it where that holds the same tensors.
+
+    Always under a new name first: writing into a linked file would change every checkpoint that shares it.
+    """
+    tensors = init_state_dict(model, adapter_name, state_dict)
+    target = Path(directory, INIT_FILE)
+    shared = init_files(model)
+    source = shared.get(adapter_name)
+    with replacing(target) as temporary:
+        linked = False
+        if source is not None and _holds(source, tensors):
+            with suppress(OSError):  # another file system, or one without links
+                os.link(source, temporary)
+                linked = True
+        if not linked:
+            save_file(tensors, temporary, {"format": "pt"})
+    shared[adapter_name] = str(target)
+
+
+def init_files(model: PeftModel) -> dict[str, str]:
+    """Adapter name -> where this model's A0 was last written to or read from."""
+    files: dict[str, str] = model.__dict__.setdefault("_ba_lora_init_files", {})
+    return files
+
+
+def _holds(path: str, tensors: dict[str, Tensor]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == set(tensors) and all(
+                (there := file.get_tensor(key)).dtype == here.dtype and torch.equal(there, here)
+                for key, here in tensors.items()
+            )
+    except (OSError, SafetensorError):  # rotated away, or damaged
+        return False

@@ -1,0 +1,1 @@
+"""Where A0 and B0 come from."""

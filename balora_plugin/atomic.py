@@ -1,0 +1,104 @@
+"""Files and directories that are there whole or not at all, also after a crash or a loss of power."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives the name of a temporary file beside `path`, which takes its place once the block has ended.
+
+    The file is flushed to the disk before it is renamed, and its directory after. A block that raises leaves `path` as
+    it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush_names(path.parent)
+    finally:
+        with suppress(OSError):  # a rename onto another name of the same file leaves both
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def create_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 file whole, unless another process has written it meanwhile: then that one stays."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+        try:
+            os.link(temporary, path)  # unlike a rename it never replaces what is there
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+        _flush_names(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a new directory beside `path`, which takes its place, whatever was there, once the block has ended."""
+    path = Path(path)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield fresh
+        os.chmod(fresh, 0o777 & ~_umask())  # mkdtemp's is private
+        for directory, _, names in os.walk(fresh):
+            for name in names:
+                _flush(Path(directory, name))
+            _flush_names(Path(directory))
+        old = None
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            path.replace(old / path.name)
+        fresh.replace(path)
+        _flush_names(path.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Has the system write a file to the disk; an error in doing so (a full disk) is the caller's."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+def _flush_names(directory: Path) -> None:
+    """The same for the names in a directory, where the system can open one (Windows cannot)."""
+    with suppress(OSError):
+        _flush(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

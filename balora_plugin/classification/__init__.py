@@ -1,0 +1,1 @@
+"""Data and scores of sequence classification."""

@@ -1,1 +1,0 @@
-"""The NLU family: BA-LoRA for sequence classification and regression."""

@@ -1,0 +1,54 @@
+"""What a batch says of itself: its counted positions, and where its documents begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..teacher.documents import BOUNDARIES
+
+
+def without_crossings(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose labels say nothing of a document's first token, as where it stands alone in its row.
+
+    In a packed row that token would be predicted from the end of the document before it: TRL masks it, Axolotl's
+    collators do not (train_on_inputs: true). inputs: labels (B, L), position_ids (B, L) that begin anew at 0.
+    """
+    labels, positions = inputs.get("labels"), inputs.get("position_ids")
+    if not isinstance(labels, Tensor) or not isinstance(positions, Tensor) or positions.shape != labels.shape:
+        return inputs
+    return {**inputs, "labels": labels.masked_fill(positions.to(labels.device) == 0, -100)}
+
+
+def with_boundaries(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A packed batch with its documents' edges as flash kernels take them, so that no layer has to look for them.
+
+    transformers finds them in each layer by a branch on the data, which no graph can hold. inputs: position_ids (1, L)
+    that begin anew at 0, and no attention_mask; other batches are left as they are.
+    """
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
+        return inputs
+    if inputs.get("attention_mask") is not None or BOUNDARIES & inputs.keys() or positions[0, 0] != 0:
+        return inputs
+    edges = F.pad((positions[0] == 0).nonzero().flatten(), (0, 1), value=positions.shape[1]).to(torch.int32)
+    longest = int(edges.diff().max())
+    return {
+        **inputs,
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def counted_positions(inputs: dict[str, Any]) -> Tensor:
+    """(B, L) bool: positions that predict a counted label, from `labels` or already shifted `shift_labels`."""
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"] != -100
+    counted = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+    counted[:, :-1] = inputs["labels"][:, 1:] != -100  # position t predicts label t + 1
+    return counted

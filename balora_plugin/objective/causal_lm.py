@@ -1,0 +1,162 @@
+"""One micro-batch of the NLG objective inside the model's own forward: teacher pass, student pass, terms.
+
+It runs inside the (wrapped) model's forward, so DDP, FSDP and autocast see an ordinary forward: the trainer passes a
+[`StepRequest`] as keyword `ba_lora`, everything else reaches the model's original forward unchanged.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..fused import TopLogProbs
+from ..fused.head import Head
+from ..fused.project import project
+from ..fused.tokens import IGNORED
+from ..pretrained.attention import implementation_of, is_flash
+from ..pretrained.lm_head import check_head_now, read_head
+from ..pretrained.switch import TeacherSwitch
+from ..teacher.rows import Teacher
+from .batches import counted_positions, with_boundaries
+from .causal_lm_terms import backbone_pass, head_ratio, make_plan, shares, spectrum_of, token_sums
+from .request import StepOutput, StepRequest
+
+_NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
+
+
+@torch.compiler.disable(recursive=False)
+def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> StepOutput:
+    """Teacher and student backbone and the terms of one micro-batch.
+
+    Args:
+        model: The causal language model (inside any PEFT and parallel wrapper).
+        request: What to compute.
+        inputs: Its forward's keywords: input_ids (B, L), labels (B, L) with -100 = not counted, or already shifted
+            shift_labels (B, L); anything else goes to the backbone as it is.
+    """
+    lambdas = request.lambdas
+    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+    if labels is None and shifted is None:
+        raise ValueError("the batch holds no labels: BA-LoRA needs them to know the counted tokens.")
+    router = bool(inputs.pop("output_router_logits", None)) or _wants_router_logits(model)
+    needed = counted_positions(inputs) if request.cache is not None else None
+    inputs = backbone_inputs(inputs)
+
+    compiled = request.compiled
+    if compiled is not None and is_flash(implementation_of(model)):
+        inputs = with_boundaries(inputs)
+    check_head_now(model, inputs["input_ids"].device)
+    head = read_head(model)
+    teacher = teacher_head = None
+    if lambdas.consistency:
+        with request.part("teacher"):
+            teacher, teacher_head = _teacher_pass(model, request, inputs, needed, head)
+    if request.fill:
+        return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
+    extra = {"output_router_logits": True} if router else {}
+    targets = shifted
+    if targets is None:  # position t predicts label t + 1
+        assert labels is not None
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    plan = make_plan(request, head, teacher_head)
+    whole = not (request.return_logits or request.measure_shares)
+    if whole and compiled is not None and compiled.student is not None:
+        hidden, sums, ratio, routed = compiled.student(model, {**inputs, **extra}, targets, teacher, plan)
+    else:
+        with nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model):
+            outputs = model.base_model(**inputs, **extra)
+        hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
+        with request.part("token_terms"):
+            sums = token_sums(hidden, targets, teacher, plan)
+        with request.part("spectrum"):
+            ratio = spectrum_of(hidden, targets, plan)
+    loss, task, consistency, diversity, entropy, correct, count = sums
+    result: dict[str, Any] = {
+        "loss": loss.clone(),  # a view of the operator's sums otherwise: FSDP2 warns that hooks on it may be lost
+        "task": task,
+        "consistency": consistency if lambdas.consistency else None,
+        "diversity": diversity,
+        "entropy": entropy,
+        "correct": correct,
+        "count": count,
+    }
+    if plan.svd == "head":
+        ratio = head_ratio(plan, hidden, targets)
+    if ratio is not None:
+        result |= {"svd": ratio[0], "svd_used_k": ratio[1]}
+    if request.measure_shares:
+        result["shares"] = shares(plan, hidden, targets, teacher, max(request.teacher_factor, 1))
+    if router:
+        result["aux_loss"] = _router_loss(model, routed, inputs.get("attention_mask"))
+    if request.return_logits:
+        result["logits"] = project(hidden.to(head.weight.device), head.weight, head.bias, head.scale, head.softcap).to(
+            hidden.dtype
+        )
+    return StepOutput(**result)
+
+
+def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The part of a causal language model's keywords that its backbone takes."""
+    kept = {key: value for key, value in inputs.items() if key not in _NOT_FOR_BACKBONE and value is not None}
+    return {**kept, "use_cache": False}
+
+
+def _teacher_pass(
+    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None, student_head: Head
+) -> tuple[Teacher, Head | None]:
+    """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's.
+
+    With a cache they are rounded to bfloat16 and zero where `needed` (B, L) is False, or they are the log-probabilities
+    that it has instead, which need no head.
+    """
+    forward = backbone_pass if request.compiled is None else request.compiled.teacher
+
+    def run(inputs: dict[str, Any]) -> Tensor:
+        if request.teacher is not None:
+            with torch.no_grad():
+                return forward(request.teacher, inputs)
+        with (request.switch or TeacherSwitch(model)).off():
+            return forward(model, inputs)
+
+    def head() -> Head:
+        if request.teacher_head is not None:
+            return request.teacher_head
+        if request.teacher is not None:
+            return read_head(request.teacher)
+        return read_head(model, teacher=True, student=student_head)
+
+    if request.cache is None or needed is None:
+        return run(inputs), head()
+    found = request.cache.states(inputs, needed, run, head)
+    return found, None if isinstance(found, TopLogProbs) else head()
+
+
+def _wants_router_logits(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def _router_loss(model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    """The model's own load-balancing loss (mixture-of-experts), unweighted."""
+    module = sys.modules[type(model).__module__]
+    function = getattr(module, "load_balancing_loss_func", None)
+    if function is None:
+        raise ValueError(
+            f"{type(model).__name__} returns router logits, but its load-balancing loss is not known: set "
+            "output_router_logits=False in the model's config (TRL: router_aux_loss_coef=0.0)."
+        )
+    config = model.config.get_text_config()
+    experts = next(
+        (
+            value
+            for name in ("num_experts", "num_local_experts", "n_routed_experts")
+            if (value := getattr(config, name, None))
+        ),
+        None,
+    ) or getattr(model, "num_experts", None)
+    return function(router_logits, experts, config.num_experts_per_tok, attention_mask)

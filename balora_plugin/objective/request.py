@@ -1,0 +1,99 @@
+"""What a trainer asks of one forward pass, and what that gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..config import RegularizerConfig
+from ..fused.factor import FactorCache
+from ..fused.head import Head
+from ..pretrained.switch import TeacherSwitch
+from ..schedules import Lambdas
+from ..teacher.cache import TeacherCache
+
+if TYPE_CHECKING:
+    from ..compile.layers import CompiledLayers
+
+
+def uncounted(name: str) -> AbstractContextManager[None]:
+    """The `part` of a pass whose cost nobody counts."""
+    return nullcontext()
+
+
+@dataclass
+class StepRequest:
+    """What the trainer asks of one forward pass.
+
+    `lambdas` are the weights in force; lambdas.consistency includes `teacher_factor`, the teacher interval (or 0).
+    `teacher_head`: the teacher's head where the student's own has moved and no copy is in the model. `fill`: only make
+    sure that the cache holds the batch's teacher states. `head_only`: a classifier's head on the pre-trained features.
+    `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
+    part of the run's cost.
+    """
+
+    config: RegularizerConfig
+    lambdas: Lambdas
+    factors: FactorCache = field(default_factory=FactorCache)
+    teacher: PreTrainedModel | None = None
+    return_logits: bool = False
+    measure_shares: bool = False
+    teacher_factor: int = 1
+    switch: TeacherSwitch | None = None
+    compiled: CompiledPasses | None = None
+    seed: int = 0
+    cache: TeacherCache | None = None
+    teacher_head: Head | None = None
+    fill: bool = False
+    head_only: bool = False
+    counts: bool = True
+    part: Callable[[str], AbstractContextManager[None]] = uncounted
+
+
+class CompiledPasses(NamedTuple):
+    """[`backbone_pass`] and [`student_pass`], each compiled as one graph; or `layers`, and no pass of the student's."""
+
+    teacher: Callable[..., Any]
+    student: Callable[..., Any] | None = None
+    layers: CompiledLayers | None = None
+
+    def in_use(self) -> str:
+        """How the student is compiled, if compiling did not fail: "whole" (its terms in its graph), "layers" or ""."""
+        if self.layers is not None:
+            return "" if self.layers.failed else "layers"
+        return "whole" if getattr(self.student, "compiled", None) is not None else ""
+
+
+@dataclass
+class StepOutput(ModelOutput):
+    """Sums over counted tokens, and the batch's spectral term. `loss` and `svd` are differentiable, 0-d.
+
+    `loss` = task + weighted token terms; `svd` is unweighted, None if it is off; `svd_used_k` is 0 where it cannot act
+    (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
+    hidden states. A classifier's are sums over samples: `svd` is in `loss` too, and `svd_count`, `diversity_count` say
+    for how many samples the batch's statistics stand.
+    """
+
+    loss: Tensor | None = None
+    task: Tensor | None = None
+    consistency: Tensor | None = None
+    diversity: Tensor | None = None
+    entropy: Tensor | None = None
+    correct: Tensor | None = None
+    count: Tensor | None = None
+    svd: Tensor | None = None
+    svd_used_k: Tensor | None = None
+    svd_count: Tensor | None = None
+    diversity_count: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    shares: Tensor | None = None
+
+
+Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]

@@ -1,0 +1,161 @@
+"""How a causal language model turns final hidden states into logits, read from the model and checked against it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..fused.head import Head
+from ..fused.project import project
+from .quantised import is_quantised_linear, quantised_layers_stay_in_training_mode
+from .switch import TeacherSwitch
+
+logger = logging.get_logger(__name__)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose parameters were not there for check_head
+
+
+def read_head(model: PreTrainedModel, *, teacher: bool = False, student: Head | None = None) -> Head:
+    """The LM head of a causal language model; `teacher=True`: its initial copy, where the head itself trains.
+
+    Sharded ones are gathered, quantised ones dequantised, at every call: `student`, read before, is given back where
+    the teacher's is the same.
+
+    Raises:
+        ValueError: the model has no LM head, or one whose weight cannot be had as a (V, d) matrix.
+    """
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if layer is None:
+        raise ValueError(
+            f"{type(model).__name__} has no LM head (get_output_embeddings() is None): BA-LoRA's NLG terms need a "
+            "causal language model."
+        )
+    if isinstance(layer, ModulesToSaveWrapper):
+        active = [name for name in layer.active_adapters if name in layer.modules_to_save]
+        layer = layer.modules_to_save[active[0]] if active and not teacher else layer.original_module
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if student is not None and weight is not None and student.sources[0] is weight:
+        return student
+    sources = (weight, bias)
+    dequantised = is_quantised_linear(layer) or hasattr(layer, "W_q") or type(weight).__module__.startswith("torchao.")
+    if dequantised:
+        weight = _dequantised(layer)
+    elif hasattr(weight, "full_tensor"):  # FSDP2, the head a unit of its own
+        weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
+    whole = weight is not None and weight.ndim == 2 and weight.dtype in _DTYPES
+    if weight is None or not (whole or hasattr(weight, "ds_id")):  # ZeRO-3 has it whole inside training alone
+        found = "no weight" if weight is None else f"a weight of {weight.dtype}, shape {tuple(weight.shape)}"
+        raise ValueError(
+            f"the LM head ({type(layer).__name__}) has {found}, not a (vocabulary, hidden) matrix of floats. If it is "
+            "quantised, leave it out (llm_int8_skip_modules=['lm_head'] and the like); if FSDP1 shards it on its own, "
+            "wrap the decoder layers alone (transformer_layer_cls_to_wrap), or use fsdp_version: 2."
+        )
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, bias, _logit_scale(config), softcap, sources, dequantised)
+
+
+@torch.no_grad()
+def _dequantised(layer: Any) -> Tensor:
+    """(V, d) of a quantised head. Not by PEFT's function for modules for bitsandbytes: it replaces the parameter."""
+    if not is_quantised_linear(layer):
+        return dequantize_module_weight(layer)
+    if hasattr(layer.weight, "full_tensor"):
+        raise ValueError(
+            "the LM head is quantised and sharded: leave it unquantised (llm_int8_skip_modules=['lm_head'])."
+        )
+    return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+
+
+def _gathered(parameter: Any) -> Tensor:
+    """A DTensor, whole; its gradient is the mean over the ranks, as FSDP's is."""
+    from torch.distributed.tensor import Partial
+
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def _logit_scale(config: Any) -> float:
+    """Models name the factor on their logits differently; [`check_head`] proves the reading."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM3 divide
+        scaling = float(config.logits_scaling)
+        return scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    return 1.0
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Runs the model on four tokens and compares its logits with ours, so that no architecture is silently wrong.
+
+    Where that cannot be done yet (ZeRO-3, meta device, an 8-bit base on a CPU), [`check_head_now`] does it in the first
+    forward pass.
+
+    Raises:
+        ValueError: the logits cannot be reproduced from the final hidden states.
+    """
+    if model.base_model is model:
+        raise ValueError(f"{type(model).__name__} does not separate its backbone from its LM head: not supported.")
+    parameters = list(model.parameters())
+    # PEFT loses the scales of an 8-bit weight on a CPU if it is dequantised for the start after a forward pass
+    if any(hasattr(p, "ds_id") or (hasattr(p, "SCB") and p.device.type == "cpu") for p in parameters):
+        _unchecked.add(model)
+    elif not any(p.device.type == "meta" for p in parameters):
+        _compare_logits(model, model.device)
+    elif not (dist.is_available() and dist.is_initialized()):
+        _unchecked.add(model)
+    elif dist.get_rank() == 0:  # elsewhere rank 0 holds the weights, and has checked them
+        logger.warning(
+            f"BA-LoRA: {type(model).__name__} is on the meta device on every rank, so it was not checked that "
+            "its logits can be computed from its hidden states: load it on rank 0 (cpu_ram_efficient_loading)."
+        )
+
+
+def check_head_now(model: PreTrainedModel, device: torch.device) -> None:
+    """What check_head had to leave, once, inside a forward pass. No more than a look-up where nothing was left.
+
+    Raises:
+        ValueError: the logits cannot be reproduced from the final hidden states.
+    """
+    if model in _unchecked:
+        _unchecked.discard(model)
+        _compare_logits(model, device)
+
+
+@torch.no_grad()
+def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
+    captured: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(
+        lambda module, args, output: captured.append(output.last_hidden_state)
+    )
+    try:
+        # at rest: dropout would draw random numbers, in the first step of a resumed run too
+        with TeacherSwitch(model).off(), quantised_layers_stay_in_training_mode(model):
+            ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+            expected = model.forward(input_ids=ids, use_cache=False).logits  # past hooks: it may be inside a call of it
+    finally:
+        handle.remove()
+    head = read_head(model)
+    got = project(captured[0].to(head.weight.device), head.weight, head.bias, head.scale, head.softcap)
+    exact = expected.dtype in (torch.float32, torch.float64) and not head.dequantised
+    if not bool(torch.isfinite(expected).all()):
+        for name, value in model.named_parameters():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"{name.replace('.base_layer', '')} of the base model holds NaN or inf, and so do its logits: load "
+                    "a whole copy of the model, or another dtype (float16 overflows where bfloat16 does not)."
+                )
+    error = (got.to(expected.device) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    if not error < (1e-4 if exact else 5e-2):
+        raise ValueError(
+            f"{type(model).__name__}'s logits are not softcap((hidden @ weight.T + bias) * scale) of its final hidden "
+            f"states (relative error {error:.1e}): the terms would be computed on other logits. Not supported."
+        )

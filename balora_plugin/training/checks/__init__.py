@@ -1,0 +1,1 @@
+"""What a run refuses before its first step, by subject."""

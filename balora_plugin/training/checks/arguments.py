@@ -1,0 +1,140 @@
+"""Refusals of a host's arguments, data and checkpoints that BA-LoRA cannot train with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...adapter.config import BaLoraConfig
+from ...checkpoint.location import AdapterFiles
+from ...checkpoint.names import INIT_FILE, STATE_FILE
+from ...checkpoint.settings import read_settings
+from ...config import RegularizerConfig
+from ...distributed import is_sharded
+
+
+def check_arguments(args: Any) -> None:
+    """Training arguments that would replace or bypass the loss, refused by name.
+
+    Raises:
+        ValueError: names the argument, its value and what to write.
+    """
+    refused: list[tuple[str, Any, str]] = [
+        ("label_smoothing_factor", 0.0, "the consistency term already softens the targets; set it to 0"),
+        ("use_liger_kernel", False, "it replaces the forward that computes the terms; set it to False"),
+        ("loss_type", ("nll", "chunked_nll"), "BA-LoRA's task loss is the cross-entropy; leave it at its default"),
+    ]
+    for key, allowed, remedy in refused:
+        value = getattr(args, key, None)
+        if value is None or value in (allowed if isinstance(allowed, tuple) else (allowed,)):
+            continue
+        raise ValueError(f"{key}={value!r} does not work with BA-LoRA: {remedy}.")
+    if getattr(args, "n_gpu", 1) > 1:
+        raise ValueError(
+            f"n_gpu={args.n_gpu}: nn.DataParallel is not supported. Launch with `accelerate launch` or `torchrun`, or "
+            "show one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    parallelism = getattr(args, "parallelism_config", None)
+    for key in ("cp_enabled", "sp_enabled", "tp_enabled"):
+        if getattr(parallelism, key, False):
+            raise ValueError(f"parallelism_config.{key}=True does not work with BA-LoRA yet: use DDP or FSDP.")
+
+
+def check_saving(accelerator: Any) -> None:
+    """Ways to save under FSDP that leave no adapter behind, and say nothing.
+
+    Raises:
+        ValueError: names the key and what to write.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    kind = str(getattr(plugin, "state_dict_type", ""))
+    if "SHARDED" in kind or "LOCAL" in kind:
+        raise ValueError(
+            f"fsdp_state_dict_type={kind.rpartition('.')[2]}: save_model would write no adapter. Write "
+            "fsdp_state_dict_type: FULL_STATE_DICT (the adapter alone is gathered)."
+        )
+
+
+def check_counted(dataset: Any) -> None:
+    """Refuses training data of which no label counts: every loss would be 0, and nothing trained.
+
+    Reads rows until one counts, which where all is well is the first; streams, and rows without labels, are not read.
+
+    Raises:
+        ValueError: names the labels and the usual reasons.
+    """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return
+    for index in range(len(dataset)):
+        row = dataset[index]
+        labels = row.get("labels") if isinstance(row, Mapping) else None
+        if labels is None:
+            return
+        labels = torch.as_tensor(labels)  # a classifier's has no dimension
+        if labels.ndim != 1 or not labels.numel() or bool(labels[1:].ne(-100).any()):
+            return
+    if len(dataset):
+        raise ValueError(
+            f"labels: all are -100 in all {len(dataset)} rows of the training data, so no token counts: look for a "
+            "chat template that marks no answer, for prompts longer than the sequence length, or train on the prompts "
+            "too (train_on_inputs: true; completion_only_loss=False)."
+        )
+
+
+_OF_ANY_ADAPTER = ("adapter_config.json", STATE_FILE)  # of a checkpoint that a Trainer has finished
+
+
+def check_checkpoint(adapter: Any, directory: str) -> None:
+    """Refuses to resume a BA-LoRA checkpoint into a plain LoRA: its optimizer state is that of rank r, its file of 2r.
+    And the reverse.
+
+    Raises:
+        ValueError: names the checkpoint and the remedy.
+    """
+    settings = read_settings(AdapterFiles(directory)) if os.path.isdir(directory) else None
+    has = {name: os.path.isfile(os.path.join(directory, name)) for name in (*_OF_ANY_ADAPTER, INIT_FILE)}
+    if settings is None and all(has[name] for name in _OF_ANY_ADAPTER) and not has[INIT_FILE]:
+        if isinstance(adapter, BaLoraConfig) and adapter.delta:
+            raise ValueError(
+                f"{directory} is a checkpoint of another adapter than BA-LoRA, which this run trains: resume one of a "
+                "BA-LoRA run, or start with another output_dir."
+            )
+        return
+    if settings is None or not settings["delta_form"] or (isinstance(adapter, BaLoraConfig) and adapter.delta):
+        return
+    raise ValueError(
+        f"{directory} is a BA-LoRA checkpoint, but this trainer's adapter is {type(adapter).__name__}: resume it with "
+        "peft_config=BaLoraConfig.from_pretrained(checkpoint). (PeftModel.from_pretrained loads it as a plain LoRA, to "
+        "start a new run from.)"
+    )
+
+
+def check_classifier_run(
+    model: PreTrainedModel, config: RegularizerConfig, args: Any, *, compiled: bool | str, fsdp: bool, deepspeed: bool
+) -> None:
+    """What does not go together in a classification run. `fsdp`, `deepspeed`: the engine that the host runs on.
+
+    Raises:
+        ValueError: names the key, its value and what to write.
+    """
+    if fsdp or deepspeed or is_sharded(model):  # a resumed run would give the teacher another random head
+        key = "deepspeed" if deepspeed else "fsdp"
+        given = getattr(args, key, None)
+        raise ValueError(
+            f"{key}={given if isinstance(given, str) and given else True!r} does not work with task='nlu': the "
+            f"teacher's head is not restored under {'DeepSpeed' if deepspeed else 'FSDP'}. Leave {key} out (also of "
+            "accelerate's config) and use DDP."
+        )
+    if compiled:
+        raise ValueError(f"compile={compiled!r} is for causal language models: leave it out for a classifier.")
+    if not config.head_warmup_steps:
+        return
+    if getattr(args, "ddp_find_unused_parameters", None) is False:
+        raise ValueError(
+            f"head_warmup_steps={config.head_warmup_steps} leaves the adapter without gradients for that long, which "
+            "ddp_find_unused_parameters=False does not allow: set it to True, or leave it out."
+        )

@@ -1,0 +1,134 @@
+"""Saving and resuming under FSDP and DeepSpeed: the adapter's own files hold it whole, which the engine's do not.
+
+They have what trains, without A0 and B0, and FSDP2's are loaded by the first rank alone.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from peft.utils import load_peft_weights
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+
+from ..adapter.config import BaLoraConfig
+from ..adapter.delta import FROZEN
+from ..adapter.saved.reading import read_factors
+from ..checkpoint.names import INIT_FILE
+
+if TYPE_CHECKING:
+    from .trainer import BaLoraTrainerMixin
+
+_FSDP1 = "_fsdp_wrapped_module."
+
+
+class RestoreAdapter(TrainerCallback):
+    """Acts once the host has loaded: before the first step of a resumed run, and for the best checkpoint at the end."""
+
+    def __init__(self, trainer: BaLoraTrainerMixin, resumed: str | None) -> None:
+        self.trainer = trainer
+        self.resumed = resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.resumed is not None:
+            self._restore(self.resumed)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._restore(state.best_model_checkpoint)
+
+    def _restore(self, directory: str) -> None:
+        trainer = self.trainer
+        name = trainer.model.active_adapters[0]
+        where = directory if name == "default" else os.path.join(directory, name)
+        if trainer.is_fsdp_enabled:
+            restore(trainer.model, name, where, wrapped=trainer.model_wrapped)
+        elif trainer.is_deepspeed_enabled:  # its own file has what trains, and a copy of it in the optimizer
+            restore(trainer.model, name, where, frozen_alone=True)
+
+
+@torch.no_grad()
+def restore(
+    model: PeftModel, adapter_name: str, directory: str, *, wrapped: nn.Module | None = None, frozen_alone: bool = False
+) -> None:
+    """Writes the adapter in `directory` into a model whose parameters an engine has split over the ranks.
+
+    Every rank calls it and reads the files. `wrapped`: the model as FSDP1 runs it. `frozen_alone`: A0 and B0.
+
+    Raises:
+        ValueError: the files are not those of this adapter.
+    """
+    values = _tensors(model, adapter_name, directory)
+    whole = (
+        FullyShardedDataParallel.summon_full_params(wrapped, writeback=True)
+        if isinstance(wrapped, FullyShardedDataParallel)
+        else nullcontext()
+    )
+    with whole:
+        parameters = {name.replace(_FSDP1, ""): parameter for name, parameter in model.named_parameters()}
+        for name, value in values.items():
+            if not frozen_alone or any(f".{attribute}." in name for attribute in FROZEN):
+                _write(parameters[name], value)
+
+
+def frozen_factors(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """{name in the state dict: A0 or B0, whole, on the CPU} of every factor that ZeRO-3 has split; else empty.
+
+    The state dict that ZeRO-3 gathers for a save leaves out what is frozen. Every rank calls this; one that does not
+    `keep` gets an empty dict. One factor at a time is whole.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id") and any(f".{attribute}." in name for attribute in FROZEN):
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter]):
+                if keep:
+                    found[name] = parameter.detach().cpu().clone()
+    return found
+
+
+def _tensors(model: PeftModel, adapter_name: str, directory: str) -> dict[str, Tensor]:
+    """{the model's name of a parameter: its whole value}, of everything that the adapter's files hold."""
+    weights = load_peft_weights(directory, device="cpu")
+    config = model.peft_config[adapter_name]
+    values: dict[str, Tensor] = {}
+    if isinstance(config, BaLoraConfig) and config.delta:
+        init = os.path.join(directory, INIT_FILE)
+        _, factors = read_factors(model, adapter_name, weights, init)
+        for layer, tensors in factors.items():
+            values |= {f"{layer}.{attribute}.{adapter_name}.weight": value for attribute, value in tensors.items()}
+    else:
+        for key, value in weights.items():
+            if ".lora_" in key:
+                owner, _, leaf = key.rpartition(".")
+                values[f"{owner}.{adapter_name}.{leaf}"] = value
+    for name, module in model.named_modules():
+        name = name.replace(_FSDP1, "")
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            for leaf, _ in module.modules_to_save[adapter_name].named_parameters():
+                leaf = leaf.replace(_FSDP1, "")
+                values[f"{name}.modules_to_save.{adapter_name}.{leaf}"] = weights[f"{name}.{leaf}"]
+    return values
+
+
+def _write(parameter: Tensor, value: Tensor) -> None:
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: gathered, written by one rank, split again
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            if dist.get_rank() == 0:
+                parameter.data.copy_(value)
+    elif isinstance(parameter, DTensor):
+        value = value.to(parameter.device, parameter.dtype)
+        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+    else:
+        parameter.data.copy_(value)

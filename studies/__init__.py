@@ -1,0 +1,1 @@
+"""Comparisons of methods, each one command."""

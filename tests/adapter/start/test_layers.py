@@ -1,0 +1,232 @@
+"""The start of all layers: once per job over its ranks, kept on disk for the next run, never from another weight."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import ba_lora, logits
+from models import tiny_llama, tiny_mixtral
+from safetensors.torch import load_file, save_file
+
+from balora_plugin.adapter.start import disk_cache
+from balora_plugin.adapter.start.disk_cache import StartCache, cache_directory
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """The cache in a directory of its own, for matrices of any size; how many were factorised."""
+    monkeypatch.setenv("BALORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(disk_cache, "SMALLEST", 0)
+    count = []
+    original = disk_cache.pissa_factors
+    monkeypatch.setattr(
+        disk_cache, "pissa_factors", lambda weight, *args, **kw: count.append(1) or original(weight, *args, **kw)
+    )
+    return tmp_path / "starts", count
+
+
+def factors(model):
+    return {name: p for name, p in model.state_dict().items() if "frozen_" in name}
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral])
+@pytest.mark.parametrize("start", ["pissa", "pissa_fast"])
+def test_a_second_run_factorises_nothing_and_starts_alike(build, start, store, ids):
+    directory, count = store
+    first = ba_lora(build(), init_lora_weights=start)
+    made = len(count)
+    assert made == len(list(directory.iterdir())) > 0
+    second = ba_lora(build(), init_lora_weights=start)
+    assert len(count) == made
+    expected = factors(first)
+    assert all(torch.equal(p, expected[name]) for name, p in factors(second).items())
+    assert torch.equal(logits(first.eval(), ids), logits(build().eval(), ids))
+
+
+def test_what_the_factors_depend_on_is_in_the_key(store):
+    directory, count = store
+    weight = torch.randn(12, 8)
+    cases = [
+        (weight, 2, 1.0, False),
+        (weight, 3, 1.0, False),
+        (weight, 2, 0.5, False),
+        (weight, 2, 1.0, True),
+        (weight.bfloat16(), 2, 1.0, False),
+        (weight.T.contiguous(), 2, 1.0, False),
+        (weight + 1e-6, 2, 1.0, False),
+        (weight.reshape(8, 12), 2, 1.0, False),  # the same bytes
+    ]
+    for case, rank, scaling, fast in cases:
+        StartCache(directory).factors(case, rank, scaling, fast=fast)
+    assert len(count) == len(list(directory.iterdir())) == len(cases)
+    transposed = StartCache(directory).factors(weight.T.contiguous().T, 2, 1.0, fast=False)  # the same matrix in memory
+    assert len(count) == len(cases)
+    assert torch.equal(transposed[0], StartCache(directory).factors(weight, 2, 1.0, fast=False)[0])
+
+
+def damage_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_value(path):
+    tensors = load_file(path)
+    said = {"sha256": "0" * 64}
+    save_file({**tensors, "A0": tensors["A0"] + 1}, path, said)
+
+
+def damage_shape(path):
+    save_file({"A0": torch.zeros(1, 1), "B0": torch.zeros(1, 1)}, path, {"sha256": ""})
+
+
+@pytest.mark.parametrize("damage", [damage_half, damage_value, damage_shape])
+def test_a_damaged_file_is_made_anew(damage, store):
+    directory, count = store
+    weight = torch.randn(12, 8)
+    expected = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    (path,) = directory.iterdir()
+    damage(path)
+    again = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    assert len(count) == 2
+    StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    assert len(count) == 2
+
+
+def test_where_it_lies_and_how_it_is_switched_off(store, monkeypatch, caplog):
+    directory, count = store
+    assert cache_directory() == directory
+    monkeypatch.setenv("BALORA_CACHE", "off")
+    assert cache_directory() is None
+    for _ in range(2):
+        ba_lora(tiny_llama(), targets=["q_proj"])
+    assert len(count) == 4 and not directory.exists()
+    monkeypatch.delenv("BALORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(cache_directory()) == "/somewhere/balora_plugin/starts"
+    monkeypatch.setenv("BALORA_CACHE", "/proc/nowhere")  # cannot be written
+    with caplog.at_level(logging.WARNING):
+        ba_lora(tiny_llama(), targets=["q_proj"])
+    assert caplog.text.count("BALORA_CACHE") == 1
+    assert len(count) == 6
+
+
+def test_small_matrices_are_not_kept(store, monkeypatch):
+    directory, _ = store
+    monkeypatch.setattr(disk_cache, "SMALLEST", 2**20)
+    ba_lora(tiny_llama())
+    assert not directory.exists()
+
+
+def test_the_least_recently_used_go_first(store, monkeypatch):
+    directory, count = store
+    weights = [torch.full((6, 6), float(i)) + torch.eye(6) for i in range(3)]
+    for i, weight in enumerate(weights):
+        StartCache(directory).factors(weight, 2, 1.0, fast=False)
+        newest = max(directory.iterdir(), key=lambda path: path.stat().st_ctime_ns)
+        os.utime(newest, (i + 1, i + 1))
+    StartCache(directory).factors(weights[0], 2, 1.0, fast=False)  # read: now the youngest
+    size = next(directory.iterdir()).stat().st_size
+    monkeypatch.setattr(disk_cache, "LARGEST", 2 * size)
+    cache = StartCache(directory)
+    cache.computed = 1
+    cache.prune()
+    assert len(list(directory.iterdir())) == 2
+    made = len(count)
+    StartCache(directory).factors(weights[0], 2, 1.0, fast=False)
+    assert len(count) == made
+    StartCache(directory).factors(weights[1], 2, 1.0, fast=False)
+    assert len(count) == made + 1
+
+
+def test_a_directory_that_belongs_to_another_user_is_read_and_left_alone(store, monkeypatch):
+    directory, count = store
+    weight = torch.randn(12, 8)
+    expected = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(1, "not the owner")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    cache = StartCache(directory)
+    found = cache.factors(weight, 2, 1.0, fast=False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (cache.found, len(count)) == (1, 1)
+    monkeypatch.setattr(disk_cache, "LARGEST", 0)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    cache.computed = 1
+    cache.prune()
+    assert len(list(directory.iterdir())) == 1
+
+
+def test_what_a_killed_run_left_half_written_goes_with_time(store):
+    directory, _ = store
+    cache = StartCache(directory)
+    cache.factors(torch.randn(12, 8), 2, 1.0, fast=False)
+    for name in ("old.1.tmp", "young.2.tmp"):
+        (directory / name).write_bytes(b"half")
+    os.utime(directory / "old.1.tmp", (1, 1))
+    cache.prune()
+    assert [path.name for path in directory.glob("*.tmp")] == ["young.2.tmp"]
+    assert len(list(directory.glob("*.safetensors"))) == 1
+
+
+def _rank(rank, port, directory, case):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), BALORA_CACHE="off")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    count = []
+    original = disk_cache.pissa_factors
+    disk_cache.pissa_factors = lambda weight, *args, **kw: count.append(1) or original(weight, *args, **kw)
+    model = tiny_llama()
+    error = None
+    if case == "nan" and rank == 1:
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    if case == "meta" and rank == 1:
+        model = model.to("meta")
+    try:
+        model = ba_lora(model)
+    except ValueError as problem:
+        error = str(problem)
+    kept = {name: p for name, p in factors(model).items() if p.device.type != "meta"} if error is None else {}
+    torch.save({"count": len(count), "error": error, "factors": kept}, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_two_ranks(directory, case):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # forks: the libraries are imported already, which takes spawned ranks most of a minute
+    mp.start_processes(_rank, (port, str(directory), case), nprocs=2, start_method="fork")
+    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+
+
+def test_each_matrix_is_factorised_once_over_the_ranks(tmp_path):
+    both = on_two_ranks(tmp_path, "plain")
+    expected = factors(ba_lora(tiny_llama()))
+    assert [found["count"] for found in both] == [7, 7]  # 14 layers
+    for found in both:
+        assert found["factors"].keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found["factors"][name].abs(), value.abs(), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, both[1]["factors"][name]) for name, value in both[0]["factors"].items())
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_everybodys(tmp_path):
+    both = on_two_ranks(tmp_path, "nan")
+    assert both[0]["error"] == both[1]["error"]
+    assert "layers.1.mlp.down_proj" in both[0]["error"] and "NaN" in both[0]["error"]
+
+
+@pytest.mark.slow
+def test_ranks_without_weights_leave_the_work_to_the_others(tmp_path):
+    both = on_two_ranks(tmp_path, "meta")
+    assert [found["count"] for found in both] == [14, 0]

@@ -1,0 +1,201 @@
+"""The cost report: every second is in one part, the parts add up, memory is that of the part."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from balora_plugin.training import cost
+from balora_plugin.training.cost import CostCallback, CostMeter, format_report, write_report
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def step(meter, clock, micro_batches=2):
+    """An optimizer step of known durations."""
+    clock[0] += 0.125  # its first batch, before the host says that a step begins
+    meter.begin()
+    for _ in range(micro_batches):
+        clock[0] += 0.5  # data
+        with meter.part("micro"):
+            with meter.part("teacher"):
+                clock[0] += 2.0
+            clock[0] += 3.0
+            with meter.part("token_terms"):
+                clock[0] += 1.0
+            with meter.part("spectrum"):
+                clock[0] += 0.25
+            clock[0] += 4.0
+    clock[0] += 0.75  # the optimizer
+    meter.step()
+
+
+def test_the_parts_add_up(clock):
+    meter = CostMeter(torch.device("cpu"))
+    for _ in range(4):
+        step(meter, clock)
+    report = meter.report(answer=42)
+    assert report["steps_measured"] == 3  # the first is warm-up
+    expected = {"teacher": 4.0, "student": 14.0, "token_terms": 2.0, "spectrum": 0.5, "rest": 1.875, "step": 22.375}
+    assert report["seconds_per_step"] == pytest.approx(expected)
+    assert sum(expected[name] for name in cost.PARTS) == expected["step"]
+    assert report["answer"] == 42
+
+
+class Control:
+    def __init__(self, evaluate=False, save=False):
+        self.should_evaluate, self.should_save = evaluate, save
+
+
+def host(meter, clock, events):
+    """Six optimizer steps as the transformers Trainer calls its callbacks; `events`: what is due at which step."""
+    callback = CostCallback(meter)
+
+    def out_of_step(due):
+        clock[0] += 0.0625  # the log
+        if "evaluate" in due:
+            clock[0] += 100.0
+            callback.on_evaluate(None, None, Control())
+        if "save" in due:
+            clock[0] += 1000.0
+            callback.on_save(None, None, Control())
+
+    for index in range(6):
+        due = events.get(index, ())
+        clock[0] += 0.125
+        callback.on_step_begin(None, None, Control())
+        with meter.part("micro"):
+            clock[0] += 3.0
+            if "in the middle" in due:  # a callback of the user's
+                out_of_step(("evaluate",))
+        clock[0] += 0.75
+        ends = () if "epoch" in due else due
+        callback.on_step_end(None, None, Control("evaluate" in ends, "save" in ends))
+        if "epoch" in due:
+            clock[0] += 0.5
+            callback.on_epoch_end(None, None, Control("evaluate" in due, "save" in due))
+        out_of_step(due)
+    return meter.report()
+
+
+@pytest.mark.parametrize("when", [(), ("epoch",)])
+@pytest.mark.parametrize("due", [("evaluate",), ("save",), ("evaluate", "save")])
+def test_evaluation_and_checkpoints_are_in_no_step(due, when, clock):
+    """Nor is what such a step logs, but its end of an epoch is the next step's."""
+    plain = host(CostMeter(torch.device("cpu")), clock, {})["seconds_per_step"]
+    assert plain == {"teacher": 0, "student": 3.0, "token_terms": 0, "spectrum": 0, "rest": 0.9375, "step": 3.9375}
+    report = host(CostMeter(torch.device("cpu")), clock, {0: due, 2: (*due, *when), 4: due})
+    assert report["steps_measured"] == 5
+    lost = 3 * 0.0625 - (0.5 if when else 0.0)
+    assert report["seconds_per_step"] == pytest.approx({**plain, "rest": 0.9375 - lost / 5, "step": 3.9375 - lost / 5})
+
+
+def test_a_step_that_something_unannounced_interrupts_is_not_counted(clock):
+    report = host(CostMeter(torch.device("cpu")), clock, {3: ("in the middle",)})
+    assert report["steps_measured"] == 4
+    assert report["seconds_per_step"]["step"] == pytest.approx(3.9375)
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, labels):
+        return {"loss": (self.weight * x - labels).square().mean()}
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_hosts_own_order_of_events(strategy, clock, tmp_path):
+    meter = CostMeter(torch.device("cpu"))
+
+    class Slow(Trainer):
+        def training_step(self, *args, **kwargs):
+            with meter.part("micro"):
+                clock[0] += 3.0
+                return super().training_step(*args, **kwargs)
+
+        def evaluation_loop(self, *args, **kwargs):
+            clock[0] += 100.0
+            return super().evaluation_loop(*args, **kwargs)
+
+        def save_model(self, *args, **kwargs):
+            clock[0] += 1000.0
+            return super().save_model(*args, **kwargs)
+
+    rows = [{"x": float(i), "labels": 1.0} for i in range(4)]
+    settings = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        eval_steps=1,
+        save_steps=2,
+        eval_on_start=True,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Slow(Line(), settings, train_dataset=rows, eval_dataset=rows, callbacks=[CostCallback(meter)])
+    trainer.train()
+    assert clock[0] > 2000.0
+    assert meter.report()["steps_measured"] == 3
+    assert meter.report()["seconds_per_step"]["step"] == pytest.approx(6.0)
+
+
+def test_memory_is_that_of_the_part():
+    meter = CostMeter(torch.device("cpu"))
+    if not meter._peak():
+        pytest.skip("the system tells no high-water mark")
+
+    def run():
+        with meter.part("micro"):
+            with meter.part("teacher"):
+                torch.ones(1)
+            with meter.part("token_terms"):
+                torch.ones(64 << 20)  # 256 MiB
+            torch.ones(1)
+
+    meter.begin()
+    for _ in range(3):
+        run()
+        meter.step()
+    peaks = meter.report()["peak_gib"]
+    assert peaks["token_terms"] - peaks["teacher"] == pytest.approx(0.25, abs=0.05)
+    assert peaks["token_terms"] - peaks["student"] == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_table_and_the_file(clock, tmp_path):
+    meter = CostMeter(torch.device("cpu"))
+    for _ in range(2):
+        step(meter, clock, micro_batches=1)
+    report = meter.report(compiled="")
+    path = write_report(report, str(tmp_path / "out"))
+    with open(path, encoding="utf-8") as file:
+        assert json.load(file) == json.loads(json.dumps(report))
+    lines = format_report(report).splitlines()
+    assert [line.split("  ")[1] for line in lines[1:]] == list(cost.LABELS.values())
+    assert "100.0 %" in lines[-1]
+
+
+def test_a_part_that_never_ran_has_no_line(clock):
+    meter = CostMeter(torch.device("cpu"))
+    for _ in range(2):
+        meter.begin()
+        with meter.part("micro"):
+            clock[0] += 1.0
+        meter.step()
+    text = format_report(meter.report())
+    assert "teacher" not in text
+    assert "student" in text
