@@ -155,7 +155,7 @@ def layer_steps(device: torch.device, rank: int, options: argparse.Namespace) ->
 def whole_steps(bench: Bench) -> dict[str, Callable[[], None]]:
     """TRL's training step with the optimizer's: teacher, student, all three terms, backward pass."""
     inductor = bench.ba_lora_trainer(compile=True)
-    inductor._ba_lora_compiled = CompiledPasses(
+    inductor.ba_lora_run.compiled = CompiledPasses(
         torch.compile(backbone_pass, fullgraph=True), torch.compile(student_pass, fullgraph=True)
     )
     return {

@@ -111,7 +111,7 @@ def test_compiled(how, written, monkeypatch):
     compiled = run(written(ba_lora={**TERMS, "compile": how}, **host))
     torch._dynamo.reset()
     assert graphs
-    assert "compile" not in compiled._ba_lora_warned  # it did not fall back
+    assert "compile" not in compiled.ba_lora_run.warn.said  # it did not fall back
     assert plain.args.gradient_checkpointing_kwargs == {"use_reentrant": True}
     assert compiled.args.gradient_checkpointing_kwargs == {"use_reentrant": how == "layers"}
     for key in ("loss", "balora/consistency", "balora/svd"):
@@ -134,7 +134,7 @@ def test_a_compilation_that_fails_is_said(how, written, monkeypatch):
     torch._dynamo.reset()
     assert torch._dynamo.config.suppress_errors
     torch._dynamo.config.suppress_errors = before
-    assert "compile" in trainer._ba_lora_warned
+    assert "compile" in trainer.ba_lora_run.warn.said
     assert all(math.isfinite(value) for value in history(trainer, "loss"))
 
 
@@ -730,9 +730,9 @@ def test_packed_epochs_are_served_from_the_teacher_cache(top_k, written, tmp_pat
     live = run(written(**settings))
     cold = run(written(**settings, ba_lora=cached))
     warm = run(written(**settings, ba_lora=cached))
-    assert len(warm._ba_lora_cache) == len(tokenised(written)) == 12
-    assert warm._ba_lora_cache.runs == 0 < cold._ba_lora_cache.runs
-    assert warm._ba_lora_cache.rows.kind == ("top_k" if top_k else "hidden")
+    assert len(warm.ba_lora_run.cache) == len(tokenised(written)) == 12
+    assert warm.ba_lora_run.cache.runs == 0 < cold.ba_lora_run.cache.runs
+    assert warm.ba_lora_run.cache.rows.kind == ("top_k" if top_k else "hidden")
     assert len(history(live, "loss")) > 3
     for key in ("loss", "grad_norm", "balora/consistency", "balora/loss"):
         assert history(warm, key) == history(cold, key), key

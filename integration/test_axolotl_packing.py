@@ -41,8 +41,8 @@ def test_the_terms_are_those_of_the_same_samples_unpacked(written, monkeypatch):
     assert all(several["labels"][0, start] != -100 for _, start, _ in documents(several))  # as the host has it
     _, count = trainer.get_batch_samples(iter(packed), len(packed), torch.device("cpu"))
     assert int(count) == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in padded)
-    model, several = trainer.model, trainer._ba_lora_inputs(several)
-    packed, padded = ([trainer._ba_lora_inputs(batch) for batch in batches] for batches in (packed, padded))
+    model, several = trainer.model, trainer.ba_lora_run.inputs(several)
+    packed, padded = ([trainer.ba_lora_run.inputs(batch) for batch in batches] for batches in (packed, padded))
     assert_same_terms(model, packed, padded, 1e-10)
     assert leak(model, several) < 1e-12
     install_reference_flash_attention(monkeypatch)

@@ -102,7 +102,9 @@ def test_evaluation_metrics_and_the_saved_classifier(tmp_path):
     assert {"balora/share_consistency", "balora/share_diversity", "balora/share_svd"} <= set().union(
         *trainer.state.log_history
     )
-    assert "svd_all" in trainer._ba_lora_warned and "svd_clamped" not in trainer._ba_lora_warned  # k = 5, 3 classes
+    assert (
+        "svd_all" in trainer.ba_lora_run.warn.said and "svd_clamped" not in trainer.ba_lora_run.warn.said
+    )  # k = 5, 3 classes
     trainer.save_model(str(tmp_path / "adapter"))
     settings = json.loads((tmp_path / "adapter" / "ba_lora.json").read_text())
     assert settings["regularizers_in_force"]["task"] == "nlu" and HEAD_FILE in settings["sha256"]

@@ -34,7 +34,7 @@ def batches(tmp_path, tokenizer, model=None, compile=False, **changes):
         processing_class=copy.deepcopy(tokenizer),
         peft_config=config,
     )
-    return trainer, [trainer._ba_lora_inputs(dict(batch)) for batch in trainer.get_train_dataloader()]
+    return trainer, [trainer.ba_lora_run.inputs(dict(batch)) for batch in trainer.get_train_dataloader()]
 
 
 def use(model, kernel, monkeypatch):
@@ -120,7 +120,7 @@ def test_flash_attention_in_compiled_graphs(tmp_path, tokenizer, monkeypatch):
         )
         use(trainer.model, kernel, monkeypatch)
         trainer.train()
-        assert "compile" not in trainer._ba_lora_warned  # it did not fall back
+        assert "compile" not in trainer.ba_lora_run.warn.said  # it did not fall back
         losses.append([row[key] for row in trainer.state.log_history for key in ("loss", "grad_norm") if key in row])
     torch._dynamo.reset()
     assert lowered

@@ -176,7 +176,7 @@ def test_a_teacher_cache_over_a_quantised_base(kind, build, tmp_path):
         runs.append(build("transformers", kind, peft=peft))
         runs[-1].train()
     live, cold, warm = runs
-    assert warm._ba_lora_cache.runs == 0 < cold._ba_lora_cache.runs
+    assert warm.ba_lora_run.cache.runs == 0 < cold.ba_lora_run.cache.runs
     for key in LOGGED:
         assert history(warm, key) == history(cold, key), key
         torch.testing.assert_close(history(cold, key), history(live, key), rtol=3e-2, atol=1e-3, msg=key)

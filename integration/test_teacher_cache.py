@@ -137,9 +137,9 @@ def test_the_term_is_that_of_the_buckets_on_the_models_own_logits(form, tmp_path
     trained.train()
     batch = next(iter(trained.get_train_dataloader()))
     trained.model.eval()
-    request = trained._ba_lora_request(training=False)
+    request = trained.ba_lora_requests.step(training=False)
     with torch.no_grad():
-        found = trained.model(**trained._ba_lora_inputs(dict(batch)), ba_lora=request)
+        found = trained.model(**trained.ba_lora_run.inputs(dict(batch)), ba_lora=request)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         student = trained.model(**inputs).logits
         with trained.model.disable_adapter():
@@ -204,7 +204,7 @@ def test_shuffling_packing_batch_sizes_and_workers_all_hit(kept, tmp_path, token
         passes = Passes().watch(cached, cached.model)
         cached.train()
         assert passes.counts == {}, changes
-        assert cached._ba_lora_cache.rows.kind == ("top_k" if kept else "hidden")
+        assert cached.ba_lora_run.cache.rows.kind == ("top_k" if kept else "hidden")
         live = trainer(tmp_path, tokenizer, **values)
         live.train()
         torch.testing.assert_close(
@@ -230,7 +230,7 @@ def test_the_pass_before_training_leaves_training_alone(tmp_path, tokenizer):
     warm.add_callback(Look())
     consume(warm)
     warm.train()
-    assert len(warm._ba_lora_cache) == 8  # those left out of the first epoch too
+    assert len(warm.ba_lora_run.cache) == 8  # those left out of the first epoch too
     plain = trainer(tmp_path, tokenizer, per_device_train_batch_size=3, dataloader_drop_last=True)
     plain.add_callback(Look())
     consume(plain)
@@ -258,8 +258,8 @@ def test_a_half_written_cache_is_completed_to_the_same_run(kept, broken, tmp_pat
     left = {key: value for key, value in kept.items() if key != "teacher_cache_top_k"}
     again = trainer(tmp_path, tokenizer, tmp_path / "cache", left)
     again.train()
-    assert again._ba_lora_cache.runs > 0
-    assert again._ba_lora_cache.rows == whole._ba_lora_cache.rows
+    assert again.ba_lora_run.cache.runs > 0
+    assert again.ba_lora_run.cache.rows == whole.ba_lora_run.cache.rows
     same(whole, again)
 
 
@@ -300,8 +300,8 @@ def test_where_the_teacher_is_off_the_cache_is_not_touched(off, tmp_path, tokeni
         assert not (tmp_path / "cache").exists()
         return
     calls = []
-    original = quiet._ba_lora_cache.states
-    quiet._ba_lora_cache.states = lambda *args: calls.append(quiet.state.global_step) or original(*args)
+    original = quiet.ba_lora_run.cache.states
+    quiet.ba_lora_run.cache.states = lambda *args: calls.append(quiet.state.global_step) or original(*args)
     quiet.train()
     assert calls == [0] * 5  # four batches before training, one micro-batch in it
 
@@ -314,7 +314,7 @@ def test_evaluation_data_joins_the_cache(tmp_path, tokenizer):
         evaluated.train()
         extra = trainer(tmp_path, tokenizer, None, rows=list(held_out)).train_dataset
         results.append(evaluated.evaluate(extra))
-        runs = evaluated._ba_lora_cache and evaluated._ba_lora_cache.runs
+        runs = evaluated.ba_lora_run.cache and evaluated.ba_lora_run.cache.runs
     assert runs == 0  # the second time
     for key in ("eval_loss", "eval_balora/task", "eval_balora/consistency", "eval_balora/loss"):
         assert results[1][key] == results[2][key]
@@ -338,7 +338,7 @@ def test_a_trained_head_and_a_plain_lora(kept, tmp_path, tokenizer):
         torch.testing.assert_close(
             history(found[0], "balora/consistency"), history(found[1], "balora/consistency"), rtol=2e-2, atol=1e-3
         )
-    assert found[1]._ba_lora_cache.runs == 0  # one base, one cache
+    assert found[1].ba_lora_run.cache.runs == 0  # one base, one cache
 
 
 @forms
@@ -381,7 +381,7 @@ def test_an_iterable_data_set_fills_it_as_it_goes(tmp_path, tokenizer):
             peft_config=adapter(regularizers=terms(tmp_path / "cache"), task_type="CAUSAL_LM"),
         )
         trained.train()
-        runs.append(trained._ba_lora_cache.runs)
+        runs.append(trained.ba_lora_run.cache.runs)
     assert runs[0] > 0
     assert runs[1] == 0
 
@@ -426,7 +426,7 @@ def kind(directory):
 @pytest.mark.parametrize("changes", [{}, {"packing": True, "rows": TEXT[:12]}, {"dataloader_drop_last": True}])
 def test_the_size_decides(changes, tmp_path, tokenizer, small_limit, said, warned):  # noqa: F811
     big = trainer(tmp_path, tokenizer, tmp_path / "cache", **changes)
-    assert big._ba_lora_cache.rows is None
+    assert big.ba_lora_run.cache.rows is None
     assert list((tmp_path / "cache").iterdir()) == []
     big.train()
     assert kind(tmp_path / "cache") == "top_k"
@@ -469,7 +469,7 @@ def test_an_evaluation_before_training_decides_by_the_training_data(tmp_path, to
     early = trainer(tmp_path, tokenizer, tmp_path / "cache", evaluate=True)
     early.evaluate()
     assert kind(tmp_path / "cache") == "top_k"
-    assert len(early._ba_lora_cache) == len(early.eval_dataset)
+    assert len(early.ba_lora_run.cache) == len(early.eval_dataset)
     early.train()
     asked = trainer(tmp_path, tokenizer, tmp_path / "other", {"teacher_cache_top_k": 8}, evaluate=True)
     asked.evaluate()
@@ -511,7 +511,7 @@ def test_compiled_steps_with_log_probabilities(tmp_path, tokenizer, without_indu
         torch._dynamo.utils.counters.clear()
         runs.append(trainer(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=config, **settings))
         runs[-1].train()
-    assert "compile" not in runs[1]._ba_lora_warned
+    assert "compile" not in runs[1].ba_lora_run.warn.said
     assert not torch._dynamo.utils.counters["graph_break"]
     assert without_inductor
     for key in KEYS:
@@ -538,7 +538,7 @@ def test_full_fine_tuning_needs_no_second_model(kept, tmp_path, tokenizer):
     assert history(cached, "balora/consistency")[-1] > 1e-2  # the head moved too
     own = full(tmp_path, tokenizer, tmp_path / "cache", teacher_model=tiny_llama())  # one teacher, one cache
     own.train()
-    assert own._ba_lora_cache.runs == 0
+    assert own.ba_lora_run.cache.runs == 0
     again = full(tmp_path, tokenizer, **settings)
     again.train()
     same(again, cached)
@@ -614,5 +614,5 @@ def test_less_than_an_epoch_is_not_passed_over_before(tmp_path, tokenizer):
     short = trainer(tmp_path, tokenizer, tmp_path / "cache", max_steps=2)
     assert 2 * short.args.train_batch_size < len(short.train_dataset)
     short.train()
-    assert short._ba_lora_cache.runs <= 2 + 1  # a pass each, and the comparison with a document on its own
-    assert len(short._ba_lora_cache) <= 2 * short.args.train_batch_size
+    assert short.ba_lora_run.cache.runs <= 2 + 1  # a pass each, and the comparison with a document on its own
+    assert len(short.ba_lora_run.cache) <= 2 * short.args.train_batch_size

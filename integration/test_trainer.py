@@ -166,6 +166,55 @@ def test_the_mixin_on_any_trainer_subclass(tmp_path, tokenizer):
     assert history(custom, "loss") == history(ours, "loss")
 
 
+def test_a_subclass_with_the_hooks(tmp_path, tokenizer):
+    """What subclass authors may override: the task, a batch's keywords, and metrics of their own."""
+
+    class Custom(BaLoraTrainer):
+        def __init__(self, *args, **kwargs):
+            self.checked, self.passes, self.counted = [], [], 0.0
+            super().__init__(*args, **kwargs)
+
+        def check_ba_lora_task(self, config):
+            self.checked.append(config.task)
+            if config.consistency == "mse":
+                raise ValueError("consistency='mse' is not for this trainer: write 'kl'.")
+
+        def extend_ba_lora_inputs(self, inputs):
+            return {**inputs, "output_attentions": False}
+
+        def record_ba_lora_metrics(self, out, inputs, training):
+            self.passes.append((training, inputs["output_attentions"]))
+            self.counted += out.count.item()
+
+    custom = build(tmp_path, tokenizer, cls=Custom, peft_config=adapter())
+    custom.train()
+    custom.evaluate()
+    assert custom.checked == ["nlg"]
+    assert custom.passes == [(True, False)] * 4 + [(False, False)]
+    plain = build(tmp_path, tokenizer, peft_config=adapter())
+    plain.train()
+    assert history(custom, "loss") == history(plain, "loss")
+    batches = [*custom.get_train_dataloader(), *custom.get_eval_dataloader()]
+    assert custom.counted == sum((batch["labels"][:, 1:] != -100).sum().item() for batch in batches[:4] + batches[-1:])
+    with pytest.raises(ValueError, match=r"consistency='mse' is not for this trainer"):
+        build(tmp_path, tokenizer, cls=Custom, peft_config=adapter(regularizers=RegularizerConfig(consistency="mse")))
+
+
+def test_a_run_has_one_state(tmp_path, tokenizer):
+    trainer = build(tmp_path, tokenizer, peft_config=adapter())
+    run = trainer.ba_lora_run
+    assert trainer.ba_lora is run.config and trainer.ba_lora_metrics is run.metrics
+    assert run.config.temperature is not None  # resolved
+    assert run.ours and run.model is trainer.model.get_base_model()
+    assert {name for name in vars(trainer) if "ba_lora" in name} == {"ba_lora_run", "ba_lora_requests"} | (
+        {"ba_lora_head_checked"} & vars(trainer).keys()
+    )
+    without = build(tmp_path, tokenizer, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
+    assert without.ba_lora_run is None and without.ba_lora is None
+    with pytest.raises(AttributeError, match="no BA-LoRA terms"):
+        without.ba_lora_metrics  # noqa: B018
+
+
 def test_compute_metrics_and_resume(tmp_path, tokenizer, ids):
     def metrics(prediction):
         assert prediction.predictions.shape[-1] == 96
@@ -266,8 +315,8 @@ class Poison(TrainerCallback):
             record = metrics.record
             metrics.record = lambda out, *rest: record(dataclasses.replace(out, **{self.name: bad}), *rest)
         else:
-            self.trainer._ba_lora_teacher = copy.deepcopy(tiny_llama()).eval()
-            self.trainer._ba_lora_teacher.lm_head.weight.data[5] = self.value
+            self.trainer.ba_lora_run.teacher = copy.deepcopy(tiny_llama()).eval()
+            self.trainer.ba_lora_run.teacher.lm_head.weight.data[5] = self.value
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_terms_in_full_fine_tuning_train_the_head_too(tmp_path, tokenizer):
     scale = max(g.abs().max() for g in theirs)
     assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) < 3e-5 * scale
     trainer.train()
-    assert not any(p.requires_grad for p in trainer._ba_lora_teacher.parameters())
+    assert not any(p.requires_grad for p in trainer.ba_lora_run.teacher.parameters())
 
 
 def test_a_head_that_trains_beside_the_adapter_has_its_initial_copy_as_teacher(tmp_path, tokenizer):
@@ -420,7 +420,7 @@ def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without
         tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=compiled_adapter(), **changes
     )
     compiled.train()
-    assert "compile" not in compiled._ba_lora_warned  # it did not fall back
+    assert "compile" not in compiled.ba_lora_run.warn.said  # it did not fall back
     assert not torch._dynamo.utils.counters["graph_break"]
     assert without_inductor
     tolerance = 1e-2 if changes.get("bf16") else 1e-5
@@ -458,7 +458,7 @@ def test_compiled_by_layer(changes, tmp_path, tokenizer, without_inductor):
         assert not watch.grew
         assert wrapped(trainer.model) == 0
         counts.append(len(without_inductor))
-        assert "compile" not in trainer._ba_lora_warned  # it did not fall back
+        assert "compile" not in trainer.ba_lora_run.warn.said  # it did not fall back
         runs.append(trainer)
     assert counts[0] == counts[1] > counts[2] == 0
     assert counts[1] <= 8
@@ -507,7 +507,7 @@ def test_layers_that_cannot_be_compiled_run_eagerly(last, tmp_path, tokenizer, w
         trainer = build(tmp_path, tokenizer, peft_config=config, model=model, **checkpointing)
         with torch._dynamo.config.patch(suppress_errors=True):  # as Axolotl has it
             trainer.train()
-        assert ("compile" in trainer._ba_lora_warned) == bool(how)
+        assert ("compile" in trainer.ba_lora_run.warn.said) == bool(how)
         histories.append(history(trainer))
     assert len(without_inductor) == last
     assert histories[0] == pytest.approx(histories[1], rel=1e-5)
@@ -539,7 +539,7 @@ def test_one_run_needs_many_graphs(tmp_path, tokenizer, without_inductor):
     run = {"rows": rows, "per_device_train_batch_size": 3, "max_steps": 15}
     trainer = build(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=config, **run)
     trainer.train()
-    assert "compile" not in trainer._ba_lora_warned
+    assert "compile" not in trainer.ba_lora_run.warn.said
     assert 8 < len(without_inductor) <= 20
 
 
@@ -589,7 +589,7 @@ def test_inductor_compiles_whole_training_steps(tmp_path, tokenizer):
         )
         runs[-1].train()
     torch._dynamo.reset()
-    assert "compile" not in runs[0]._ba_lora_warned
+    assert "compile" not in runs[0].ba_lora_run.warn.said
     for key in ("loss", "grad_norm", "balora/consistency", "balora/diversity", "balora/svd"):
         assert history(runs[0], key) == pytest.approx(history(runs[1], key), rel=1e-4, abs=1e-6), key
 
@@ -601,7 +601,7 @@ def test_the_backends_name_among_the_hosts_arguments_compiles_too(tmp_path, toke
     trainer = build(tmp_path, tokenizer, model=tiny_llama(num_hidden_layers=1), peft_config=plain, **asked)
     trainer.train()
     assert len(without_inductor) == 2  # teacher and student
-    assert "compile" not in trainer._ba_lora_warned
+    assert "compile" not in trainer.ba_lora_run.warn.said
     # with nothing but the host's own loss it is the model that is compiled
     without_inductor.clear()
     lora = LoraConfig(target_modules=["q_proj", "v_proj"])
@@ -626,7 +626,7 @@ def test_the_hosts_mode_is_passed_on_and_a_failure_is_said_once(terms, tmp_path,
     asked = {"torch_compile": True, "torch_compile_backend": "ba_lora", "torch_compile_mode": "max-autotune"}
     config = adapter(regularizers=RegularizerConfig(**WEIGHTS)) if terms else LoraConfig(target_modules=["q_proj"])
     model = tiny_llama(num_hidden_layers=1)
-    ours = logging.getLogger("balora_plugin.training.trainer")
+    ours = logging.getLogger("balora_plugin")
     ours.addHandler(caplog.handler)
     try:
         trainer = build(tmp_path, tokenizer, model=model, peft_config=config, max_steps=2, **asked)
@@ -667,7 +667,7 @@ def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenize
 
     trainer.compute_loss = compute_loss
     trainer.train()
-    assert "compile" not in trainer._ba_lora_warned
+    assert "compile" not in trainer.ba_lora_run.warn.said
     assert len(lengths) >= count - 2  # packed rows may be of one length by chance
     # the schedule holds two terms back at first: the student's graph with them and the one without
     assert len(without_inductor) <= 8
@@ -718,14 +718,14 @@ def test_schedules_follow_optimizer_steps(tmp_path, tokenizer):
         per_device_train_batch_size=1,
     )
     seen = []
-    original = trainer._ba_lora_request
+    original = trainer.ba_lora_requests.step
 
     def spy(training):
         request = original(training)
         seen.append((trainer.state.global_step, request.lambdas))
         return request
 
-    trainer._ba_lora_request = spy
+    trainer.ba_lora_requests.step = spy
     trainer.train()
     assert len(seen) == 40
     for step, lambdas in seen:
@@ -746,8 +746,8 @@ def test_teacher_interval_runs_every_nth_micro_batch_with_n_times_the_weight(tmp
         per_device_train_batch_size=1,
     )
     seen = []
-    original = trainer._ba_lora_request
-    trainer._ba_lora_request = lambda training: seen.append(original(training)) or seen[-1]
+    original = trainer.ba_lora_requests.step
+    trainer.ba_lora_requests.step = lambda training: seen.append(original(training)) or seen[-1]
     trainer.train()
     assert [request.lambdas.consistency for request in seen] == [1.5, 0, 0, 1.5, 0, 0]
 
@@ -892,7 +892,7 @@ class Listener(logging.Handler):
 @pytest.fixture
 def warned():
     listener = Listener()
-    logger = logging.getLogger("balora_plugin.training.trainer")
+    logger = logging.getLogger("balora_plugin")
     logger.addHandler(listener)
     yield listener.messages
     logger.removeHandler(listener)
@@ -959,7 +959,7 @@ def test_shares_are_the_ratio_of_gradient_norms(tmp_path, tokenizer):
     terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.2, lambda_svd=0.3, svd_top_k=2)
     trainer = build(tmp_path, tokenizer, peft_config=adapter(regularizers=terms))
     trainer.train()
-    request = trainer._ba_lora_request(True)
+    request = trainer.ba_lora_requests.step(True)
     request.measure_shares = True
     batch = next(iter(trainer.get_train_dataloader()))
     batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
@@ -997,7 +997,7 @@ def test_the_other_inputs_of_the_spectral_term(terms, tmp_path, tokenizer):
     trainer = build(tmp_path, tokenizer, peft_config=adapter(regularizers=terms))
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.model.train()
-    got = model(**batch, ba_lora=trainer._ba_lora_request(True)).svd
+    got = model(**batch, ba_lora=trainer.ba_lora_requests.step(True)).svd
     base = model.get_base_model()
     hidden = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, :-1]
     mask = batch["labels"][:, 1:] != -100

@@ -25,7 +25,7 @@ def move(model):
 
 
 def step(model, batch):
-    """One micro-batch, as a trainer's `_ba_lora_inputs` made it, through the model's forward."""
+    """One micro-batch, as a trainer's `ba_lora_run.inputs` made it, through the model's forward."""
     return model(**batch, ba_lora=StepRequest(config=TERMS.resolved("nlg"), lambdas=TOKEN_TERMS))
 
 

@@ -47,7 +47,7 @@ class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
                 terms = as_regularizers(kwargs.get("regularizers") or peft_config.regularizers)
                 if resolve(model, terms, adapter_follows=True).task == "nlg":  # before the SVDs
                     check_head(model)
-                self._ba_lora_head_checked = True
+                self.ba_lora_head_checked = True
                 model = get_ba_lora_model(model, peft_config)
             else:
                 model = get_peft_model(model, peft_config)

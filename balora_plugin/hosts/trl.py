@@ -57,20 +57,20 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
                 )
             if args is not None:
                 check_attention(model, args)
-            self._ba_lora_check_task(resolve(model, as_regularizers(regularizers), adapter_follows=True))  # before SVDs
+            self.check_ba_lora_task(resolve(model, as_regularizers(regularizers), adapter_follows=True))  # before SVDs
             check_head(model)
-            self._ba_lora_head_checked = True
+            self.ba_lora_head_checked = True
             model = get_ba_lora_model(model, peft_config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
             peft_config = None
         super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
 
-    def _ba_lora_check_task(self, config: RegularizerConfig) -> None:
+    def check_ba_lora_task(self, config: RegularizerConfig) -> None:
         _refuse_classification(config.task)
 
-    def _extend_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def extend_ba_lora_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {**inputs, "output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else inputs
 
-    def _record_host_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
+    def record_ba_lora_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
         """SFTTrainer's own entropy, mean_token_accuracy, num_tokens and aux_loss, which its compute_loss would keep."""
         assert out.count is not None and out.entropy is not None and out.correct is not None
         metrics = self._metrics["train" if training else "eval"]

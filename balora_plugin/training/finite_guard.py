@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
 from ..adapter.config import our_adapters
 from ..checkpoint.integrity import last_whole
-
-if TYPE_CHECKING:
-    from .trainer import BaLoraTrainerMixin
+from .host import HostTrainer
+from .run_state import RunState
 
 
 class FiniteGuard(TrainerCallback):
@@ -20,8 +19,8 @@ class FiniteGuard(TrainerCallback):
         FloatingPointError: names the term, the step and the last whole checkpoint; on every rank at once.
     """
 
-    def __init__(self, trainer: BaLoraTrainerMixin) -> None:
-        self.trainer = trainer
+    def __init__(self, run: RunState, host: HostTrainer) -> None:
+        self._run, self._host = run, host
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
@@ -33,12 +32,11 @@ class FiniteGuard(TrainerCallback):
             self._look()
 
     def _look(self) -> None:
-        trainer = self.trainer
-        found = trainer.ba_lora_metrics.first_bad(trainer.accelerator.gather)
+        found = self._run.metrics.first_bad(self._host.accelerator.gather)
         if found is None:
             return
         name, step = found
-        whole = last_whole(str(trainer.args.output_dir), our_adapters(trainer.model))
+        whole = last_whole(str(self._host.args.output_dir), our_adapters(self._host.model))
         what = "the task loss" if name == "task" else f"the {name} term (lambda_{name})"
         raise FloatingPointError(
             f"balora/{name}: {what} was NaN or inf at step {step}. Training was stopped, nothing was saved after it. "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,7 @@ from ..adapter.config import BaLoraConfig
 from ..adapter.delta import FROZEN
 from ..adapter.saved.reading import read_factors
 from ..checkpoint.names import INIT_FILE
-
-if TYPE_CHECKING:
-    from .trainer import BaLoraTrainerMixin
+from .host import HostTrainer
 
 _FSDP1 = "_fsdp_wrapped_module."
 
@@ -33,8 +31,8 @@ _FSDP1 = "_fsdp_wrapped_module."
 class RestoreAdapter(TrainerCallback):
     """Acts once the host has loaded: before the first step of a resumed run, and for the best checkpoint at the end."""
 
-    def __init__(self, trainer: BaLoraTrainerMixin, resumed: str | None) -> None:
-        self.trainer = trainer
+    def __init__(self, host: HostTrainer, resumed: str | None) -> None:
+        self._host = host
         self.resumed = resumed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -46,13 +44,13 @@ class RestoreAdapter(TrainerCallback):
             self._restore(state.best_model_checkpoint)
 
     def _restore(self, directory: str) -> None:
-        trainer = self.trainer
-        name = trainer.model.active_adapters[0]
+        host = self._host
+        name = host.model.active_adapters[0]
         where = directory if name == "default" else os.path.join(directory, name)
-        if trainer.is_fsdp_enabled:
-            restore(trainer.model, name, where, wrapped=trainer.model_wrapped)
-        elif trainer.is_deepspeed_enabled:  # its own file has what trains, and a copy of it in the optimizer
-            restore(trainer.model, name, where, frozen_alone=True)
+        if host.is_fsdp_enabled:
+            restore(host.model, name, where, wrapped=host.model_wrapped)
+        elif host.is_deepspeed_enabled:  # its own file has what trains, and a copy of it in the optimizer
+            restore(host.model, name, where, frozen_alone=True)
 
 
 @torch.no_grad()

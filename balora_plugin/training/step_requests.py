@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING
+
+import torch
 
 from ..fused.factor import FactorCache
 from ..objective.request import StepRequest, uncounted
-from ..pretrained.switch import TeacherSwitch
 from ..schedules import Lambdas, lambdas_at
-from .fill_cache import initial_head_here
+from .host import HostTrainer
 from .metrics import TERMS
-
-if TYPE_CHECKING:
-    from .trainer import BaLoraTrainerMixin
+from .run_state import RunState
 
 
-class Requests:
+class StepRequests:
     """Makes the requests of one trainer; knows which micro-batch of which step it is, and what was measured when."""
 
-    def __init__(self, trainer: BaLoraTrainerMixin, switch: TeacherSwitch) -> None:
-        self._trainer, self._switch = trainer, switch
+    def __init__(self, run: RunState, host: HostTrainer) -> None:
+        self._run, self._host = run, host
         self._factors = FactorCache()
         self._position = (-1, -1)  # optimizer step, micro-batch within it
         self._shares_due = False
@@ -29,9 +27,8 @@ class Requests:
 
     def step(self, training: bool) -> StepRequest:
         """The weights in force now: schedule by optimizer step, teacher by micro-batch."""
-        trainer = self._trainer
-        config, state, args = trainer.ba_lora, trainer.state, trainer.args
-        assert config is not None
+        run, state, args = self._run, self._host.state, self._host.args
+        config = run.config
         lambdas = lambdas_at(config, state.global_step / max(state.max_steps, 1))
         measure, factor = False, 1
         if training:
@@ -43,7 +40,7 @@ class Requests:
             lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
         else:  # every configured term at its full weight, so that evaluations compare
             lambdas = Lambdas(*(getattr(config, f"lambda_{name}") for name in TERMS))
-        cache = trainer._ba_lora_cache
+        cache = run.cache
         if cache is not None:
             cache.where = f"step {state.global_step}" if training else "evaluation"
             if not training and (args.bf16_full_eval or args.fp16_full_eval):
@@ -56,31 +53,17 @@ class Requests:
             lambdas=lambdas,
             head_only=training and warming,
             factors=self._factors,
-            teacher=trainer._ba_lora_teacher,
-            return_logits=trainer._ba_lora_wants_logits,
+            teacher=run.teacher,
+            return_logits=run.wants_logits,
             measure_shares=measure,
             teacher_factor=factor,
-            switch=self._switch,
-            compiled=trainer._ba_lora_compiled if training else None,
-            part=trainer._ba_lora_meter.part if training and trainer._ba_lora_meter is not None else uncounted,
+            switch=run.switch,
+            compiled=run.compiled if training else None,
+            part=run.meter.part if training and run.meter is not None else uncounted,
             seed=state.global_step if training else 0,  # evaluations compare
             cache=cache,
-            teacher_head=initial_head_here(trainer),
-            counts=trainer._ba_lora_counts,
-        )
-
-    def fill(self) -> StepRequest:
-        """Asks a forward pass for nothing but the teacher's states in the cache."""
-        trainer = self._trainer
-        assert trainer.ba_lora is not None
-        return StepRequest(
-            config=trainer.ba_lora,
-            lambdas=Lambdas(1.0, 0.0, 0.0),
-            teacher=trainer._ba_lora_teacher,
-            switch=self._switch,
-            cache=trainer._ba_lora_cache,
-            teacher_head=initial_head_here(trainer),
-            fill=True,
+            teacher_head=run.initial_head_on(args.device),
+            counts=run.counts,
         )
 
     def may_judge(self) -> bool:
@@ -88,10 +71,10 @@ class Requests:
         return self._measured_at >= self._judging_step()
 
     def _judging_step(self) -> int:
-        return max(1, math.ceil(0.1 * self._trainer.state.max_steps))
+        return max(1, math.ceil(0.1 * self._host.state.max_steps))
 
     def _next_micro_batch(self) -> int:
-        now = self._trainer.state.global_step
+        now = self._host.state.global_step
         step, micro = self._position
         micro = micro + 1 if step == now else 0
         self._position = (now, micro)
@@ -99,7 +82,7 @@ class Requests:
 
     def _measures(self, micro: int, every: int, with_teacher: bool) -> bool:
         """Whether this micro-batch measures the terms' shares: the first with a teacher from where they are due."""
-        now = self._trainer.state.global_step
+        now = self._host.state.global_step
         # not at step 0, where the consistency gradient is zero by construction
         due = now > 0 and (now in (1, self._judging_step()) or now % max(every, 1) == 0)
         if every and micro == 0 and due:
@@ -108,6 +91,19 @@ class Requests:
         if measure:
             self._shares_due, self._measured_at = False, now
         return measure
+
+
+def fill_request(run: RunState, device: torch.device) -> StepRequest:
+    """Returns what asks a forward pass for nothing but the teacher's outputs in the cache."""
+    return StepRequest(
+        config=run.config,
+        lambdas=Lambdas(1.0, 0.0, 0.0),
+        teacher=run.teacher,
+        switch=run.switch,
+        cache=run.cache,
+        teacher_head=run.initial_head_on(device),
+        fill=True,
+    )
 
 
 def teacher_runs(index: int, interval: int, epoch: int) -> bool:

@@ -121,9 +121,9 @@ def main(output: str, batch: int, accumulation: int, directory: str, host: str, 
     trainer.train()
     result = trainer.evaluate()
     trainer.save_model(directory)
-    assert "compile" not in trainer._ba_lora_warned  # nothing fell back
+    assert "compile" not in trainer.ba_lora_run.warn.said  # nothing fell back
     if trainer.accelerator.is_main_process:
-        runs = trainer._ba_lora_cache.runs if cache else None
+        runs = trainer.ba_lora_run.cache.runs if cache else None
         logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
         found = {"gradients": keep.gradients, "logs": logs, "eval": result, "runs": runs, "graphs": len(GRAPHS)}
         torch.save(found, output)

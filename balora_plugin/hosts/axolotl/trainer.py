@@ -36,7 +36,7 @@ class AxolotlBaLoraTrainer(BaLoraTrainerMixin, AxolotlTrainer, TaskPerplexity):
         if self.ba_lora is not None:
             self.args.average_tokens_across_devices = True
 
-    def _record_host_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
+    def record_ba_lora_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
         """Axolotl's token counts (`include_tkps`), which its own compute_loss would keep."""
         if not (training and self.args.include_tkps):
             return

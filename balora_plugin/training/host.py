@@ -1,0 +1,84 @@
+"""What this package uses of a transformers Trainer: public names alone, so that type checks see a renamed one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+
+class Arguments(Protocol):
+    """What is used of TrainingArguments; what a host may lack is asked for by getattr where it is needed."""
+
+    output_dir: str | None
+    device: torch.device
+    bf16: bool
+    fp16: bool
+    bf16_full_eval: bool
+    fp16_full_eval: bool
+    max_steps: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    train_batch_size: int
+    world_size: int
+    process_index: int
+    dataloader_num_workers: int
+    disable_tqdm: bool
+    should_save: bool
+    load_best_model_at_end: bool
+    average_tokens_across_devices: bool
+
+
+class State(Protocol):
+    """What is used of a TrainerState."""
+
+    global_step: int
+    max_steps: int
+    epoch: float | None
+    best_model_checkpoint: str | None
+
+
+class Accelerator(Protocol):
+    """What is used of accelerate's Accelerator."""
+
+    num_processes: int
+    process_index: int
+    is_main_process: bool
+    mixed_precision: str
+    state: Any
+    gradient_state: Any
+    gather: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor, str], Tensor]
+
+    def wait_for_everyone(self) -> None:
+        """Waits until every process is here."""
+
+
+class HostTrainer(Protocol):
+    """A transformers Trainer, of any subclass, as the parts of a run beside its loss see it."""
+
+    model: Any
+    model_wrapped: nn.Module
+    args: Arguments
+    state: State
+    accelerator: Accelerator
+    train_dataset: Any
+    eval_dataset: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a TrainerCallback."""
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Returns the loader that training reads."""
+
+    def get_eval_dataloader(self, eval_dataset: Any) -> DataLoader[Any]:
+        """Returns the loader that an evaluation of this dataset reads."""
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+        """Returns the autocast that a step's forward pass runs in."""

@@ -1,0 +1,107 @@
+"""The state of one training run: what BA-LoRA knows of it beside what its Trainer knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..adapter.config import BaLoraConfig
+from ..config import RegularizerConfig
+from ..fused.head import Head
+from ..objective.batches import without_crossings
+from ..objective.request import CompiledPasses
+from ..pretrained.switch import TeacherSwitch
+from ..teacher.cache import TeacherCache
+from .cost import CostMeter
+from .metrics import TermMetrics
+
+logger = logging.get_logger(__name__)
+
+Inputs = dict[str, Any]
+
+
+class WarnOnce:
+    """Says each warning of a run once, by its key.
+
+    Attributes:
+        said: The keys of what was said.
+    """
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def __call__(self, key: str, message: str) -> None:
+        if key not in self.said:
+            self.said.add(key)
+            logger.warning(f"BA-LoRA: {message}")
+
+
+@dataclass
+class RunState:
+    """Everything a run's parts share: they are given this, never the trainer's private attributes.
+
+    Attributes:
+        config: The settings in force, every one resolved.
+        adapter: The active adapter's config; None in full fine-tuning.
+        model: The model inside any adapter, whose forward takes the objective.
+        switch: Turns the adapters off, which gives the teacher.
+        metrics: The sums behind the log keys.
+        warn: Says a warning once, by its key.
+        extend: The host's keywords for a forward pass, added to a batch (`extend_ba_lora_inputs`).
+        to_device: The host's own way to bring a batch to its device.
+        teacher: A second model as teacher.
+        compiled: Teacher and student as compiled passes.
+        cache: The teacher's outputs on disk.
+        initial_head: The LM head that full fine-tuning with a cache began with, which is the teacher's.
+        meter: What counts the run's cost; there from the start of training.
+        wants_logits: Whether the evaluation at hand asks for logits.
+        counts: False while a classifier's batch holds nothing but samples that were evaluated before.
+    """
+
+    config: RegularizerConfig
+    adapter: Any
+    model: PreTrainedModel
+    switch: TeacherSwitch
+    metrics: TermMetrics
+    warn: WarnOnce
+    extend: Callable[[Inputs], Inputs]
+    to_device: Callable[[Inputs], Inputs]
+    teacher: PreTrainedModel | None = None
+    compiled: CompiledPasses | None = None
+    cache: TeacherCache | None = None
+    initial_head: Head | None = None
+    meter: CostMeter | None = None
+    wants_logits: bool = field(default=False)
+    counts: bool = field(default=True)
+
+    @property
+    def ours(self) -> bool:
+        """True where the active adapter is a BA-LoRA adapter."""
+        return isinstance(self.adapter, BaLoraConfig)
+
+    def inputs(self, batch: Inputs) -> Inputs:
+        """Returns what a batch gives to the model's forward: without a host's notes to itself, which begin with _."""
+        plain = {key: value for key, value in batch.items() if not key.startswith("_")}
+        return self.extend(without_crossings(plain))
+
+    def initial_head_on(self, device: torch.device) -> Head | None:
+        """Returns the head that full fine-tuning began with, moved to the device that it is needed on."""
+        head = self.initial_head
+        if head is not None and head.weight.device != device:
+            bias = None if head.bias is None else head.bias.to(device)
+            head = self.initial_head = Head(head.weight.to(device), bias, head.scale, head.softcap)
+        return head
+
+
+def active_config(model: nn.Module | None) -> Any:
+    """Returns the config of a model's active adapter, the first of several; None for a model without one."""
+    if not isinstance(model, PeftModel) or not model.active_adapters:
+        return None
+    return model.peft_config.get(model.active_adapters[0])

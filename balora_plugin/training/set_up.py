@@ -1,0 +1,148 @@
+"""What happens to a trainer once, before its first step: checks, the patched forward, the teacher, the run's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from peft import PeftModel
+from torch import nn
+from transformers.utils import logging
+
+from ..adapter.saved import provenance
+from ..config import RegularizerConfig, as_regularizers
+from ..objective import classification as nlu
+from ..objective.install import install
+from ..pretrained.attention import check_attention, check_same_attention
+from ..pretrained.lm_head import check_head
+from ..pretrained.quantised import protect_weights
+from ..pretrained.switch import TeacherSwitch
+from . import classification
+from .checks.arguments import check_arguments, check_saving
+from .checks.model import resolve
+from .checks.teacher import check_teacher
+from .compiling import Asked, compiled_passes
+from .fill_cache import open_run_cache
+from .finite_guard import FiniteGuard
+from .host import HostTrainer
+from .metrics import TermMetrics
+from .run_state import Inputs, RunState, WarnOnce, active_config
+
+logger = logging.get_logger(__name__)
+
+
+class BaLoraHost(HostTrainer, Protocol):
+    """A Trainer with the mixin: what its class says of BA-LoRA."""
+
+    ba_lora_head_checked: bool
+
+    def check_ba_lora_task(self, config: RegularizerConfig) -> None:
+        """Refuses a family of models that the host does not train."""
+
+    def extend_ba_lora_inputs(self, inputs: Inputs) -> Inputs:
+        """Adds the keywords that the host's own compute_loss would."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Brings a batch to the device: transformers has no public name for it, and hosts override this one."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a trainer was constructed with beside its host's own arguments."""
+
+    regularizers: RegularizerConfig | None = None
+    teacher_model: Any = None
+    backend: Asked | None = None
+
+
+def open_run(host: BaLoraHost, given: Given) -> RunState | None:
+    """Sets a trainer up for its terms and returns its run's state; None where it has none and stays as it is.
+
+    Raises:
+        ValueError: settings that do not go together, a model or a head that the terms cannot work with; names the key,
+            its value and what to write.
+        TypeError: regularizers or teacher_model of another type.
+    """
+    adapter = active_config(host.model)
+    regularizers = _terms_of(adapter, given)
+    if regularizers is None:
+        return None
+    warn = WarnOnce()
+    bare = host.model.get_base_model() if isinstance(host.model, PeftModel) else host.model
+    config = _check(host, bare, adapter, regularizers, given)
+    if not host.ba_lora_head_checked and config.task == "nlg":
+        check_head(bare)
+    protect_weights(bare)  # a base under another adapter too
+    install(bare, nlu.run_step if config.task == "nlu" else None)
+    run = RunState(
+        config=config,
+        adapter=adapter,
+        model=bare,
+        switch=TeacherSwitch(bare),
+        metrics=TermMetrics(config, warn),
+        warn=warn,
+        extend=host.extend_ba_lora_inputs,
+        to_device=host._prepare_inputs,
+        teacher=_ready_teacher(host, bare, config, given.teacher_model),
+    )
+    if run.ours:
+        adapter.regularizers = regularizers  # what is used is what the adapter's file says
+    how = getattr(adapter, "compile", False) or given.backend is not None
+    if config.task == "nlu":
+        classification.set_up(run, host, compiled=how)
+    if how:
+        run.compiled = compiled_passes(host.args, warn, how, None if given.backend is None else given.backend.mode)
+    if run.ours:
+        provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
+    if config.teacher_cache is not None and config.lambda_consistency:
+        open_run_cache(run, host)
+    host.add_callback(FiniteGuard(run, host))
+    logger.info(f"BA-LoRA: {config}")
+    return run
+
+
+def _terms_of(adapter: Any, given: Given) -> RegularizerConfig | None:
+    """The terms that the trainer was given, or that its adapter carries."""
+    regularizers = given.regularizers
+    if regularizers is None:
+        regularizers = getattr(adapter, "regularizers", None)
+    if regularizers is None:
+        if given.teacher_model is not None:
+            raise ValueError("teacher_model is given, but no terms: pass regularizers=RegularizerConfig(...) too.")
+        return None
+    regularizers = as_regularizers(regularizers)
+    if isinstance(given.teacher_model, str):
+        raise TypeError(
+            f"teacher_model={given.teacher_model!r} must be a loaded model: pass "
+            f"AutoModelForCausalLM.from_pretrained({given.teacher_model!r})."
+        )
+    return regularizers
+
+
+def _check(
+    host: BaLoraHost, bare: Any, adapter: Any, regularizers: RegularizerConfig, given: Given
+) -> RegularizerConfig:
+    """Refuses what cannot work; the settings in force for this model."""
+    check_arguments(host.args)
+    if hasattr(adapter, "regularizers"):
+        check_saving(host.accelerator)
+    if getattr(host, "compute_loss_func", None) is not None:
+        raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
+    check_attention(bare, host.args)
+    config = resolve(bare, regularizers)
+    if config.lambda_consistency:
+        check_teacher(adapter, given.teacher_model, cached=config.teacher_cache is not None, model=bare)
+    host.check_ba_lora_task(config)
+    return config
+
+
+def _ready_teacher(host: HostTrainer, bare: Any, config: RegularizerConfig, teacher: nn.Module | None) -> Any:
+    """A second model as teacher: checked, frozen, in eval mode, on the trainer's device."""
+    if isinstance(teacher, PeftModel):
+        teacher = teacher.get_base_model()  # its adapters live in the module tree
+    if teacher is not None:
+        if config.task == "nlg":
+            check_head(teacher)
+        check_same_attention(bare, teacher)
+        teacher.requires_grad_(False).eval().to(host.args.device)
+    return teacher
