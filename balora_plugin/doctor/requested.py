@@ -169,7 +169,7 @@ def looks_local(name: str) -> bool:
 
 def _of_the_plugin(values: dict[str, Any], known: set[str]) -> list[Problem]:
     """The first finding of the plug-in's own checks, if it is about another key."""
-    from .. import BaLoraPlugin
+    from ..hosts.axolotl.plugin import BaLoraPlugin
 
     try:
         BaLoraPlugin.check(values)

@@ -31,7 +31,7 @@ def is_classification(cfg: Any) -> bool:
     return str(cfg.get("type_of_model") or cfg.get("model_type") or "").endswith("ForSequenceClassification")
 
 
-def load(cfg: Any) -> TrainDatasetMeta:
+def load_samples(cfg: Any) -> TrainDatasetMeta:
     """Training and evaluation data of the YAML's `datasets` and `test_datasets` or `val_set_size`, tokenised.
 
     Raises:
@@ -83,7 +83,7 @@ def collator(cfg: Any) -> tuple[type, dict[str, Any]]:
     return DataCollatorWithPadding, {} if cfg.pad_to_sequence_len else {"pad_to_multiple_of": cfg.pad_to_multiple_of}
 
 
-def arrange(cfg: Any) -> None:
+def merge_by_model(cfg: Any) -> None:
     """Merging by the loaded model: Axolotl's default merges files, and the base's have no head: it would be lost.
 
     Raises:

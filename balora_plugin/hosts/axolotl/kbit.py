@@ -32,7 +32,7 @@ _NAMES = {4: "qlora", 8: "lora"}
 _first_reading: dict[str, int | None] = {}
 
 
-def arrange(cfg: Any) -> None:
+def ask_for_quantisation(cfg: Any) -> None:
     """At register, before validation: asks transformers for a quantised base, through `overrides_of_model_kwargs`.
 
     The settings are filled in by [`configure`], when the final precision is known. `merge-lora` too loads the base that
@@ -98,7 +98,7 @@ def configure(cfg: Any, *, inference: bool) -> None:
     cfg["overrides_of_model_kwargs"]["quantization_config"].update(settings)
 
 
-def prepare(cfg: Any, model: PreTrainedModel) -> None:
+def prepare_base(cfg: Any, model: PreTrainedModel) -> None:
     """At pre_lora_load: Axolotl's k-bit preparation, dtypes of norms, embeddings and head included.
 
     Input gradients and checkpointing are left to the places that see to them for every adapter.

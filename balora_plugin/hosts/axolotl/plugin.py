@@ -61,9 +61,9 @@ class BaLoraPlugin(BasePlugin):
             values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
             self.check(values)
             if values.get("adapter") == ADAPTER:
-                kbit.arrange(cfg)
+                kbit.ask_for_quantisation(cfg)
             if classifies(cfg):
-                classification.arrange(cfg)
+                classification.merge_by_model(cfg)
         self._inference, self._attention = bool(cfg.get("inference")), attention_setting(values)
         if active(cfg):
             for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
@@ -110,7 +110,7 @@ class BaLoraPlugin(BasePlugin):
 
     def pre_lora_load(self, cfg: Any, model: PreTrainedModel) -> None:
         if cfg.adapter == ADAPTER and not cfg.merge_lora:
-            kbit.prepare(cfg, model)
+            kbit.prepare_base(cfg, model)
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
@@ -174,7 +174,7 @@ class BaLoraPlugin(BasePlugin):
         if not classifies(cfg):
             return None
         with as_setting_errors():
-            return classification.load(cfg)
+            return classification.load_samples(cfg)
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
         return classification.collator(cfg) if classifies(cfg) else None
