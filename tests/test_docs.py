@@ -13,7 +13,7 @@ from models import tiny_llama
 from test_imports import LAYERS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "example_configs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(page for tree in ("docs", "tests") for page in (ROOT / tree).rglob("*.md"))])
 SOURCES = [path for tree in ("balora_plugin", "benchmarks", "studies") for path in (ROOT / tree).rglob("*.py")]
 HISTORY = ROOT / "CHANGELOG.md"  # names what is gone
 FILES = sorted(
