@@ -11,6 +11,9 @@ import pytest
 from helpers import ba_lora
 from models import tiny_llama
 from test_imports import LAYERS
+from transformers import TrainingArguments
+
+from balora_plugin import BaLoraTrainerMixin
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(page for tree in ("docs", "tests") for page in (ROOT / tree).rglob("*.md"))])
@@ -116,3 +119,19 @@ def test_the_file_format_names_every_file_and_key(tmp_path):
     keys = json.loads(text_of(tmp_path / "ba_lora.json"))
     for name in (*(path.name for path in tmp_path.iterdir()), *keys, *keys["probe"]):
         assert f"`{name}`" in page, name
+
+
+def test_the_trainer_of_your_own_trains(tmp_path):
+    page = text_of(ROOT / "docs/design/training.md").partition("## Writing a trainer of your own")[2]
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    hooks = {name for name in vars(BaLoraTrainerMixin) if re.match(r"[a-z]+_ba_lora_[a-z]+", name)}
+    assert hooks == {name for name in vars(names["MyTrainer"]) if "ba_lora" in name}
+    assert all(f"| `{name}(" in page for name in hooks)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], remove_unused_columns=False)
+    rows = [{"input_ids": list(range(3, 9)), "labels": list(range(3, 9)), "source": 0}] * 8
+    trainer = names["MyTrainer"](model=ba_lora(tiny_llama()), args=arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.seen == 8 * 5
+    with pytest.raises(ValueError, match="MyTrainer"):
+        trainer.check_ba_lora_task(trainer.ba_lora.__class__(task="nlu"))
