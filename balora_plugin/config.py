@@ -113,7 +113,7 @@ class RegularizerConfig:
         diversity_input: NLU: whose covariance: `"logits"`, or `"features"`, as for svd_input.
         svd_layout: `"rows"`: one row a counted token (or sample); `"flattened"`: one row a sample, B x (T * V).
         svd_max_rows: The spectrum of a micro-batch is taken over at most so many counted tokens, drawn anew at every
-            step by the step's number; 0 = all. Its cost grows with the square of the rows (docs/design.md).
+            step by the step's number; 0 = all. Its cost grows with the square of the rows (docs/design/fused.md).
         schedule: `"constant"`, or `"iclr2026"`: lambda_consistency falls by a cosine to a tenth; the other two are 0
             for the first 20 % of the optimizer steps, then rise linearly over 5 %.
         teacher_interval: Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation).

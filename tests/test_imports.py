@@ -11,7 +11,7 @@ import pytest
 import balora_plugin
 
 ROOT = Path(__file__).parents[1]
-# each may import what stands above it, and itself; docs/design.md says what each is for
+# each may import what stands above it, and itself; docs/design/ says what each is for
 LAYERS = (
     ("_version", "atomic", "distributed", "config", "schedules", "regularizers"),
     ("fused",),
