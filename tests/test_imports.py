@@ -13,7 +13,7 @@ import balora_plugin
 ROOT = Path(__file__).parents[1]
 # each may import what stands above it, and itself; docs/design/ says what each is for
 LAYERS = (
-    ("_version", "atomic", "distributed", "config", "schedules", "regularizers"),
+    ("_version", "atomic", "distributed", "settings", "config", "schedules", "regularizers"),
     ("fused",),
     ("compile",),
     ("checkpoint",),
@@ -33,6 +33,7 @@ TREES = ("balora_plugin", "benchmarks", "studies", "integration")
 # third-party packages a part may import, where fewer than the plug-in needs
 ALONE = {
     "_version": set(),
+    "settings": set(),
     "config": set(),
     "schedules": set(),
     "regularizers": {"torch"},

@@ -18,7 +18,8 @@ from ..checkpoint.integrity import is_finished
 from ..checkpoint.location import AdapterFiles
 from ..checkpoint.names import SETTINGS_FILE
 from ..checkpoint.settings import read_settings, write_settings
-from ..config import RegularizerConfig, as_path
+from ..config import RegularizerConfig
+from ..settings import as_path
 from ..teacher.files import HEADER
 
 logger = logging.getLogger(__name__)

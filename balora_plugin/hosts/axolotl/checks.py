@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from ...config import RegularizerConfig
 from ...pretrained.attention import FLAGS, attention_of, check_flash, is_flash
+from ...settings import settings_of
 from ...training.checks.teacher import MUTATING_STARTS
 from ...training.compiling import BACKEND, LAYERS
 from .classification import check as check_classification
@@ -64,17 +64,16 @@ _BNB_OPTIONS: dict[str, tuple[Any, ...] | None] = {  # of a BitsAndBytesConfig -
 }
 STARTS = ("pissa", "pissa_fast", True, None)
 
+# of the block, beside the fields of RegularizerConfig
+HOST_KEYS = ("compile", "start_from", "apply_to", "text_columns", "label_column")
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
-# (refused where ba_lora is in use)
-_BLOCK_ONLY = (
-    *("preset", "schedule", "temperature", "apply_to", "compile", "task", "start_from"),
-    *("text_columns", "label_column", "gather_batch_statistics", "head_warmup_steps"),
-)
 _OURS = [
-    field.name
-    for field in dataclasses.fields(RegularizerConfig)
-    if field.name.startswith(("lambda_", "svd_", "teacher_", "diversity_", "share_")) or field.name == "consistency"
+    name
+    for name in settings_of(RegularizerConfig)
+    if name.startswith(("lambda_", "svd_", "teacher_", "diversity_", "share_")) or name == "consistency"
 ]
+# the others, refused there where ba_lora is in use
+_BLOCK_ONLY = [*(name for name in settings_of(RegularizerConfig) if name not in _OURS), *HOST_KEYS]
 
 _KERNELS = "reads lora_A and lora_B itself and would leave out the frozen factors: set it to false."
 _LOGITS = "replaces the loss or the forward that computes the terms: remove it."
@@ -130,9 +129,7 @@ def nearest_field(key: str) -> str | None:
     for name, others in _TERMS.items():
         if key.lower() in others:
             return name
-    names = [field.name for field in dataclasses.fields(RegularizerConfig)] + ["compile", "start_from", "apply_to"]
-    names += ["text_columns", "label_column"]
-    near = difflib.get_close_matches(key, names, n=1)
+    near = difflib.get_close_matches(key, [*settings_of(RegularizerConfig), *HOST_KEYS], n=1)
     if near and key.startswith("lambda") and difflib.SequenceMatcher(None, key, near[0]).ratio() < 0.8:
         return "lambda_consistency, lambda_diversity or lambda_svd"
     return near[0] if near else None

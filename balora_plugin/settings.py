@@ -1,0 +1,164 @@
+"""What is known of a setting, said once as a dataclass field: checks, Axolotl's block and the docs are made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import os
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+TASKS = ("nlg", "nlu")  # terms over next-token positions of language models; over the samples of classifiers
+
+_FAMILY = {"nlg": "Language models only.", "nlu": "Classifiers only."}
+Kind = Literal["choice", "number", "integer", "flag", "path"]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Only:
+    """Says that a setting has a meaning for one family of terms alone.
+
+    Args:
+        task: `"nlg"` or `"nlu"`: the family that reads it.
+        why: Why the other one does not; part of the error.
+        neutral: What may be written for the other one too, beside the default.
+    """
+
+    task: str
+    why: str
+    neutral: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting, whose name is that of its dataclass field.
+
+    Args:
+        kind: `"choice"` (of names), `"number"`, `"integer"`, `"flag"` (True or False) or `"path"`.
+        default: What it is where nothing is said. None: it may be left out, and `presets` or the code decides.
+        help: What it means, in the words of the docs and of Axolotl's schema.
+        choices: The names of a choice.
+        minimum: The smallest value of a number or integer; None: any.
+        exclusive: The minimum itself is refused.
+        presets: {preset: (what it is for language models, for classifiers)} where it is left out.
+        only: The family that reads it; None: both.
+    """
+
+    kind: Kind
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    exclusive: bool = False
+    presets: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    only: Only | None = None
+
+    @property
+    def optional(self) -> bool:
+        """True if None stands for "left out"."""
+        return self.default is None
+
+    @property
+    def values(self) -> str:
+        """What may be written, in words."""
+        if self.kind == "choice":
+            *others, last = [f"`{name}`" for name in self.choices]
+            return f"{', '.join(others)} or {last}" if others else last
+        words = {"number": "number", "integer": "whole number", "flag": "true or false", "path": "path"}[self.kind]
+        return words if self.minimum is None else f"{words} {'>' if self.exclusive else '>='} {self.minimum:g}"
+
+    @property
+    def meaning(self) -> str:
+        """`help`, after the family that it is for where it is for one alone."""
+        return self.help if self.only is None else f"{_FAMILY[self.only.task]} {self.help}"
+
+    def preset_value(self, preset: str, task: str) -> Any:
+        """Returns what it is where it is left out, for `task` "nlg" or "nlu"; None if no preset says."""
+        return self.presets[preset][TASKS.index(task)] if self.presets else None
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Returns `value` as it is kept (a path as plain text).
+
+        Raises:
+            ValueError: out of range, or no name of the choice; says the name, the value and what to write.
+            TypeError: of another type.
+        """
+        if value is None and self.optional:
+            return None
+        if self.kind == "choice" and (not isinstance(value, str) or value not in self.choices):
+            raise ValueError(f"{name}={value!r} is not known: write one of {', '.join(map(repr, self.choices))}.")
+        if self.kind == "flag" and not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} must be True or False.")
+        if self.kind == "number":
+            self._check_number(name, value)
+        elif self.kind == "integer":
+            self._check_integer(name, value)
+        return as_path(name, value) if self.kind == "path" else value
+
+    def check_family(self, name: str, value: Any, task: str) -> None:
+        """Refuses, by a ValueError, a value that would say nothing for `task` ("nlg" or "nlu")."""
+        if self.only is None or self.only.task == task or value in (self.default, *self.only.neutral):
+            return
+        raise ValueError(f"{name}={value!r} with task={task!r}: {self.only.why}; leave it out.")
+
+    def _check_number(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
+            raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}{hint}.")
+        if not math.isfinite(value) or self._too_small(value):
+            bound = "" if self.minimum is None else f" {'>' if self.exclusive else '>='} {self.minimum:g}"
+            raise ValueError(f"{name}={value!r} must be a finite number{bound}.")
+
+    def _check_integer(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
+        if self._too_small(value):
+            raise ValueError(f"{name}={value!r} must be {'>' if self.exclusive else '>='} {self.minimum}.")
+
+    def _too_small(self, value: float) -> bool:
+        return self.minimum is not None and (value < self.minimum or (self.exclusive and value == self.minimum))
+
+
+def setting(kind: Kind, default: Any, **known: Any) -> Any:
+    """Returns the dataclass field of a setting; `known` are the other arguments of [`Setting`]."""
+    return field(default=default, metadata={"setting": Setting(kind, default, **known)})
+
+
+def settings_of(config: Any) -> dict[str, Setting]:
+    """Returns {name: Setting} of a dataclass, or of an instance, whose fields were made by [`setting`]."""
+    return {each.name: each.metadata["setting"] for each in dataclasses.fields(config)}
+
+
+def documented(config: type[_T]) -> type[_T]:
+    """Decorates a dataclass: writes its settings as the Args of its docstring, before "Raises:"."""
+    if config.__doc__:  # python -OO drops it
+        before, raises, after = inspect.cleandoc(config.__doc__).partition("Raises:\n")
+        lines = [
+            textwrap.fill(
+                f"{name} ({each.values}): {each.meaning}",
+                width=112,  # help() indents it
+                initial_indent=" " * 4,
+                subsequent_indent=" " * 8,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for name, each in settings_of(config).items()
+        ]
+        config.__doc__ = before + "\n".join(["Args:", *lines]) + "\n\n" + raises + after
+    return config
+
+
+def as_path(key: str, value: Any) -> str | None:
+    """A path as plain text, so that settings can be written to a file."""
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if path is None:
+        return None
+    if not isinstance(path, str):
+        raise TypeError(f"{key}={value!r} must be a path, not {type(value).__name__}.")
+    if not path.strip():
+        raise ValueError(f"{key}={value!r} names nothing: write a path, or leave it out.")
+    return path
