@@ -129,8 +129,8 @@ def setting(kind: Kind, default: Any, **known: Any) -> Any:
 
 
 def settings_of(config: Any) -> dict[str, Setting]:
-    """Returns {name: Setting} of a dataclass, or of an instance, whose fields were made by [`setting`]."""
-    return {each.name: each.metadata["setting"] for each in dataclasses.fields(config)}
+    """Returns {name: Setting} of a dataclass or an instance: of its fields those that were made by [`setting`]."""
+    return {each.name: each.metadata["setting"] for each in dataclasses.fields(config) if "setting" in each.metadata}
 
 
 def documented(config: type[_T]) -> type[_T]:
