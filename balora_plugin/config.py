@@ -249,7 +249,7 @@ class RegularizerConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RegularizerConfig:
         """Builds a config from plain values; an unknown key is a ValueError that lists the known ones."""
-        known = list(settings_of(cls))
+        known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"unknown regulariser setting {unknown[0]!r}; known: {', '.join(known)}.")

@@ -129,26 +129,25 @@ def setting(kind: Kind, default: Any, **known: Any) -> Any:
 
 
 def settings_of(config: Any) -> dict[str, Setting]:
-    """Returns {name: Setting} of a dataclass, or of an instance, whose fields were made by [`setting`]."""
-    return {each.name: each.metadata["setting"] for each in dataclasses.fields(config)}
+    """Returns {name: Setting} of a dataclass or an instance: of its fields those that were made by [`setting`]."""
+    return {each.name: each.metadata["setting"] for each in dataclasses.fields(config) if "setting" in each.metadata}
 
 
 def documented(config: type[_T]) -> type[_T]:
     """Decorates a dataclass: writes its settings as the Args of its docstring, before "Raises:"."""
-    if config.__doc__:  # python -OO drops it
-        before, raises, after = inspect.cleandoc(config.__doc__).partition("Raises:\n")
-        lines = [
-            textwrap.fill(
-                f"{name} ({each.values}): {each.meaning}",
-                width=112,  # help() indents it
-                initial_indent=" " * 4,
-                subsequent_indent=" " * 8,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            for name, each in settings_of(config).items()
-        ]
-        config.__doc__ = before + "\n".join(["Args:", *lines]) + "\n\n" + raises + after
+    before, raises, after = inspect.cleandoc(config.__doc__ or "").partition("Raises:\n")
+    lines = [
+        textwrap.fill(
+            f"{name} ({each.values}): {each.meaning}",
+            width=112,  # help() indents it
+            initial_indent=" " * 4,
+            subsequent_indent=" " * 8,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, each in settings_of(config).items()
+    ]
+    config.__doc__ = "\n".join([before.rstrip(), "", "Args:", *lines, "", raises + after])
     return config
 
 

@@ -166,6 +166,7 @@ class Sample:
     share: float = setting("number", 0.5, minimum=0.0, exclusive=True, help="Needed.")
     count: int = setting("integer", 3, minimum=1, exclusive=True, only=Only("nlu", "no"), help="Also needed.")
     free: float | None = setting("number", None, help="Any number.")
+    plain: int = 0
 
 
 @pytest.mark.parametrize(
