@@ -8,13 +8,15 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .consistency import NAMES, form_named
+
 Task = Literal["nlg", "nlu"]
 
 PRESETS = ("paper", "iclr2026")
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": PRESETS,
     "task": ("auto", "nlg", "nlu"),
-    "consistency": ("kl", "reverse_kl", "jsd", "mse"),
+    "consistency": NAMES,
     "svd_norm": ("nuclear", "frobenius", "none"),
     "svd_input": ("logits", "centered_logits", "features"),
     "svd_layout": ("rows", "flattened"),
@@ -189,10 +191,10 @@ class RegularizerConfig:
                 f"teacher_cache_top_k={self.teacher_cache_top_k} without teacher_cache keeps nothing: write "
                 "teacher_cache=<a directory>, or leave it out."
             )
-        if self.teacher_cache_top_k and self.consistency == "mse":
+        if self.teacher_cache_top_k and self.consistency and form_named(self.consistency).buckets is None:
             raise ValueError(
-                f"teacher_cache_top_k={self.teacher_cache_top_k} with consistency='mse', which needs all logits of the "
-                "teacher: write teacher_cache_top_k=0, or another form."
+                f"teacher_cache_top_k={self.teacher_cache_top_k} with consistency={self.consistency!r}, which needs "
+                "all logits of the teacher: write teacher_cache_top_k=0, or another form."
             )
         if self.svd_layout == "flattened" and self.svd_input == "centered_logits":
             raise ValueError(

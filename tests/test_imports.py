@@ -13,7 +13,9 @@ import balora_plugin
 ROOT = Path(__file__).parents[1]
 # each may import what stands above it, and itself; docs/design.md says what each is for
 LAYERS = (
-    ("_version", "atomic", "distributed", "config", "schedules", "regularizers"),
+    ("_version", "atomic", "distributed"),
+    ("consistency",),
+    ("config", "schedules", "regularizers"),
     ("fused",),
     ("compile",),
     ("checkpoint",),
@@ -33,6 +35,8 @@ TREES = ("balora_plugin", "benchmarks", "studies", "integration")
 # third-party packages a part may import, where fewer than the plug-in needs
 ALONE = {
     "_version": set(),
+    "consistency": {"torch"},
+    "consistency.__init__": set(),
     "config": set(),
     "schedules": set(),
     "regularizers": {"torch"},

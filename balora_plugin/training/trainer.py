@@ -118,7 +118,7 @@ class BaLoraTrainerMixin(_Base):
         if not self._ba_lora_head_checked and config.task == "nlg":
             check_head(causal_lm)
         protect_weights(causal_lm)  # a base under another adapter too
-        install(causal_lm, nlu.run_step if config.task == "nlu" else None)
+        install(causal_lm, nlu.classification_step if config.task == "nlu" else None)
         if isinstance(teacher_model, PeftModel):
             teacher_model = teacher_model.get_base_model()  # its adapters live in the module tree
         if teacher_model is not None:
