@@ -38,25 +38,25 @@ class Weights(NamedTuple):
     diversity: Any
 
 
-class Block(NamedTuple):
-    """Rows of a chunk: the student's logits z (C, V), float32 or float64, the targets (C,), and the teacher's logits
-    like z, or its log-probabilities, or None."""
+class Rows(NamedTuple):
+    """Rows of the student, states (M, d) or logits (M, V), their targets (M,), and the teacher's: the like, or its
+    log-probabilities, or None."""
 
-    z: Tensor
+    student: Tensor
     labels: Tensor
     teacher: Tensor | TopLogProbs | None
 
-    def at(self, rows: slice) -> Block:
+    def at(self, index: Tensor | slice) -> Rows:
         teacher = self.teacher
         if isinstance(teacher, TopLogProbs):
-            teacher = TopLogProbs(*(x[rows] for x in teacher))
+            teacher = TopLogProbs(*(x[index] for x in teacher))
         elif teacher is not None:
-            teacher = teacher[rows]
-        return Block(self.z[rows], self.labels[rows], teacher)
+            teacher = teacher[index]
+        return Rows(self.student[index], self.labels[index], teacher)
 
 
 def token_chunk(
-    block: Block,
+    block: Rows,
     weights: Weights,
     form: TermForm,
     *,
@@ -65,12 +65,13 @@ def token_chunk(
     entropic: bool | None = None,
     unit: float = 1.0,
 ) -> Tensor:
-    """Turns block.z into the gradient of the weighted loss by z (if `differentiate`); returns what each row adds.
+    """Turns logits into the gradient of the weighted loss by them (if `differentiate`); returns what each row adds.
 
     The gradient, by logits in nats, lacks -weights.task at the labels, which is the caller's to take off, for all its
-    blocks at once. The teacher's logits are overwritten too.
+    blocks at once.
 
     Args:
+        block: Logits (C, V) of the student, float32 or float64, and of the teacher; both are overwritten.
         pool: pool(i), i from 2 on, gives (C, V) scratch buffers.
         entropic: Whether weights.diversity is not 0; a compiler cannot ask it of a tensor.
         unit: What logits are counted in, in nats: 1, or log 2 where [`in_base_2`] allows it.
@@ -127,7 +128,7 @@ BACKEND = "inductor"
 
 
 @functools.cache
-def compiled_chunk(form: TermForm, differentiate: bool, entropic: bool) -> Callable[[Block, Tensor], Tensor]:
+def compiled_chunk(form: TermForm, differentiate: bool, entropic: bool) -> Callable[[Rows, Tensor], Tensor]:
     """[`token_chunk`] as compiled loops: f(block, weights (3,)), for blocks of one shape, without TopLogProbs.
 
     The teacher's logits are left as they are; the rest as there. Where the loops cannot be compiled (no C++ compiler)
@@ -136,7 +137,7 @@ def compiled_chunk(form: TermForm, differentiate: bool, entropic: bool) -> Calla
 
     def body(z: Tensor, z_t: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
         return token_chunk(
-            Block(z, labels, None if z_t is None else z_t.clone()),  # a copy of which nothing is left when compiled
+            Rows(z, labels, None if z_t is None else z_t.clone()),  # a copy of which nothing is left when compiled
             Weights(*weights.unbind()),
             form,
             pool=lambda _: torch.empty_like(z),
@@ -147,9 +148,9 @@ def compiled_chunk(form: TermForm, differentiate: bool, entropic: bool) -> Calla
     compiled = torch.compile(body, backend=BACKEND, dynamic=False)
     runs = [compiled]
 
-    def call(block: Block, weights: Tensor) -> Tensor:
+    def call(block: Rows, weights: Tensor) -> Tensor:
         assert not isinstance(block.teacher, TopLogProbs)
-        arguments = (block.z, block.teacher, block.labels, weights)
+        arguments = (block.student, block.teacher, block.labels, weights)
         if runs[0] is compiled:
             try:
                 return compiled(*arguments)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .chunk import Block, Weights, compiled_chunk, in_base_2, token_chunk
+from .chunk import Rows, Weights, compiled_chunk, in_base_2, token_chunk
 from .head import Head
 from .loss import IGNORED, Execution, TeacherStates, TokenLoss, TopLogProbs, Wants
 from .project import Projection, block_rows
@@ -23,30 +22,14 @@ LOG_2 = math.log(2.0)
 SLOPE = 5  # the scratch buffer that no form of the terms uses
 
 
-class _Rows(NamedTuple):
-    """Rows of the student's states (M, d), their targets (M,), and the teacher's states or log-probabilities."""
-
-    hidden: Tensor
-    labels: Tensor
-    teacher: Tensor | TopLogProbs | None
-
-    def at(self, index: Tensor | slice) -> _Rows:
-        teacher = self.teacher
-        if isinstance(teacher, TopLogProbs):
-            teacher = TopLogProbs(*(x[index] for x in teacher))
-        elif teacher is not None:
-            teacher = teacher[index]
-        return _Rows(self.hidden[index], self.labels[index], teacher)
-
-
 class _Buffers:
     """Logits of a chunk, of one model or of two, and scratch for a block of its rows; each is made once.
 
     `small`: rows of a block; `large`: of one whose passes are compiled, 0 where none are.
     """
 
-    def __init__(self, rows: _Rows, loss: TokenLoss, chunk_size: int, wide: torch.dtype) -> None:
-        device, vocabulary = rows.hidden.device, loss.head.weight.shape[0]
+    def __init__(self, rows: Rows, loss: TokenLoss, chunk_size: int, wide: torch.dtype) -> None:
+        device, vocabulary = rows.student.device, loss.head.weight.shape[0]
         top = isinstance(rows.teacher, TopLogProbs)
         self.chunk_size = min(chunk_size, max(len(rows.labels), 1))
         self.small = min(self.chunk_size, block_rows(vocabulary, device.type))
@@ -111,7 +94,7 @@ class ChunkLoop:
         self.differentiate = any(execution.wants)
         self.hidden = hidden
         teacher = loss.teacher
-        rows = _Rows(hidden, labels, teacher.hidden if isinstance(teacher, TeacherStates) else teacher)
+        rows = Rows(hidden, labels, teacher.hidden if isinstance(teacher, TeacherStates) else teacher)
         counted = (labels != IGNORED).nonzero().squeeze(-1)  # before any product
         self.counted = None if counted.numel() == labels.numel() else counted
         self.rows = rows if self.counted is None else rows.at(self.counted)
@@ -127,7 +110,7 @@ class ChunkLoop:
         own = teacher.head if isinstance(teacher, TeacherStates) else None
         if own is not None and not (_same(loss.head.weight, own.weight) and _same(loss.head.bias, own.bias)):
             self.teacher_head = Projection(own, self.dtype, self.wide, self.unit)
-        self.gradients = _Gradients(self.rows.hidden, loss.head, execution.wants, self.wide)
+        self.gradients = _Gradients(self.rows.student, loss.head, execution.wants, self.wide)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sums (6,): loss, task, consistency, -H_k, H, top-1 hits; the gradients by hidden, weight and bias."""
@@ -148,12 +131,12 @@ class ChunkLoop:
     def _chunk(self, part: slice) -> list[Tensor]:
         """The terms of one chunk's rows, its gradients added."""
         rows = self.rows.at(part)
-        states = rows.hidden.to(self.dtype)
+        states = rows.student.to(self.dtype)
         z, teacher = self._logits(states, rows.teacher)
         target = rows.labels.unsqueeze(1)
         capped = self.differentiate and self.head.cap is not None
         slopes = self.head.slope(z.gather(1, target)) if capped else None  # of the cap at the labels
-        block = Block(z, rows.labels, teacher)
+        block = Rows(z, rows.labels, teacher)
         terms = [self._block(block.at(inner), whole, capped) for inner, whole in self.buffers.blocks(len(z))]
         if not self.differentiate:
             return terms
@@ -180,10 +163,10 @@ class ChunkLoop:
             self.teacher_head.logits(teacher, z_t)
         return z, z_t
 
-    def _block(self, block: Block, whole: bool, capped: bool) -> Tensor:
+    def _block(self, block: Rows, whole: bool, capped: bool) -> Tensor:
         """The terms of one block's rows; its logits become the gradient by the uncapped ones."""
-        pool = partial(self.buffers.scratch, rows=len(block.z))
-        slope = self.head.slope(block.z, pool(SLOPE)) if capped else None
+        pool = partial(self.buffers.scratch, rows=len(block.student))
+        slope = self.head.slope(block.student, pool(SLOPE)) if capped else None
         if whole and self.compiled is not None:
             terms = self.compiled(block, self.numbers)
         else:
@@ -191,7 +174,7 @@ class ChunkLoop:
                 block, self.weights, self.form, pool=pool, differentiate=self.differentiate, unit=self.unit
             )
         if slope is not None:
-            block.z.mul_(slope)
+            block.student.mul_(slope)
         return terms
 
 
