@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from .consistency import NAMES, form_named
 from .settings import TASKS, Only, documented, setting, settings_of
 
 PRESETS = ("paper", "iclr2026")
@@ -81,7 +82,7 @@ class RegularizerConfig:
     consistency: str | None = setting(
         "choice",
         None,
-        choices=("kl", "reverse_kl", "jsd", "mse"),
+        choices=NAMES,
         presets={"paper": ("kl", "mse"), "iclr2026": ("kl", "kl")},
         help="Form of the consistency term: `kl` (teacher || student), `reverse_kl`, `jsd` (half / half) or `mse` "
         "(between L2-normalised rows of logits).",
@@ -212,9 +213,9 @@ class RegularizerConfig:
                 f"teacher_cache_top_k={self.teacher_cache_top_k} without teacher_cache keeps nothing: write "
                 "teacher_cache=<a directory>, or leave it out."
             )
-        if self.teacher_cache_top_k and self.consistency == "mse":
+        if self.teacher_cache_top_k and self.consistency and form_named(self.consistency).buckets is None:
             raise ValueError(
-                f"teacher_cache_top_k={self.teacher_cache_top_k} with consistency='mse', which needs all logits of the "
+                f"teacher_cache_top_k={self.teacher_cache_top_k} with consistency={self.consistency!r}, which needs all logits of the "
                 "teacher: write teacher_cache_top_k=0, or another form."
             )
         if self.svd_layout == "flattened" and self.svd_input == "centered_logits":

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .consistency import all_forms
+from .consistency._form import Form
+
+FORMS = all_forms()  # of the consistency term, by name
+
 
 def upcast(x: Tensor) -> Tensor:
     """float64 stays, everything else becomes float32."""
@@ -93,22 +98,15 @@ def singular_value_ratio(s: Tensor, k: int, norm: str) -> Tensor:
 
 def consistency_rows(student: Tensor, teacher: Tensor, *, form: str = "kl", temperature: float = 1.0) -> Tensor:
     """[`consistency`] per row: (rows, D), (rows, D) -> (rows,)."""
-    z_s, z_t = upcast(student), upcast(teacher.detach())
-    if form == "mse":
-        return (F.normalize(z_s, dim=-1, eps=1e-6) - F.normalize(z_t, dim=-1, eps=1e-6)).square().mean(dim=-1)
-    # log_softmax, not softmax().log(): the latter is -inf at a logit gap of 120 in float32
-    log_s, log_t = F.log_softmax(z_s / temperature, dim=-1), F.log_softmax(z_t / temperature, dim=-1)
-    if form == "kl":
-        divergence = _kl(log_t, log_s)
-    elif form == "reverse_kl":
-        divergence = _kl(log_s, log_t)
-    elif form == "jsd":
-        half = torch.log(torch.tensor(0.5, dtype=log_s.dtype, device=log_s.device))
-        log_m = torch.logaddexp(log_s, log_t) + half
-        divergence = 0.5 * (_kl(log_t, log_m) + _kl(log_s, log_m))
-    else:
-        raise ValueError(f"form={form!r} is not known: write 'kl', 'reverse_kl', 'jsd' or 'mse'.")
-    return temperature**2 * divergence
+    return known_form(form).dense(upcast(student), upcast(teacher.detach()), temperature)
+
+
+def known_form(form: str) -> Form:
+    """The form of that name; ValueError, with all names, where there is none."""
+    if form not in FORMS:
+        *others, last = map(repr, FORMS)
+        raise ValueError(f"form={form!r} is not known: write {', '.join(others)} or {last}.")
+    return FORMS[form]
 
 
 def entropy_rows(student: Tensor, *, top_k: int = 0) -> Tensor:
@@ -118,10 +116,6 @@ def entropy_rows(student: Tensor, *, top_k: int = 0) -> Tensor:
         z = z.topk(top_k, dim=-1).values
     log_p = F.log_softmax(z, dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
 def _mean(rows: Tensor) -> Tensor:

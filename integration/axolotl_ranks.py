@@ -9,7 +9,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from balora_plugin.adapter.saved import writing
+from balora_plugin.adapter import model
 
 
 class RanksPlugin(BasePlugin):
@@ -19,13 +19,13 @@ class RanksPlugin(BasePlugin):
 
     def register(self, cfg: Any) -> None:
         self.written = []
-        original = writing.write_side_files
+        original = model.write_side_files
 
         def noted(directory: str, *args: Any) -> Any:
             self.written.append(Path(directory).name)
             return original(directory, *args)
 
-        writing.write_side_files = noted
+        model.write_side_files = noted
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         self.trainer = trainer

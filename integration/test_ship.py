@@ -144,7 +144,8 @@ import json, sys, torch, torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from balora_plugin import BaLoraConfig, get_ba_lora_model, provenance
+from balora_plugin import BaLoraConfig, get_ba_lora_model
+from balora_plugin.adapter.saved import provenance
 from tests.models import tiny_llama
 
 dist.init_process_group("gloo")

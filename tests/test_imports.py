@@ -13,7 +13,9 @@ import balora_plugin
 ROOT = Path(__file__).parents[1]
 # each may import what stands above it, and itself; docs/design/ says what each is for
 LAYERS = (
-    ("_version", "atomic", "distributed", "settings", "config", "schedules", "regularizers"),
+    ("_version", "atomic", "distributed", "settings"),
+    ("consistency",),
+    ("config", "schedules", "regularizers"),
     ("fused",),
     ("compile",),
     ("checkpoint",),
@@ -34,6 +36,8 @@ TREES = ("balora_plugin", "benchmarks", "studies", "integration")
 ALONE = {
     "_version": set(),
     "settings": set(),
+    "consistency": {"torch"},
+    "consistency.__init__": set(),
     "config": set(),
     "schedules": set(),
     "regularizers": {"torch"},

@@ -2,9 +2,10 @@
 
 from .factor import HeadFactor
 from .head_spectrum import head_spectral_term
+from .loss import TopLogProbs
 from .spectrum import matrix_spectral_term, spectral_ratio, spectral_term
 from .tokens import TokenTerms, token_terms
-from .top import TopLogProbs, top_log_probs
+from .top import top_log_probs
 
 __all__ = [
     "HeadFactor",

@@ -3,9 +3,9 @@
 With p = softmax(z) and H its entropy, per row:
     task         d/dz = p - onehot
     -H           d/dz = p (log p + H); over the top K the same on the K renormalised probabilities
-    consistency  kl: T (q - p_t), reverse_kl: T q (log q/p_t - KL), jsd: T/2 q (log q/m - KL(q || m)) with q, p_t at
-                 temperature T; mse: the projection of the difference of the unit rows
-At T = 1 the first three share p = exp(z) / total, which is never formed: its factors go into those of the rows.
+    consistency  as the form's file in balora_plugin/consistency/ has it
+All share p = exp(z) / total, the form where it can at T = 1 (`Form.joint`). It is never formed: its factors go into
+those of the rows.
 Passes and memory are what counts beside the products: everything is in place, in few buffers that are used again, or
 compiled from the same source into a few loops.
 """
@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .top import TopLogProbs, top_consistency
+from ..consistency._form import Exponentials, Pool
+from ..regularizers import FORMS
+from .loss import TermForm, TopLogProbs
+from .top import top_consistency
 
 logger = logging.getLogger(__name__)
-LOG_HALF = math.log(0.5)
 _TOTALS = (1e-8, 1e16)  # sums of exponentials whose logarithm is as good as after taking the maximum off
-UNIT_EPS = 1e-6  # of the unit rows, as in regularizers.consistency_rows
 
 
 class Weights(NamedTuple):
@@ -37,84 +38,87 @@ class Weights(NamedTuple):
     diversity: Any
 
 
-Pool = Callable[[int], Tensor]
+class Rows(NamedTuple):
+    """Rows of the student, states (M, d) or logits (M, V), their targets (M,), and the teacher's: the like, or its
+    log-probabilities, or None."""
+
+    student: Tensor
+    labels: Tensor
+    teacher: Tensor | TopLogProbs | None
+
+    def at(self, index: Tensor | slice) -> Rows:
+        teacher = self.teacher
+        if isinstance(teacher, TopLogProbs):
+            teacher = TopLogProbs(*(x[index] for x in teacher))
+        elif teacher is not None:
+            teacher = teacher[index]
+        return Rows(self.student[index], self.labels[index], teacher)
 
 
 def token_chunk(
-    z: Tensor,
-    z_t: Tensor | None,
-    labels: Tensor,
+    block: Rows,
     weights: Weights,
+    form: TermForm,
     *,
-    form: str,
-    temperature: float,
-    top_k: int,
-    differentiate: bool,
     pool: Pool,
-    teacher_top: TopLogProbs | None = None,
+    differentiate: bool,
     entropic: bool | None = None,
     unit: float = 1.0,
 ) -> Tensor:
-    """Turns z into the gradient of the weighted loss by z (if `differentiate`) and returns what each row adds.
+    """Turns logits into the gradient of the weighted loss by them (if `differentiate`); returns what each row adds.
 
     The gradient, by logits in nats, lacks -weights.task at the labels, which is the caller's to take off, for all its
     blocks at once.
 
     Args:
-        z, z_t: (C, V) logits of student and teacher (or None), float32 or float64; both are overwritten.
-        labels: (C,) targets.
+        block: Logits (C, V) of the student, float32 or float64, and of the teacher; both are overwritten.
         pool: pool(i), i from 2 on, gives (C, V) scratch buffers.
-        teacher_top: The teacher's rows in the place of z_t.
         entropic: Whether weights.diversity is not 0; a compiler cannot ask it of a tensor.
-        unit: What z and z_t are counted in, in nats: 1, or log 2 where [`in_base_2`] allows it.
+        unit: What logits are counted in, in nats: 1, or log 2 where [`in_base_2`] allows it.
 
     Returns: (C, 5): task, consistency, -H over top_k, H over all, each in units; top-1 hit.
     """
+    z, labels, teacher = block
     a, b, c = weights
     entropic = bool(c) if entropic is None else entropic
-    top = 0 < top_k < z.shape[-1]
-    joint = z_t is not None and form == "kl" and temperature == 1.0
+    top = 0 < form.top_k < z.shape[-1]
     target = labels.unsqueeze(1)
-    consistency, extra = None, None
-    if z_t is not None and not joint:
-        consistency, extra = _FORMS[form](z, z_t, temperature, pool, differentiate)
-    if teacher_top is not None:
-        consistency, extra = top_consistency(
-            z, teacher_top, form=form, temperature=temperature, out=pool(3), differentiate=differentiate
-        )
+    joint = FORMS[form.consistency].joint if form.temperature == 1.0 and isinstance(teacher, Tensor) else None
+    consistency, extra, e_t = None, None, None
+    if isinstance(teacher, TopLogProbs):
+        consistency, extra = top_consistency(z, teacher, form, out=pool(3), differentiate=differentiate)
+    elif teacher is not None and joint is None:
+        in_place = FORMS[form.consistency].in_place
+        consistency, extra = in_place(z, teacher, form.temperature, pool, differentiate)
     if top:
-        values, index = z.topk(top_k, dim=-1)
+        values, index = z.topk(form.top_k, dim=-1)
         top_log_p = torch.log_softmax(values, dim=-1)
         top_p = top_log_p.exp()
         top_entropy = -(top_p * top_log_p).sum(dim=-1, keepdim=True)
-    if joint and z_t is not None:
-        (e, e_t), (total, total_t), (log_total, log_total_t) = _exponentials((z, z_t), (pool(2), pool(3)), unit)
-        inverse_t = total_t.reciprocal()
-        # the difference first: a difference of two sums would lose what is left of a small divergence
-        difference = z_t.sub_(z).mul_(e_t).sum(dim=-1, keepdim=True)
-        consistency = (difference * inverse_t).sub_(log_total_t).add_(log_total)
+    if joint is not None and isinstance(teacher, Tensor):
+        e, e_t = _exponentials((z, teacher), (pool(2), pool(3)), unit)
+        consistency = joint(z, teacher, e, e_t)
     else:
-        (e,), (total,), (log_total,) = _exponentials((z,), (pool(2),), unit)
+        (e,) = _exponentials((z,), (pool(2),), unit)
     chosen = z.gather(1, target)
-    task, hit = log_total - chosen, hits(z, labels, chosen)
-    inverse = total.reciprocal()  # p = e * inverse, log p = z - log_total
-    product = z.mul_(e)
-    mean = product.sum(dim=-1, keepdim=True).mul_(inverse)
-    entropy = log_total - mean
+    task, hit = e.log_total - chosen, hits(z, labels, chosen)
+    product = z.mul_(e.values)  # p = e.values * e.inverse, log p = z - e.log_total
+    mean = product.sum(dim=-1, keepdim=True).mul_(e.inverse)
+    entropy = e.log_total - mean
     consistency = torch.zeros_like(task) if consistency is None else consistency
     rows = torch.cat([task, consistency, -top_entropy if top else -entropy, entropy, hit.to(z.dtype)], dim=1)
     if not differentiate:
         return rows
-    share = a + b if joint else a
+    share = a if e_t is None else a + b
     if entropic and not top:  # p (share + c (log p + H)), log p + H = z - mean in units
         c = c * unit
-        product.mul_(c * inverse).addcmul_(e, (share - c * mean).mul_(inverse))
+        product.mul_(c * e.inverse).addcmul_(e.values, (share - c * mean).mul_(e.inverse))
     else:
-        torch.mul(e, share * inverse, out=product)
+        torch.mul(e.values, share * e.inverse, out=product)
     if top and entropic:
         product.scatter_add_(1, index, c * top_p * (top_log_p + top_entropy))
-    if joint:
-        product.addcmul_(e_t, inverse_t * -b)
+    if e_t is not None:
+        product.addcmul_(e_t.values, e_t.inverse * -b)
     elif extra is not None:
         product.add_(extra * b if isinstance(b, Tensor) else extra, alpha=1.0 if isinstance(b, Tensor) else b)
     return rows
@@ -124,36 +128,32 @@ BACKEND = "inductor"
 
 
 @functools.cache
-def compiled_chunk(
-    form: str, temperature: float, top_k: int, differentiate: bool, entropic: bool
-) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
-    """[`token_chunk`] as compiled loops: f(z, z_t, labels, weights (3,)), for blocks of one shape.
+def compiled_chunk(form: TermForm, differentiate: bool, entropic: bool) -> Callable[[Rows, Tensor], Tensor]:
+    """[`token_chunk`] as compiled loops: f(block, weights (3,)), for blocks of one shape, without TopLogProbs.
 
-    z_t is left as it is; the rest as there. Where the loops cannot be compiled (no C++ compiler) that is said once, and
-    the same source runs eagerly.
+    The teacher's logits are left as they are; the rest as there. Where the loops cannot be compiled (no C++ compiler)
+    that is said once, and the same source runs eagerly.
     """
 
     def body(z: Tensor, z_t: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
         return token_chunk(
-            z,
-            None if z_t is None else z_t.clone(),  # of which nothing is left when compiled
-            labels,
+            Rows(z, labels, None if z_t is None else z_t.clone()),  # a copy of which nothing is left when compiled
             Weights(*weights.unbind()),
-            form=form,
-            temperature=temperature,
-            top_k=top_k,
-            differentiate=differentiate,
+            form,
             pool=lambda _: torch.empty_like(z),
+            differentiate=differentiate,
             entropic=entropic,
         )
 
     compiled = torch.compile(body, backend=BACKEND, dynamic=False)
     runs = [compiled]
 
-    def call(z: Tensor, z_t: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
+    def call(block: Rows, weights: Tensor) -> Tensor:
+        assert not isinstance(block.teacher, TopLogProbs)
+        arguments = (block.student, block.teacher, block.labels, weights)
         if runs[0] is compiled:
             try:
-                return compiled(z, z_t, labels, weights)
+                return compiled(*arguments)
             except Exception as error:  # compilers raise all kinds, all of them before a loop has run
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -161,42 +161,41 @@ def compiled_chunk(
                     f"BA-LoRA: the passes over the logits could not be compiled and run eagerly: {type(error).__name__}"
                 )
                 runs[0] = body
-        return body(z, z_t, labels, weights)
+        return body(*arguments)
 
     return call
 
 
-def in_base_2(form: str, temperature: float, top_k: int, vocabulary: int) -> bool:
+def in_base_2(form: TermForm, vocabulary: int) -> bool:
     """Whether [`token_chunk`] takes logits in units of log 2: where all it needs of them is p and log p at T = 1.
 
     To the base 2 exponentials cost half on some CPUs.
     """
-    return form == "kl" and temperature == 1.0 and not 0 < top_k < vocabulary
+    return FORMS[form.consistency].joint is not None and form.temperature == 1.0 and not 0 < form.top_k < vocabulary
 
 
-def _exponentials(
-    logits: tuple[Tensor, ...], out: tuple[Tensor, ...], unit: float
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """exp(z) in `out`, its sums over a row and their logarithms, (C, 1); z loses its rows' maxima where it must.
-
-    To the base 2 where `unit` is not 1.
+def _exponentials(logits: tuple[Tensor, ...], out: tuple[Tensor, ...], unit: float) -> list[Exponentials]:
+    """Of each of `logits` (C, V), in `out`; z loses its rows' maxima where it must. To the base 2 if `unit` is not 1.
 
     Logits are seldom so large that their exponentials need that, and on a CPU, where looking costs nothing, the two
     passes it takes are a good part of all.
     """
     exp, log = (torch.exp, torch.log) if unit == 1.0 else (torch.exp2, torch.log2)
+    totals = None
     if logits[0].device.type == "cpu" and not torch.compiler.is_compiling():
         totals = torch.stack([exp(z, out=e).sum(dim=-1, keepdim=True) for z, e in zip(logits, out, strict=True)])
         low, high = torch.aminmax(totals) if totals.numel() else (totals, totals)
-        if totals.numel() and _TOTALS[0] < low.item() and high.item() < _TOTALS[1]:
-            return out, totals.unbind(), log(totals).unbind()
-    totals = torch.stack(
-        [
-            exp(z.sub_(z.amax(dim=-1, keepdim=True)), out=e).sum(dim=-1, keepdim=True)
-            for z, e in zip(logits, out, strict=True)
-        ]
-    )
-    return out, totals.unbind(), log(totals).unbind()
+        if not totals.numel() or not _TOTALS[0] < low.item() or not high.item() < _TOTALS[1]:
+            totals = None
+    if totals is None:
+        totals = torch.stack(
+            [
+                exp(z.sub_(z.amax(dim=-1, keepdim=True)), out=e).sum(dim=-1, keepdim=True)
+                for z, e in zip(logits, out, strict=True)
+            ]
+        )
+    columns = zip(out, totals.reciprocal().unbind(), log(totals).unbind(), strict=True)
+    return [Exponentials(*column) for column in columns]
 
 
 def hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
@@ -218,60 +217,3 @@ def hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
     if bool(tied.any()):
         found[tied] = z[tied].argmax(dim=-1, keepdim=True) == target[tied]
     return found
-
-
-def _log_softmax(x: Tensor, out: Tensor) -> Tensor:
-    return torch.log_softmax(x, dim=-1, out=out)
-
-
-def _tempered(z: Tensor, z_t: Tensor, temperature: float, pool: Pool) -> tuple[Tensor, Tensor]:
-    """log softmax(z / T) in pool(3) and log softmax(z_t / T) in pool(2); z_t is scratch afterwards."""
-    log_q = _log_softmax(torch.div(z, temperature, out=pool(2)), pool(3))
-    return log_q, _log_softmax(z_t.div_(temperature), pool(2))
-
-
-def _kl(z: Tensor, z_t: Tensor, temperature: float, pool: Pool, differentiate: bool) -> tuple[Tensor, Tensor]:
-    log_q, log_t = _tempered(z, z_t, temperature, pool)
-    p_t = torch.exp(log_t, out=z_t)
-    value = temperature**2 * log_t.sub_(log_q).mul_(p_t).sum(dim=-1, keepdim=True)
-    return value, log_q.exp_().sub_(p_t).mul_(temperature) if differentiate else log_q
-
-
-def _reverse_kl(z: Tensor, z_t: Tensor, temperature: float, pool: Pool, differentiate: bool) -> tuple[Tensor, Tensor]:
-    log_q, log_t = _tempered(z, z_t, temperature, pool)
-    q = torch.exp(log_q, out=z_t)
-    product = log_q.sub_(log_t).mul_(q)
-    rows = product.sum(dim=-1, keepdim=True)
-    return temperature**2 * rows, product.sub_(q.mul_(rows)).mul_(temperature) if differentiate else product
-
-
-def _jsd(z: Tensor, z_t: Tensor, temperature: float, pool: Pool, differentiate: bool) -> tuple[Tensor, Tensor]:
-    log_q, log_t = _tempered(z, z_t, temperature, pool)
-    log_m = torch.logaddexp(log_q, log_t, out=z_t).add_(LOG_HALF)
-    p = torch.exp(log_t, out=pool(4))
-    teacher = log_t.sub_(log_m).mul_(p).sum(dim=-1, keepdim=True)
-    q = torch.exp(log_q, out=p)
-    product = log_q.sub_(log_m).mul_(q)
-    rows = product.sum(dim=-1, keepdim=True)
-    value = 0.5 * temperature**2 * (teacher + rows)
-    return value, product.sub_(q.mul_(rows)).mul_(0.5 * temperature) if differentiate else product
-
-
-def _mse(z: Tensor, z_t: Tensor, temperature: float, pool: Pool, differentiate: bool) -> tuple[Tensor, Tensor]:
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    length = norm.clamp_min(UNIT_EPS)
-    z_t.div_(torch.linalg.vector_norm(z_t, dim=-1, keepdim=True).clamp_min(UNIT_EPS))
-    unit = torch.div(z, length, out=pool(3))
-    difference = torch.sub(unit, z_t, out=z_t)
-    product = torch.mul(difference, difference, out=pool(2))
-    vocabulary = z.shape[-1]
-    value = product.sum(dim=-1, keepdim=True) / vocabulary
-    if not differentiate:
-        return value, unit
-    along = torch.mul(unit, difference, out=product).sum(dim=-1, keepdim=True)
-    along = torch.where(norm > UNIT_EPS, along, 0.0)  # a clamped length is a constant
-    return value, torch.sub(difference, unit.mul_(along), out=unit).mul_(2.0 / (vocabulary * length))
-
-
-_FORMS = {"kl": _kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "mse": _mse}
-FORMS = tuple(_FORMS)

@@ -7,7 +7,7 @@ products with the vocabulary have the precision of spectrum.py's with the factor
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,28 +37,27 @@ def head_spectral_term(
     float64 on every device, and 2 M d V more for a weight that trains, whose gradient is kept in float32.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        options = (k, norm, centered, scale, softcap, chunk_size, torch.is_grad_enabled())
-        value = _HeadRatio.apply(hidden, weight, bias, *options)
+        options = _Options(k, norm, centered, scale, softcap, chunk_size, torch.is_grad_enabled())
+        value = _HeadRatio.apply(hidden, weight, bias, options)
     return value.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+
+
+class _Options(NamedTuple):
+    k: int
+    norm: str
+    centered: bool
+    scale: float
+    softcap: float | None
+    chunk_size: int
+    differentiate: bool
 
 
 class _HeadRatio(torch.autograd.Function):
     """The ratio and its gradients, taken in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        k: int,
-        norm: str,
-        centered: bool,
-        scale: float,
-        softcap: float | None,
-        chunk_size: int,
-        differentiate: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
+        k, norm, centered, scale, softcap, chunk_size, differentiate = options
         double = torch.float64 in (hidden.dtype, weight.dtype)
         precision = torch.float64 if double else spectrum.product_precision(hidden.device)
         h = hidden.to(precision)
@@ -122,4 +121,4 @@ class _HeadRatio(torch.autograd.Function):
             None if kept is None else scaled(kept, grad.to(kept.dtype), dtype)
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, *([None] * 7))
+        return (*grads, None)

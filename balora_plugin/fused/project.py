@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..regularizers import upcast
+from .head import Head
 
 _LIFTED = 16.0  # the largest entry of a lifted gradient: sums of it stay within float16, 1e-9 of it above its least
 
@@ -19,13 +20,12 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def project(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
-) -> Tensor:
+def project(hidden: Tensor, head: Head) -> Tensor:
     """softcap((hidden @ weight.T + bias) * scale) in float32 (float64 for float64 inputs).
 
-    hidden (M, d), weight (V, d), bias (V,) -> (M, V). The product runs in `product_dtype`; only its result is widened.
+    hidden (M, d), a head of V tokens -> (M, V). The product runs in `product_dtype`; only its result is widened.
     """
+    weight, bias, scale, softcap = head[:4]
     dtype = product_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -44,21 +44,12 @@ class Projection:
     products in another dtype than the logits'.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        dtype: torch.dtype,
-        wide: torch.dtype,
-        unit: float = 1.0,
-    ) -> None:
-        self.weight = weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.scale, self.cap = scale, None if softcap is None else softcap / unit
+    def __init__(self, head: Head, dtype: torch.dtype, wide: torch.dtype, unit: float = 1.0) -> None:
+        self.weight = head.weight.to(dtype)
+        self.bias = None if head.bias is None else head.bias.to(dtype)
+        self.scale, self.cap = head.scale, None if head.softcap is None else head.softcap / unit
         self.narrow = dtype != wide
-        self.factor = scale / (softcap or unit)  # on the product, before the cap
+        self.factor = head.scale / (head.softcap or unit)  # on the product, before the cap
         if self.bias is not None and self.factor != 1.0 and not self.narrow:
             self.bias = self.bias * self.factor
 

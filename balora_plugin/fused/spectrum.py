@@ -206,27 +206,15 @@ spectral_ratio_op = torch.library.custom_op("balora::spectral_ratio", compute_sp
 
 
 @spectral_ratio_op.register_fake
-def _(
-    hidden: Tensor,
-    counted: Tensor | None,
-    factor: Tensor | None,
-    gram: Tensor | None,
-    bias: bool,
-    scale: float,
-    k: int,
-    norm: str,
-    clamp: bool,
-    max_rows: int,
-    seed: Tensor | None,
-    want: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    want = others[-1]
     narrow = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     gradient = hidden.new_empty(hidden.shape if want else 0, dtype=kept_dtype(hidden.dtype))
     return hidden.new_empty((), dtype=narrow), hidden.new_empty((), dtype=torch.int64), gradient
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.want, ctx.dtype = inputs[-1], inputs[0].dtype
+    ctx.want, ctx.dtype, ctx.others = inputs[-1], inputs[0].dtype, len(inputs) - 1
     ctx.save_for_backward(output[2].detach())
     ctx.mark_non_differentiable(output[1], output[2])
 
@@ -235,7 +223,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _scale_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     scaled = (gradient.to(torch.promote_types(ctx.dtype, grad.dtype)) * grad).to(ctx.dtype) if ctx.want else None
-    return (scaled, *([None] * 11))
+    return (scaled, *([None] * ctx.others))
 
 
 spectral_ratio_op.register_autograd(_scale_gradient, setup_context=_keep_gradient)

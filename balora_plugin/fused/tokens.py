@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunk import FORMS
-from .ops import IGNORED, token_terms_op
+from ..consistency import NAMES
+from .head import Head
+from .loss import IGNORED, Execution, TeacherStates, TermForm, TokenLoss, TopLogProbs, Wants
+from .ops import flat, token_terms_op
 from .project import default_chunk, product_dtype
-from .top import TOP_FORMS, TopLogProbs
+from .top import TOP_FORMS
 
 
 @dataclass(frozen=True)
@@ -89,81 +91,34 @@ def token_terms(
     _check_shapes(hidden, teacher_hidden, weight, labels, lambda_consistency if teacher_top is None else 0.0)
     if teacher_weight is None and teacher_bias is not None:
         raise ValueError("teacher_bias is given without teacher_weight: pass both, or neither.")
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is not known: write {', '.join(map(repr, FORMS))}.")
+    if form not in NAMES:
+        raise ValueError(f"form={form!r} is not known: write {', '.join(map(repr, NAMES))}.")
     if teacher_top is not None:
         _check_top(teacher_top, hidden.shape[0], form)
         if teacher_hidden is not None or teacher_weight is not None:
             raise ValueError("teacher_top stands in the place of teacher_hidden and teacher_weight: pass one of both.")
-    return weighted_token_terms(
-        hidden,
-        teacher_hidden if lambda_consistency else None,  # switched off, and its cost with it
-        weight,
-        labels,
-        torch.tensor([lambda_task, lambda_consistency, lambda_diversity], dtype=torch.float64),
-        form=form,
-        temperature=temperature,
-        top_k=top_k,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        chunk_size=chunk_size,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
-        teacher_top=teacher_top if lambda_consistency else None,
-        compiled=compiled,
-    )
+    teacher: TeacherStates | TopLogProbs | None = None  # switched off, and its cost with it
+    if lambda_consistency and teacher_top is not None:
+        teacher = teacher_top
+    elif lambda_consistency and teacher_hidden is not None:
+        own = None if teacher_weight is None else Head(teacher_weight, teacher_bias)
+        teacher = TeacherStates(teacher_hidden, own)
+    weights = torch.tensor([lambda_task, lambda_consistency, lambda_diversity], dtype=torch.float64)
+    head = Head(weight, bias, float(scale), softcap)
+    loss = TokenLoss(head, teacher, TermForm(form, float(temperature), top_k), weights, compiled)
+    return weighted_token_terms(hidden, labels, loss, chunk_size)
 
 
-def weighted_token_terms(
-    hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    *,
-    form: str,
-    temperature: float,
-    top_k: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    chunk_size: int | None = None,
-    teacher_weight: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    teacher_top: TopLogProbs | None = None,
-    compiled: bool = False,
-) -> TokenTerms:
-    """[`token_terms`] without its checks, the weights of task, consistency and diversity as one tensor.
-
-    weights: (3,) float64 on the CPU. Neither teacher_hidden nor teacher_top leaves the consistency term out.
-    """
-    if teacher_hidden is None:
-        teacher_weight = teacher_bias = None
+def weighted_token_terms(hidden: Tensor, labels: Tensor, loss: TokenLoss, chunk_size: int | None = None) -> TokenTerms:
+    """[`token_terms`] without its checks: hidden (M, d), labels (M,), and what is asked of them."""
+    weight, bias = loss.head.weight, loss.head.bias
     grad = torch.is_grad_enabled()
-    top_ids, top_log_p, top_log_tail = (None,) * 3 if teacher_top is None else (x.detach() for x in teacher_top)
-    sums, _, _, _ = token_terms_op(
-        hidden,
-        weight,
-        bias,
-        labels,
-        None if teacher_hidden is None else teacher_hidden.detach(),
-        None if teacher_weight is None else teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        top_ids,
-        top_log_p,
-        top_log_tail,
-        weights,
-        form,
-        float(temperature),
-        top_k,
-        float(scale),
-        softcap,
+    execution = Execution(
         chunk_size or default_chunk(weight.shape[0], hidden.device.type, weight.shape[1]),
         product_dtype(hidden, weight),
-        compiled,
-        [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        Wants(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias))),
     )
+    sums, _, _, _ = token_terms_op(*flat(hidden, labels, loss, execution))
     task, consistency, diversity, entropy, correct = sums.detach()[1:].unbind()
     return TokenTerms(sums[0], task, consistency, diversity, entropy, correct, (labels != IGNORED).sum())
 

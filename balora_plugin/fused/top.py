@@ -10,31 +10,17 @@ the normalisation takes away, and U the sum of all u_b, its derivative by the st
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..regularizers import FORMS
+from .head import Head
+from .loss import TermForm, TopLogProbs
 from .project import default_chunk, project
 
-TOP_FORMS = ("kl", "reverse_kl", "jsd")  # mse compares logits
+TOP_FORMS = tuple(name for name, form in FORMS.items() if form.buckets is not None)
 _NONE = -math.inf
-
-
-class TopLogProbs(NamedTuple):
-    """What is kept of a teacher's distribution at some temperature.
-
-    Attributes:
-        ids: (M, K) integers: its K most likely tokens, each once.
-        log_probs: (M, K) their log-probabilities, any floating type.
-        log_tail: (M,) the logarithm of the mass of the V - K others; -inf if there are none.
-
-    Rounding is taken out where it is used: the K + 1 masses of a row are divided by their sum.
-    """
-
-    ids: Tensor
-    log_probs: Tensor
-    log_tail: Tensor
 
 
 @torch.no_grad()
@@ -61,9 +47,10 @@ def top_log_probs(
     >>> top.ids.tolist(), round(top.log_probs.exp().item(), 4), round(top.log_tail.exp().item(), 4)
     ([[0]], 0.5, 0.5)
     """
+    head = Head(weight, bias, scale, softcap)
     parts = []
     for rows in hidden.split(chunk_size or default_chunk(weight.shape[0], hidden.device.type)):
-        z = project(rows, weight, bias, scale, softcap).div_(temperature)
+        z = project(rows, head).div_(temperature)
         values, ids = z.topk(min(k, z.shape[-1]), dim=-1)
         log_tail = z.scatter_(1, ids, _NONE).logsumexp(dim=-1)
         total = torch.logaddexp(values.logsumexp(dim=-1), log_tail)
@@ -72,16 +59,18 @@ def top_log_probs(
 
 
 def top_consistency(
-    z: Tensor, teacher: TopLogProbs, *, form: str, temperature: float, out: Tensor, differentiate: bool
+    z: Tensor, teacher: TopLogProbs, form: TermForm, *, out: Tensor, differentiate: bool
 ) -> tuple[Tensor, Tensor | None]:
     """T^2 times each row's divergence over the K + 1 buckets, (C, 1), and its derivative by z.
 
     Args:
         z: (C, V) logits of the student, float32 or float64; left as it is.
-        teacher: Its rows (C, ...), at this temperature.
-        form: "kl" (teacher || student), "reverse_kl" or "jsd".
+        teacher: Its rows (C, ...), at the form's temperature.
+        form: Of which one of TOP_FORMS is taken.
         out: (C, V) scratch, which holds the derivative afterwards.
     """
+    buckets, temperature = FORMS[form.consistency].buckets, form.temperature
+    assert buckets is not None
     ids = teacher.ids.long()
     log_t = torch.cat([teacher.log_probs.to(z.dtype), teacher.log_tail.to(z.dtype).unsqueeze(1)], dim=1)
     log_t = torch.log_softmax(log_t, dim=1)
@@ -95,7 +84,7 @@ def top_consistency(
     log_q = torch.cat([log_top, peak + total.log()], dim=1)
     norm = log_q.logsumexp(dim=1, keepdim=True)
     log_q = log_q - norm
-    rows, slope = _BUCKETS[form](log_q, log_t)
+    rows, slope = buckets(log_q, log_t)
     value = temperature**2 * rows.sum(dim=1, keepdim=True)
     if not differentiate:
         return value, None
@@ -104,27 +93,3 @@ def top_consistency(
     share = slope[:, -1:] / total.clamp_min(torch.finfo(z.dtype).tiny)
     rest.mul_(share.sub_(whole * (peak - norm).exp()))
     return value, rest.scatter_(1, ids, slope[:, :-1] - whole * log_q[:, :-1].exp())
-
-
-def _kl(log_q: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    return _times(log_t, log_t - log_q), -log_t.exp()
-
-
-def _reverse_kl(log_q: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    rows = _times(log_q, log_q - log_t)
-    return rows, rows
-
-
-def _jsd(log_q: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    log_m = torch.logaddexp(log_q, log_t) - math.log(2.0)
-    ours = 0.5 * _times(log_q, log_q - log_m)
-    return 0.5 * _times(log_t, log_t - log_m) + ours, ours
-
-
-def _times(log_p: Tensor, difference: Tensor) -> Tensor:
-    """p times a difference of logarithms; nothing where p is."""
-    p = log_p.exp()
-    return torch.where(p > 0, p * difference, 0.0)
-
-
-_BUCKETS = {"kl": _kl, "reverse_kl": _reverse_kl, "jsd": _jsd}

@@ -17,21 +17,28 @@ from transformers import PreTrainedModel
 
 from ..fused import TopLogProbs
 from ..fused.head import Head
+from ..fused.loss import IGNORED, TeacherStates
 from ..fused.project import project
-from ..fused.tokens import IGNORED
 from ..pretrained.attention import implementation_of, is_flash
 from ..pretrained.lm_head import check_head_now, read_head
 from ..pretrained.switch import TeacherSwitch
-from ..teacher.rows import Teacher
 from .batches import counted_positions, with_boundaries
-from .causal_lm_terms import backbone_pass, head_ratio, make_plan, shares, spectrum_of, token_sums
+from .causal_lm_terms import (
+    backbone_pass,
+    head_spectrum,
+    shares,
+    spectrum_request,
+    token_loss,
+    token_spectrum,
+    token_sums,
+)
 from .request import StepOutput, StepRequest
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
 
 @torch.compiler.disable(recursive=False)
-def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> StepOutput:
+def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> StepOutput:
     """Teacher and student backbone and the terms of one micro-batch.
 
     Args:
@@ -53,10 +60,10 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
         inputs = with_boundaries(inputs)
     check_head_now(model, inputs["input_ids"].device)
     head = read_head(model)
-    teacher = teacher_head = None
+    teacher = None
     if lambdas.consistency:
         with request.part("teacher"):
-            teacher, teacher_head = _teacher_pass(model, request, inputs, needed, head)
+            teacher = _teacher_pass(model, request, inputs, needed, head)
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
     extra = {"output_router_logits": True} if router else {}
@@ -64,18 +71,18 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
     if targets is None:  # position t predicts label t + 1
         assert labels is not None
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    plan = make_plan(request, head, teacher_head)
+    asked, spectrum = token_loss(request, head, teacher), spectrum_request(request, head)
     whole = not (request.return_logits or request.measure_shares)
     if whole and compiled is not None and compiled.student is not None:
-        hidden, sums, ratio, routed = compiled.student(model, {**inputs, **extra}, targets, teacher, plan)
+        hidden, sums, ratio, routed = compiled.student(model, {**inputs, **extra}, targets, asked, spectrum)
     else:
         with nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model):
             outputs = model.base_model(**inputs, **extra)
         hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
         with request.part("token_terms"):
-            sums = token_sums(hidden, targets, teacher, plan)
+            sums = token_sums(hidden, targets, asked)
         with request.part("spectrum"):
-            ratio = spectrum_of(hidden, targets, plan)
+            ratio = token_spectrum(hidden, targets, asked.head, spectrum)
     loss, task, consistency, diversity, entropy, correct, count = sums
     result: dict[str, Any] = {
         "loss": loss.clone(),  # a view of the operator's sums otherwise: FSDP2 warns that hooks on it may be lost
@@ -86,18 +93,18 @@ def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any
         "correct": correct,
         "count": count,
     }
-    if plan.svd == "head":
-        ratio = head_ratio(plan, hidden, targets)
+    if spectrum is not None and spectrum.of == "head":
+        ratio = head_spectrum(hidden, targets, asked.head, spectrum)
     if ratio is not None:
         result |= {"svd": ratio[0], "svd_used_k": ratio[1]}
     if request.measure_shares:
-        result["shares"] = shares(plan, hidden, targets, teacher, max(request.teacher_factor, 1))
+        every = max(request.teacher_factor, 1)  # a share is that of an average step
+        weights = lambdas._replace(consistency=lambdas.consistency / every)
+        result["shares"] = shares(hidden, targets, asked, spectrum, weights)
     if router:
         result["aux_loss"] = _router_loss(model, routed, inputs.get("attention_mask"))
     if request.return_logits:
-        result["logits"] = project(hidden.to(head.weight.device), head.weight, head.bias, head.scale, head.softcap).to(
-            hidden.dtype
-        )
+        result["logits"] = project(hidden.to(head.weight.device), head).to(hidden.dtype)
     return StepOutput(**result)
 
 
@@ -109,11 +116,11 @@ def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _teacher_pass(
     model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None, student_head: Head
-) -> tuple[Teacher, Head | None]:
-    """Final hidden states (B, L, d) of the pre-trained model, and its head if it is not the student's.
+) -> TeacherStates | TopLogProbs:
+    """Final hidden states (B, L, d) of the pre-trained model, and its head.
 
-    With a cache they are rounded to bfloat16 and zero where `needed` (B, L) is False, or they are the log-probabilities
-    that it has instead, which need no head.
+    With a cache the states are rounded to bfloat16 and zero where `needed` (B, L) is False, or they are the
+    log-probabilities that it has instead, which need no head.
     """
     forward = backbone_pass if request.compiled is None else request.compiled.teacher
 
@@ -132,9 +139,9 @@ def _teacher_pass(
         return read_head(model, teacher=True, student=student_head)
 
     if request.cache is None or needed is None:
-        return run(inputs), head()
+        return TeacherStates(run(inputs), head().alone)
     found = request.cache.states(inputs, needed, run, head)
-    return found, None if isinstance(found, TopLogProbs) else head()
+    return found if isinstance(found, TopLogProbs) else TeacherStates(found, head().alone)
 
 
 def _wants_router_logits(model: PreTrainedModel) -> bool:

@@ -20,7 +20,14 @@ from ..distributed import world_size
 from ..pretrained.classifier_head import last_tokens, reads_last_token
 from ..pretrained.switch import TeacherSwitch
 from ..regularizers import upcast
-from .classification_terms import MULTI_LABEL, REGRESSION, SINGLE_LABEL, consistency_of, diversity_of, spectrum_of
+from .classification_terms import (
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    consistency_of,
+    diversity_of,
+    spectrum_of_samples,
+)
 from .gather import gather_rows
 from .request import StepOutput, StepRequest
 
@@ -29,7 +36,7 @@ IGNORED = -100
 _padding_seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose padding was looked at
 
 
-def run_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> StepOutput:
+def classification_step(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> StepOutput:
     """Teacher and student pass and the terms of one micro-batch.
 
     Args:
@@ -106,7 +113,7 @@ class _Found:
 
     def spectrum(self, request: StepRequest, batch: _Rows) -> None:
         config = request.config
-        found = spectrum_of(
+        found = spectrum_of_samples(
             batch.rows,
             k=config.svd_top_k or 1,
             norm=config.svd_norm or "nuclear",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..fused.spectrum import usable_k
-from ..regularizers import consistency_rows, covariance, spectral, upcast
+from ..regularizers import consistency_rows, covariance, known_form, spectral, upcast
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classification", "multi_label_classification"
 
@@ -20,7 +20,7 @@ def consistency_of(student: Tensor, teacher: Tensor, *, problem: str, form: str,
     """
     if problem == REGRESSION or student.shape[-1] == 1:
         return (upcast(student) - upcast(teacher.detach())).square().mean(dim=-1)
-    if problem == MULTI_LABEL and form != "mse":  # sigmoid(z) is the softmax of (z, 0)
+    if problem == MULTI_LABEL and known_form(form).uses_temperature:  # sigmoid(z) is the softmax of (z, 0)
         student, teacher = (torch.stack([z, torch.zeros_like(z)], dim=-1) for z in (student, teacher))
         return consistency_rows(student, teacher, form=form, temperature=temperature).sum(dim=-1)
     return consistency_rows(student, teacher, form=form, temperature=temperature)
@@ -31,7 +31,7 @@ def diversity_of(rows: Tensor) -> Tensor | None:
     return None if min(rows.shape) < 2 else covariance(rows)
 
 
-def spectrum_of(rows: Tensor, *, k: int, norm: str, centered: bool) -> tuple[Tensor, int] | None:
+def spectrum_of_samples(rows: Tensor, *, k: int, norm: str, centered: bool) -> tuple[Tensor, int] | None:
     """Minus the leading singular values of (N, D) rows, and the k that was used; None where no k can act.
 
     k is at most one less than the number of singular values under the nuclear norm, where their whole sum would be a

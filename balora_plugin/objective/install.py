@@ -11,15 +11,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .causal_lm import run_step
+from .causal_lm import causal_lm_step
 from .request import Step, StepRequest
 
 
 def install(model: PreTrainedModel, step: Step | None = None) -> None:
     """Lets a model's forward take the keyword `ba_lora`. Idempotent; other calls are unchanged.
 
-    `step` answers such a call: [`run_step`] for causal language models, or another family's. The patched function looks
-    its model up by `self`, so a deep copy of the model runs on its own weights.
+    `step` answers such a call: [`causal_lm_step`] for causal language models, or another family's. The patched function
+    looks its model up by `self`, so a deep copy of the model runs on its own weights.
     """
     if getattr(model.forward, "takes_ba_lora", False):
         return
@@ -37,7 +37,7 @@ def install(model: PreTrainedModel, step: Step | None = None) -> None:
     def forward(self: nn.Module, *args: Any, ba_lora: StepRequest | None = None, **kwargs: Any) -> Any:
         if ba_lora is None:
             return original(self, *args, **kwargs)
-        return (step or run_step)(self, ba_lora, kwargs)
+        return (step or causal_lm_step)(self, ba_lora, kwargs)
 
     # without it hosts would strip the columns they do not see (input_ids) and generate() would refuse real inputs
     vars(forward)["__signature__"] = _unbound_signature(model)

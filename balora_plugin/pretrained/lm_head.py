@@ -144,7 +144,7 @@ def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
     finally:
         handle.remove()
     head = read_head(model)
-    got = project(captured[0].to(head.weight.device), head.weight, head.bias, head.scale, head.softcap)
+    got = project(captured[0].to(head.weight.device), head)
     exact = expected.dtype in (torch.float32, torch.float64) and not head.dequantised
     if not bool(torch.isfinite(expected).all()):
         for name, value in model.named_parameters():

@@ -9,9 +9,10 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
+from ..adapter.config import BaLoraConfig
 from ..adapter.saved import provenance
 from ..config import RegularizerConfig, as_regularizers
-from ..objective import classification as nlu
+from ..objective.classification import classification_step
 from ..objective.install import install
 from ..pretrained.attention import check_attention, check_same_attention
 from ..pretrained.lm_head import check_head
@@ -73,7 +74,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     if not host.ba_lora_head_checked and config.task == "nlg":
         check_head(bare)
     protect_weights(bare)  # a base under another adapter too
-    install(bare, nlu.run_step if config.task == "nlu" else None)
+    install(bare, classification_step if config.task == "nlu" else None)
     run = RunState(
         config=config,
         adapter=adapter,
@@ -104,8 +105,8 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
 def _terms_of(adapter: Any, given: Given) -> RegularizerConfig | None:
     """The terms that the trainer was given, or that its adapter carries."""
     regularizers = given.regularizers
-    if regularizers is None:
-        regularizers = getattr(adapter, "regularizers", None)
+    if regularizers is None and isinstance(adapter, BaLoraConfig):
+        regularizers = adapter.regularizers
     if regularizers is None:
         if given.teacher_model is not None:
             raise ValueError("teacher_model is given, but no terms: pass regularizers=RegularizerConfig(...) too.")
@@ -124,7 +125,7 @@ def _check(
 ) -> RegularizerConfig:
     """Refuses what cannot work; the settings in force for this model."""
     check_arguments(host.args)
-    if hasattr(adapter, "regularizers"):
+    if isinstance(adapter, BaLoraConfig):
         check_saving(host.accelerator)
     if getattr(host, "compute_loss_func", None) is not None:
         raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")

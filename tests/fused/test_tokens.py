@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from balora_plugin import regularizers as reg
-from balora_plugin.fused import chunk, ops, token_terms, tokens
+from balora_plugin.fused import chunk, chunk_loop, ops, token_terms, tokens
+from balora_plugin.fused.head import Head
+from balora_plugin.fused.loss import Execution, TeacherStates, TermForm, TokenLoss, Wants
 from balora_plugin.fused.project import Projection, default_chunk, project
 
 FORMS = ("kl", "reverse_kl", "jsd", "mse")
@@ -379,8 +381,8 @@ def test_the_default_chunk_follows_the_vocabulary():
 def test_autocast_runs_the_product_in_its_dtype_and_widens_the_result():
     hidden, weight = random(6, 5, dtype=torch.float32), random(7, 5, seed=1, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = project(hidden, weight)
-        wide = project(hidden.double(), weight.double())
+        logits = project(hidden, Head(weight))
+        wide = project(hidden.double(), Head(weight.double()))
     assert logits.dtype == torch.float32
     assert torch.equal(logits, (hidden.bfloat16() @ weight.bfloat16().T).float())
     assert not torch.equal(logits, hidden @ weight.T)
@@ -401,16 +403,22 @@ def test_a_teacher_bias_alone_is_refused():
         token_terms(hidden, hidden, weight, torch.tensor([1, 2]), lambda_consistency=1.0, teacher_bias=torch.ones(4))
 
 
+def operator_inputs(example, teacher, form, trains):
+    """What the operator is called with, chunks of 4 rows."""
+    head = Head(example.weight, example.options["bias"], 0.5, 3.0)
+    weights = torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
+    wants = Wants(*(name in trains.split() for name in Wants._fields))
+    loss = TokenLoss(head, teacher, TermForm(form, 2.0, 3), weights)
+    return ops.flat(example.hidden, example.labels, loss, Execution(4, torch.float64, wants))
+
+
 @pytest.mark.parametrize("trains", ["hidden", "hidden weight bias"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_operator_is_registered_right(trains, form):
     example = case(bias=True, trains=trains, **ALL)
-    wants = [name in trains.split() for name in ("hidden", "weight", "bias")]
-    weights = torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
-    teacher = (example.teacher_hidden, None, None, None, None, None)
-    options = (form, 2.0, 3, 0.5, 3.0, 4, torch.float64, False, wants)
-    inputs = (example.hidden, example.weight, example.options["bias"], example.labels, *teacher, weights, *options)
-    torch.library.opcheck(ops.token_terms_op, inputs)
+    torch.library.opcheck(
+        ops.token_terms_op, operator_inputs(example, TeacherStates(example.teacher_hidden), form, trains)
+    )
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -452,11 +460,11 @@ def test_base_2_and_base_e_are_the_same(scale, softcap, bias, diversity, dtype, 
     example = case(m=9, vocabulary=13, d=5, trains=("hidden", "weight", "bias"), bias=bias, **options).to(dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     units = []
-    plain = ops.token_chunk
-    monkeypatch.setattr(ops, "token_chunk", lambda *a, **k: units.append(k["unit"]) or plain(*a, **k))
+    plain = chunk_loop.token_chunk
+    monkeypatch.setattr(chunk_loop, "token_chunk", lambda *a, **k: units.append(k["unit"]) or plain(*a, **k))
     check(example, tolerance, chunk_size=4)
-    assert set(units) == {ops.LOG_2}
-    monkeypatch.setattr(ops, "in_base_2", lambda *_: False)
+    assert set(units) == {chunk_loop.LOG_2}
+    monkeypatch.setattr(chunk_loop, "in_base_2", lambda *_: False)
     units.clear()
     check(example, tolerance, chunk_size=4)
     assert set(units) == {1.0}
@@ -472,10 +480,8 @@ def test_logits_that_differ_by_hundreds():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Compiled blocks of 3 rows, traced but not lowered: what the loops are is the compiler's business."""
-    from balora_plugin.fused import chunk, ops
-
     monkeypatch.setattr(chunk, "BACKEND", "aot_eager")
-    monkeypatch.setattr(ops, "block_rows", lambda vocabulary, device, compiled=False: 3 if compiled else 2)
+    monkeypatch.setattr(chunk_loop, "block_rows", lambda vocabulary, device, compiled=False: 3 if compiled else 2)
     chunk.compiled_chunk.cache_clear()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -519,8 +525,6 @@ def test_compiled_passes_are_the_eager_ones(form, temperature, top_k, softcap, d
 
 
 def test_passes_that_cannot_be_compiled_run_eagerly_and_say_so_once(small_blocks, monkeypatch, caplog):
-    from balora_plugin.fused import chunk
-
     def refuse(module, inputs):
         raise RuntimeError("no compiler here")
 
@@ -536,11 +540,9 @@ def test_passes_that_cannot_be_compiled_run_eagerly_and_say_so_once(small_blocks
 
 @pytest.mark.slow
 def test_compiled_passes_through_inductor(monkeypatch):
-    from balora_plugin.fused import chunk, ops
-
     chunk.compiled_chunk.cache_clear()
     torch._dynamo.reset()
-    monkeypatch.setattr(ops, "block_rows", lambda vocabulary, device, compiled=False: 8 if compiled else 2)
+    monkeypatch.setattr(chunk_loop, "block_rows", lambda vocabulary, device, compiled=False: 8 if compiled else 2)
     torch.manual_seed(4)
     hidden, teacher, weight = torch.randn(20, 16), torch.randn(20, 16), torch.randn(300, 16)
     labels = torch.randint(0, 300, (20,))
@@ -555,8 +557,6 @@ def test_compiled_passes_through_inductor(monkeypatch):
 
 
 def test_ties_are_counted_alike_when_compiled():
-    from balora_plugin.fused import chunk
-
     z = torch.tensor([[1.0, 2.0, 2.0], [3.0, 0.0, 3.0], [0.0, 0.0, 1.0]])
     for labels in ([1, 0, 2], [2, 2, 2], [0, 1, 0]):
         labels = torch.tensor(labels)
@@ -612,10 +612,8 @@ def test_large_gradients_are_scaled_in_pieces(monkeypatch):
 
 
 def test_one_head_under_two_names_is_one(monkeypatch):
-    from balora_plugin.fused import ops
-
     made = []
-    monkeypatch.setattr(ops, "Projection", lambda *args: made.append(args) or Projection(*args))
+    monkeypatch.setattr(chunk_loop, "Projection", lambda *args: made.append(args) or Projection(*args))
     hidden, weight, labels = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
     token_terms(hidden, hidden, weight, labels, lambda_consistency=1.0, teacher_weight=weight.detach())
     assert len(made) == 1

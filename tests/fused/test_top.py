@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokens import Largest, dense_terms, random, relative_error, targets
+from test_tokens import Largest, dense_terms, operator_inputs, random, relative_error, targets
 
 from balora_plugin import regularizers as reg
 from balora_plugin.fused import TopLogProbs, ops, token_terms, tokens, top_log_probs
+from balora_plugin.fused.head import Head
+from balora_plugin.fused.loss import Execution, TeacherStates, TermForm, TokenLoss, Wants
 from balora_plugin.fused.project import project
 from balora_plugin.fused.top import TOP_FORMS
 
@@ -71,7 +73,7 @@ class Case:
             self.hidden, None, self.weight, self.labels, **{**self.options, "lambda_consistency": 0.0}
         )
         rows = self.labels != -100
-        z, z_t = (project(x[rows], self.weight, **self.head) for x in (self.hidden, self.teacher))
+        z, z_t = (project(x[rows], Head(self.weight, **self.head)) for x in (self.hidden, self.teacher))
         sums["consistency"] = dense(z, z_t.detach(), k=self.k, form=self.form, temperature=self.temperature)
         return loss + consistency * sums["consistency"], sums
 
@@ -165,7 +167,7 @@ def test_the_divergence_grows_with_k_up_to_the_whole_one():
 def test_what_is_lost_is_the_divergence_inside_the_rest():
     """KL(p || q) = KL over the buckets + mass of the rest times the KL of what is likely within it."""
     example = Case(m=7, k=4, ignored=0.0, **BOTH)
-    z, z_t = (project(x, example.weight).detach() for x in (example.hidden, example.teacher))
+    z, z_t = (project(x, Head(example.weight)).detach() for x in (example.hidden, example.teacher))
     top = example.top
     taken = torch.zeros_like(z, dtype=torch.bool).scatter_(1, top.ids.long(), True)
     inside = [x.masked_fill(taken, -torch.inf).log_softmax(dim=1) for x in (z_t, z)]
@@ -233,7 +235,7 @@ def test_a_student_with_hardly_any_mass_in_the_rest(form, k):
     example = Case(m=6, vocabulary=9, d=4, k=k, form=form, **BOTH).to(torch.float32)
     example.teacher[:] = example.hidden.detach()  # the same K, with much in the rest
     example.hidden = (example.hidden.detach() * 12).requires_grad_()
-    z = project(example.hidden, example.weight)
+    z = project(example.hidden, Head(example.weight))
     rest = buckets(z, example.top.ids.long(), 1.0)[:, -1].exp()
     assert rest.min() < 1e-7
     wide = Case(m=6, vocabulary=9, d=4, k=k, form=form, **BOTH)
@@ -305,7 +307,7 @@ def test_what_does_not_fit_is_named(change, named):
 @pytest.mark.parametrize("k", [1, 5, 30, 99])
 def test_top_log_probs(k, temperature):
     hidden, weight, bias = random(23, 6), random(30, 6, seed=1), random(30, seed=2)
-    log_p = (project(hidden, weight, bias, 0.5, 4.0) / temperature).log_softmax(dim=-1)
+    log_p = (project(hidden, Head(weight, bias, 0.5, 4.0)) / temperature).log_softmax(dim=-1)
     top = top_log_probs(hidden, weight, k=k, temperature=temperature, bias=bias, scale=0.5, softcap=4.0, chunk_size=7)
     assert [(x.dtype, tuple(x.shape)) for x in top] == [
         (torch.int32, (23, min(k, 30))),
@@ -338,15 +340,13 @@ def test_the_teacher_needs_no_product():
 
     example = Case(m=40, vocabulary=64, d=16, ignored=0.0, **BOTH)
     top = example.top
-    head = {key: value for key, value in example.options.items() if key in BOTH}
+    weights = torch.tensor([1.0, BOTH["lambda_consistency"], BOTH["lambda_diversity"]], dtype=torch.float64)
+    execution = Execution(40, torch.float64, Wants(True, False, False))
     counts = []
-    for teacher, extra in ((None, {"teacher_top": top}), (example.teacher, {})):
-        lambdas = torch.tensor([1.0, head["lambda_consistency"], head["lambda_diversity"]], dtype=torch.float64)
-        arguments = (example.hidden.detach(), example.weight, None, example.labels, teacher, None, None)
-        tops = tuple(extra["teacher_top"]) if extra else (None,) * 3
+    for teacher in (top, TeacherStates(example.teacher)):
+        loss = TokenLoss(Head(example.weight), teacher, TermForm(), weights)
         with FlopCounterMode(display=False) as counter:
-            options = ("kl", 1.0, 0, 1.0, None, 40, torch.float64, False, [True, False, False])
-            ops.compute_token_terms(*arguments, *tops, lambdas, *options)
+            ops.compute_token_terms(*ops.flat(example.hidden.detach(), example.labels, loss, execution))
         counts.append(counter.get_total_flops() / (2 * 40 * 64 * 16))
     assert counts == [2, 3]
 
@@ -355,9 +355,4 @@ def test_the_teacher_needs_no_product():
 @pytest.mark.parametrize("form", TOP_FORMS)
 def test_the_operator_is_registered_right(trains, form):
     example = Case(bias=True, trains=trains, **BOTH)
-    wants = [name in trains.split() for name in ("hidden", "weight", "bias")]
-    weights = torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
-    options = (form, 2.0, 3, 0.5, 3.0, 4, torch.float64, False, wants)
-    teacher = (None, None, None, *example.top)
-    inputs = (example.hidden, example.weight, example.options["bias"], example.labels, *teacher, weights, *options)
-    torch.library.opcheck(ops.token_terms_op, inputs)
+    torch.library.opcheck(ops.token_terms_op, operator_inputs(example, example.top, form, trains))

@@ -13,7 +13,7 @@ from balora_plugin import BaLoraConfig, BaLoraModel, RegularizerConfig, get_ba_l
 from balora_plugin.checkpoint.names import HEAD_FILE
 from balora_plugin.classification.data import check_labels
 from balora_plugin.objective import classification_terms as terms
-from balora_plugin.objective.classification import features, run_step, samples_of
+from balora_plugin.objective.classification import classification_step, features, samples_of
 from balora_plugin.objective.install import install
 from balora_plugin.objective.request import StepRequest
 from balora_plugin.pretrained.classifier_head import hand_over, head_names, teacher_head
@@ -35,7 +35,7 @@ def _one_thread(_seed):
 def adapted(kind="bert", *, targets=None, **changes):
     config = BaLoraConfig(r=2, lora_alpha=2, target_modules=targets)
     model = get_ba_lora_model(classifier(kind, **changes), config)
-    install(model.get_base_model(), run_step)
+    install(model.get_base_model(), classification_step)
     return model
 
 
@@ -215,13 +215,13 @@ def test_k_is_clamped_where_the_ratio_would_be_constant():
     naive = spectral(z, k=5)
     naive.backward()
     assert naive == -1.0 and z.grad.abs().max() < 1e-6
-    value, used = terms.spectrum_of(z, k=5, norm="nuclear", centered=False)
+    value, used = terms.spectrum_of_samples(z, k=5, norm="nuclear", centered=False)
     assert used == 2 and value > -1.0
     assert torch.autograd.grad(value, z)[0].abs().max() > 1e-3
-    assert terms.spectrum_of(z, k=5, norm="nuclear", centered=True)[1] == 1  # centred rows lose a direction
-    assert terms.spectrum_of(z[:, :2], k=5, norm="nuclear", centered=True) is None
-    assert terms.spectrum_of(z, k=5, norm="none", centered=False)[1] == 3
-    assert terms.spectrum_of(z[:, :1], k=5, norm="none", centered=False) is None
+    assert terms.spectrum_of_samples(z, k=5, norm="nuclear", centered=True)[1] == 1  # centred rows lose a direction
+    assert terms.spectrum_of_samples(z[:, :2], k=5, norm="nuclear", centered=True) is None
+    assert terms.spectrum_of_samples(z, k=5, norm="none", centered=False)[1] == 3
+    assert terms.spectrum_of_samples(z[:, :1], k=5, norm="none", centered=False) is None
 
 
 @pytest.mark.parametrize("norm", ["nuclear", "frobenius", "none"])
@@ -394,7 +394,7 @@ def test_a_quantised_base_with_a_head_in_floats(tmp_path):
         resolve(load(llm_int8_skip_modules=["nothing"]), RegularizerConfig(), adapter_follows=True)
     model = get_ba_lora_model(load(llm_int8_skip_modules=["classifier"]), BaLoraConfig(r=2, lora_alpha=2))
     resolve(model.get_base_model(), RegularizerConfig())
-    install(model.get_base_model(), run_step)
+    install(model.get_base_model(), classification_step)
     assert any(type(m).__name__ == "Linear4bit" for m in model.modules())
     assert model(**batch(), ba_lora=request()).consistency < 1e-10
     trained(model, steps=1)

@@ -103,7 +103,7 @@ def test_the_heads_logits_are_the_models(name, ids):
     assert (head.bias is not None) == (name == "phi")
     with torch.no_grad():
         hidden = model.base_model(input_ids=ids).last_hidden_state
-        got = project(hidden, head.weight, head.bias, head.scale, head.softcap)
+        got = project(hidden, head)
         torch.testing.assert_close(got, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     if name not in ("llama", "gpt2"):  # the naive reading would be another model's logits
         assert (hidden @ head.weight.T - got).abs().max() > 1e-3

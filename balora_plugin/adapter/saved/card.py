@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
+from ...consistency import form_named
 from ..config import BaLoraConfig
 from ..delta import delta_layers_of
 from . import provenance
@@ -149,7 +150,11 @@ def terms(config: BaLoraConfig) -> str:
     r = config.regularizers.resolved(config.family)
     parts = []
     if r.lambda_consistency:
-        heat = "" if r.temperature == 1.0 or r.consistency == "mse" else f", temperature {r.temperature:g}"
+        heat = (
+            ""
+            if r.temperature == 1.0 or not form_named(r.consistency or "kl").uses_temperature
+            else f", temperature {r.temperature:g}"
+        )
         parts.append(f"consistency {r.lambda_consistency:g} ({r.consistency}{heat})")
     if r.lambda_diversity:
         parts.append(f"diversity {r.lambda_diversity:g}{f' (top {r.diversity_top_k})' if r.diversity_top_k else ''}")
