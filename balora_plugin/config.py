@@ -215,8 +215,8 @@ class RegularizerConfig:
             )
         if self.teacher_cache_top_k and self.consistency and form_named(self.consistency).buckets is None:
             raise ValueError(
-                f"teacher_cache_top_k={self.teacher_cache_top_k} with consistency={self.consistency!r}, which needs all logits of the "
-                "teacher: write teacher_cache_top_k=0, or another form."
+                f"teacher_cache_top_k={self.teacher_cache_top_k} with consistency={self.consistency!r}, which needs "
+                "all logits of the teacher: write teacher_cache_top_k=0, or another form."
             )
         if self.svd_layout == "flattened" and self.svd_input == "centered_logits":
             raise ValueError(

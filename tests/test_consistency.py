@@ -200,9 +200,11 @@ USES_IT = """
 import sys
 
 from balora_plugin import config, consistency
+from balora_plugin.settings import settings_of
 
 known = ("kl", "reverse_kl", "jsd", "mse", "dummy")
-assert consistency.NAMES == config.CHOICES["consistency"] == known
+choices = settings_of(config.RegularizerConfig)["consistency"].choices
+assert consistency.NAMES == choices == known
 assert "torch" not in sys.modules
 config.RegularizerConfig(consistency="dummy", teacher_cache="here", teacher_cache_top_k=4)
 try:
