@@ -16,6 +16,8 @@ from balora_plugin.adapter.delta import DeltaParamWrapper, delta_layers_of
 from balora_plugin.commands import main
 from balora_plugin.pretrained.switch import teacher_mode
 
+pytestmark = pytest.mark.hosts
+
 
 def adapt(base, **changes):
     values = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -16,6 +16,8 @@ from balora_plugin import BaLoraConfig, get_ba_lora_model
 from balora_plugin.adapter.delta import DeltaVariant, delta_layers_of, split_factors, stack_factors
 from balora_plugin.pretrained.switch import teacher_mode
 
+pytestmark = pytest.mark.hosts
+
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("start", ["pissa", "pissa_fast", True])

@@ -25,6 +25,8 @@ from balora_plugin.pretrained.fingerprint import model_fingerprint
 from balora_plugin.pretrained.identity import base_identity, compare
 from balora_plugin.pretrained.switch import teacher_mode
 
+pytestmark = pytest.mark.hosts
+
 
 @pytest.fixture
 def base(tmp_path):

@@ -17,6 +17,8 @@ from balora_plugin.adapter.delta import delta_layers_of
 from balora_plugin.adapter.start import full_precision as source
 from balora_plugin.pretrained.switch import teacher_mode
 
+pytestmark = pytest.mark.hosts
+
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 LAYERS = {"llama": 14, "gpt2": 8}

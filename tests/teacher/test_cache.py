@@ -28,6 +28,8 @@ from balora_plugin.teacher.cache import TeacherCache
 from balora_plugin.teacher.files import HEADER
 from balora_plugin.teacher.rows import RowChoice, placed
 
+pytestmark = pytest.mark.hosts
+
 D, V = 5, 11
 ROOT = Path(__file__).parents[2]
 HEAD = Head(torch.sin(torch.arange(V * D).float()).reshape(V, D), torch.cos(torch.arange(V).float()), scale=2.0)

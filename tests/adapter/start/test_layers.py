@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from balora_plugin.adapter.start import disk_cache
 from balora_plugin.adapter.start.disk_cache import StartCache, cache_directory
 
+pytestmark = pytest.mark.hosts
+
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
