@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..distributed import _whole
+from ..distributed import gathered
 from .classifier_head import head_names
 
 # keys of a model's config that do not change its final hidden states in eval mode
@@ -127,11 +127,11 @@ def _digest(name: str, value: Any, seen: dict[tuple[Any, ...], TensorDigest], bf
             "(meta device): switch cpu_ram_efficient_loading off, or remove teacher_cache."
         )
     # tied weights are read once; a gathered copy may lie where another one was
-    gathered = hasattr(value, "ds_id") or hasattr(value, "full_tensor")
-    known = None if gathered else (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+    sharded = hasattr(value, "ds_id") or hasattr(value, "full_tensor")
+    known = None if sharded else (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
     if known is not None and value.numel() and known in seen:
         return seen[known]
-    with _whole(value) as tensor:
+    with gathered(value) as tensor:
         stored = tensor.detach().cpu().contiguous()
         exact = rounded = _sha256(stored)
         if bfloat16 and stored.dtype in (torch.float64, torch.float32, torch.float16):

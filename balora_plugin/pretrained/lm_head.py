@@ -6,13 +6,13 @@ import weakref
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..distributed import has_process_group, process_rank
 from ..fused.head import Head
 from ..fused.project import project
 from .quantised import is_quantised_linear, quantised_layers_stay_in_training_mode
@@ -110,9 +110,9 @@ def check_head(model: PreTrainedModel) -> None:
         _unchecked.add(model)
     elif not any(p.device.type == "meta" for p in parameters):
         _compare_logits(model, model.device)
-    elif not (dist.is_available() and dist.is_initialized()):
+    elif not has_process_group():
         _unchecked.add(model)
-    elif dist.get_rank() == 0:  # elsewhere rank 0 holds the weights, and has checked them
+    elif process_rank() == 0:  # elsewhere rank 0 holds the weights, and has checked them
         logger.warning(
             f"BA-LoRA: {type(model).__name__} is on the meta device on every rank, so it was not checked that "
             "its logits can be computed from its hidden states: load it on rank 0 (cpu_ram_efficient_loading)."

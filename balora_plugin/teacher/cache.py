@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed import anywhere
+from ..distributed import any_process
 from ..fused.head import Head
 from .documents import BOUNDARIES, Cutter, Document
 from .files import FORMAT_VERSION, CacheFiles, Place
@@ -120,7 +120,7 @@ class TeacherCache:
         device = inputs["input_ids"].device
         kept = self.settle(device)
         rows = self._read(documents)
-        if anywhere(rows is None, device):  # forwards may be collective: all processes run, or none
+        if any_process(rows is None, device):  # forwards may be collective: all processes run, or none
             self._refuse_if_frozen(documents)
             if self.on_miss is not None:
                 self.on_miss()
@@ -156,7 +156,7 @@ class TeacherCache:
         """What is kept of a token, decided now if it has not been; by all processes together."""
         if not self._settled:
             self._settled = True
-            if anywhere(self.rows is None, device):
+            if any_process(self.rows is None, device):
                 rows, why = self.choice.by_size(None) if self.choose is None else self.choose()
                 if self.rows is None:
                     self._begin(rows, why)
@@ -193,7 +193,7 @@ class TeacherCache:
         shape = "packed" if packed else "padded"
         several = bool(packed) or ids.shape[0] > 1 or any(d.stop < ids.shape[1] for d in documents)
         due = bool(documents) and several and shape not in self._compared
-        if not anywhere(due, ids.device):
+        if not any_process(due, ids.device):
             return
         if packed or documents:
             document = packed[0] if packed else min(documents, key=lambda d: d.stop)

@@ -19,7 +19,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..adapter.saved import provenance
-from ..distributed import anywhere, everywhere
+from ..distributed import any_process, sum_over_processes
 from ..fused.head import Head
 from ..objective.batches import counted_positions
 from ..objective.causal_lm import backbone_inputs
@@ -186,7 +186,7 @@ def choose_rows(trainer: BaLoraTrainerMixin, cache: TeacherCache) -> tuple[Rows,
         each_once = loader if _covers_all(loader) else _in_order(trainer, loader)
         for batch in _batches(trainer, each_once, "Teacher cache, its size"):
             found = _counted(trainer, batch)
-            tokens += everywhere(0 if found is None else cache.tokens(*found), trainer.args.device)
+            tokens += sum_over_processes(0 if found is None else cache.tokens(*found), trainer.args.device)
             if tokens > choice.hidden_tokens:
                 break
         _release(trainer, loader)
@@ -216,7 +216,7 @@ def _batches(trainer: BaLoraTrainerMixin, loader: Iterable[Any], title: str) -> 
     with tqdm(total=len(loader), desc=title, disable=hidden_bar, dynamic_ncols=True) as bar:  # type: ignore[arg-type]
         while True:
             batch = next(batches, None)
-            if anywhere(batch is None, trainer.args.device):  # sharded loaders may differ by one
+            if any_process(batch is None, trainer.args.device):  # sharded loaders may differ by one
                 break
             yield batch
             bar.update()
@@ -233,7 +233,7 @@ def _counted(trainer: BaLoraTrainerMixin, batch: Any) -> tuple[dict[str, Any], T
 
 def _fill_batch(trainer: BaLoraTrainerMixin, cache: TeacherCache, request: StepRequest, batch: Any) -> None:
     found = _counted(trainer, batch)
-    if found is None or not anywhere(cache.missing(*found), trainer.args.device):
+    if found is None or not any_process(cache.missing(*found), trainer.args.device):
         return
     model: nn.Module = trainer.model_wrapped
     with torch.no_grad(), trainer.compute_loss_context_manager():

@@ -335,8 +335,8 @@ def test_factors_travel_on_a_device_the_process_group_can_carry(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     for backends, expected in (("cuda:nccl", cuda), ("cpu:gloo,cuda:nccl", cpu)):
         monkeypatch.setattr(torch.distributed, "get_backend_config", lambda backends=backends: backends)
-        assert distributed._collective_device(cpu) == expected
-        assert distributed._collective_device(cuda) == cuda
+        assert distributed.collective_device(cpu) == expected
+        assert distributed.collective_device(cuda) == cuda
 
 
 def test_what_would_be_silently_wrong_is_refused(llama):

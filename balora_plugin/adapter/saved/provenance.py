@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ...checkpoint.names import PROBE_FILE
 from ...config import RegularizerConfig
-from ...distributed import is_first_process, is_sharded
+from ...distributed import is_sharded, process_rank
 from ...pretrained import probe
 from ...pretrained.identity import BaseIdentity, base_identity, compare, dtype_of, why_not_readable
 
@@ -67,7 +67,7 @@ def take(model: PeftModel, *, collective: bool = False) -> Provenance:
 
 def prepare(model: PeftModel, teacher: str) -> None:
     """For a trainer, on every process, before the model is sharded: rank 0 alone reads weights that are whole."""
-    if is_first_process() or is_sharded(model):
+    if process_rank() == 0 or is_sharded(model):
         take(model, collective=True)
     else:
         found = known(model) or Provenance(dtype_of(model.get_base_model()))
