@@ -95,6 +95,6 @@ def start_layers(
 
 
 def _ranks_with_weights(layers: list[tuple[str, LoraLayer]]) -> list[int]:
-    """The ranks whose base weights are loaded (a host that saves CPU memory loads them on rank 0 alone)."""
+    """Returns the ranks whose base weights are loaded (a host that saves CPU memory loads them on rank 0 alone)."""
     loaded = gather_objects(all(base_parameter(layer).device.type != "meta" for _, layer in layers))
     return [rank for rank, whole in enumerate(loaded) if whole] or [0]
