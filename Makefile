@@ -15,9 +15,6 @@ QUICK = .venv/bin/python
 PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 
-# unit tests of what touches PEFT and transformers; pure maths does not depend on them
-TOUCHING_HOSTS = adapter card checkpoint compile_passes doctor experts export head nlu package quantised starts teacher_cache verify whole
-
 .PHONY: quickstart quickstart-trl test environments test-pins test-newest lint clean
 
 quickstart: .venv-axolotl/.ready
@@ -41,9 +38,9 @@ lint: .venv-axolotl/.ready
 test-pins: .venv-axolotl/.ready
 	$(THREADS) $(PINS) $(PYTEST) tests integration
 
-# only what touches the hosts runs again, the slow tests on the first set alone
+# only what touches the hosts runs again (pure maths does not depend on them), the slow tests on the first set alone
 test-newest: .venv-newest/.ready
-	$(THREADS) $(NEWEST) $(PYTEST) -m "not slow" $(patsubst %,tests/test_%.py,$(TOUCHING_HOSTS)) integration
+	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow" tests integration
 
 .venv/.ready: requirements/quickstart.txt pyproject.toml
 	$(call environment,.venv,-r requirements/quickstart.txt)

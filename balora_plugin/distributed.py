@@ -1,89 +1,101 @@
-"""What a process of a job needs to know of the others, without a Trainer: ranks, agreement, whole tensors."""
+"""What a process of a job needs to know of the others, without a Trainer: ranks, agreement, whole tensors.
+
+Without torch.distributed, or before its process group is made, a process is a job of its own: rank 0 of 1.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-def is_sharded(model: nn.Module) -> bool:
-    """FSDP or ZeRO-3: a process holds a part of each weight, and reading one is collective."""
-    if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
-        return True
-    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+T = TypeVar("T")
 
 
-def is_first_process() -> bool:
-    """Rank 0, or the only one."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+def has_process_group() -> bool:
+    """Returns whether a process group is running."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
-    """Number of ranks; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Returns the number of processes of the job."""
+    return dist.get_world_size() if has_process_group() else 1
 
 
-def _job() -> tuple[int, int]:
-    """(number of ranks, this rank)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size(), dist.get_rank()
-    return 1, 0
+def process_rank() -> int:
+    """Returns the rank of this process in the job."""
+    return dist.get_rank() if has_process_group() else 0
 
 
-def _raise_everywhere(error: str | None, world: int) -> None:
-    errors: list[Any] = [error] * world
-    if world > 1:  # one rank alone would leave the others waiting
-        dist.all_gather_object(errors, error)
-    first = next((text for text in errors if text is not None), None)
+def ranks_here() -> list[int]:
+    """Returns the ranks of this node, whose random states a Trainer writes beside the adapter; none of a single one.
+
+    The node's first process, which saves, is the one to ask.
+    """
+    if world_size() == 1:
+        return []
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return list(range(process_rank(), process_rank() + count))
+
+
+def gather_objects(value: T) -> list[T]:
+    """Returns what every process calls this with, by rank. All of them must call it; the values are pickled."""
+    found = [value] * world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def raise_on_every_process(error: str | None) -> None:
+    """Raises the first error of any process on all of them: one alone would leave the others waiting.
+
+    Raises:
+        ValueError: with the message of the lowest rank that has one.
+    """
+    first = next((text for text in gather_objects(error) if text is not None), None)
     if first is not None:
         raise ValueError(first)
 
 
-def _collective_device(device: torch.device) -> torch.device:
-    """`device`, or this rank's accelerator where the process group (plain NCCL) cannot carry tensors of `device`."""
-    accelerator = torch.accelerator.current_accelerator()
-    if f"{device.type}:" in dist.get_backend_config() or accelerator is None:
-        return device
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
-
-
 @torch.compiler.disable
-def anywhere(flag: bool, device: torch.device) -> bool:
-    """True on every process if `flag` is on one of them."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return flag
-    total = torch.tensor(int(flag), device=device)
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
-    return bool(total.item())
-
-
-@torch.compiler.disable
-def everywhere(count: int, device: torch.device) -> int:
-    """The sum over all processes."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+def sum_over_processes(count: int, device: torch.device) -> int:
+    """Returns the sum of `count` over all processes, which must all call this; it travels as a tensor on `device`."""
+    if world_size() == 1:
         return count
     total = torch.tensor(count, device=device)
     dist.all_reduce(total)
     return int(total.item())
 
 
-def ranks_here() -> list[int]:
-    """The ranks of this node, whose random states a Trainer writes beside the adapter; none for a single process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return []
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    return list(range(dist.get_rank(), dist.get_rank() + count))
+@torch.compiler.disable
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Returns whether `flag` is set on any process; all of them must call this, as [`sum_over_processes`]."""
+    return sum_over_processes(int(flag), device) > 0
+
+
+def collective_device(device: torch.device) -> torch.device:
+    """Returns `device`, or this process's accelerator where the process group (plain NCCL) cannot carry its tensors."""
+    accelerator = torch.accelerator.current_accelerator()
+    if f"{device.type}:" in dist.get_backend_config() or accelerator is None:
+        return device
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether FSDP or ZeRO-3 has split the model, so that reading a weight takes all processes."""
+    if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+        return True
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 @contextmanager
-def _whole(tensor: Tensor) -> Iterator[Tensor]:
-    """A parameter that is sharded over processes, gathered."""
+def gathered(tensor: Tensor) -> Iterator[Tensor]:
+    """Gives a parameter whole, gathered from all processes if it is sharded; all of them must enter the block."""
     if hasattr(tensor, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters
 

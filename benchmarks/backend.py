@@ -1,4 +1,4 @@
-"""The compile backend beside eager and inductor, in one run: `python -m integration.benchmarks.backend`
+"""The compile backend beside eager and inductor, in one run: `python -m benchmarks.backend`
 
 Forward and backward of Llama layers with BA-LoRA on all seven projections, then whole training steps in TRL: time as
 ratios to inductor, matrix products counted by PyTorch's profiler, seconds to compile. Inductor with its own batch
@@ -181,7 +181,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = f"{options.batch} x {options.length} tokens"
-    lines = [f"`python -m integration.benchmarks.backend` on {machine(device)}", ""]
+    lines = [f"`python -m benchmarks.backend` on {machine(device)}", ""]
 
     def add(title: str, found: str) -> None:
         lines.extend([f"**{title}**", "", found, ""])

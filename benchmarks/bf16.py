@@ -1,10 +1,12 @@
-"""bfloat16 adapters: the delta form beside stock PiSSA and float32. `python -m integration.benchmarks.bf16`"""
+"""bfloat16 adapters: the delta form beside stock PiSSA and float32. `python -m benchmarks.bf16`"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -16,7 +18,7 @@ from models import VOCABULARY, tiny_llama
 
 from balora_plugin import BaLoraConfig, get_ba_lora_model
 
-LORA = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def delta(base: nn.Module) -> nn.Module:
@@ -27,7 +29,7 @@ def pissa(base: nn.Module) -> nn.Module:
     return get_peft_model(base, LoraConfig(**LORA, init_lora_weights="pissa"), autocast_adapter_dtype=False)
 
 
-def final_loss(wrap, dtype: torch.dtype, steps: int, rate: float) -> float:
+def final_loss(wrap: Callable[[nn.Module], nn.Module], dtype: torch.dtype, steps: int, rate: float) -> float:
     """Loss after `steps` AdamW steps on one batch, model and adapter in `dtype`."""
     model = wrap(tiny_llama().to(dtype))
     for p in model.parameters():

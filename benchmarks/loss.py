@@ -1,4 +1,4 @@
-"""The loss against its floor and the usual ways, time and memory, in one run: `python -m integration.benchmarks.loss`
+"""The loss against its floor and the usual ways, time and memory, in one run: `python -m benchmarks.loss`
 
 Forward and backward with respect to the hidden states, frozen head, cross-entropy + 0.5 KL - 0.02 entropy, all tokens
 counted. Ratios are to the bare GEMMs (student's and teacher's logits, gradient) at our chunk size. Then the spectrum
@@ -202,7 +202,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    lines = [f"`python -m integration.benchmarks.loss` on {machine(device)}, {str(dtype).removeprefix('torch.')}", ""]
+    lines = [f"`python -m benchmarks.loss` on {machine(device)}, {str(dtype).removeprefix('torch.')}", ""]
     charts: dict[str, dict[str, float]] = {}
     for shape in (GPU_SHAPES if gpu else CPU_SHAPES)[: options.shapes]:
         torch._dynamo.reset()
@@ -231,9 +231,9 @@ def main() -> None:
     if options.shapes is None:
         entries = spectrum(device, options.repeats)
         slowest = entries[-1][1].seconds
-        rows = [(name, f"{r.seconds:.3f}", f"{slowest / r.seconds:.1f} x") for name, r in entries]
+        ratios = [(name, f"{r.seconds:.3f}", f"{slowest / r.seconds:.1f} x") for name, r in entries]
         lines += ["**Spectrum, N = d = 1024, V = 32000**, value and gradient (float64 inside)", ""]
-        lines += [table(("", "seconds", "faster than svdvals"), rows), ""]
+        lines += [table(("", "seconds", "faster than svdvals"), ratios), ""]
         print("\n".join(lines[-3:]))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)

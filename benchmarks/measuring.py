@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,7 @@ class Measured:
     samples: list[float] = field(default_factory=list)
 
 
-def measure(functions: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Measured]:
+def measure(functions: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Measured]:
     """Every function once for memory and warm-up, then `repeats` rounds in turn: other load on the machine hits all."""
     results = {name: Measured() for name in functions}
     for name, function in functions.items():
@@ -71,9 +71,9 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> float:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        allocated = torch.cuda.memory_allocated(device)
         function()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
     function()  # what is allocated once and for all
     gc.collect()
     with suppress(OSError, AttributeError):  # or freed pages that the C library keeps would hide what comes

@@ -1,4 +1,4 @@
-"""The randomised PiSSA start against the exact one, time and energy: `python -m integration.benchmarks.start`"""
+"""The randomised PiSSA start against the exact one, time and energy: `python -m benchmarks.start`"""
 
 from __future__ import annotations
 

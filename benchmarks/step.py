@@ -1,4 +1,4 @@
-"""Whole training steps, time and memory, in one run: `python -m integration.benchmarks.step`
+"""Whole training steps, time and memory, in one run: `python -m benchmarks.step`
 
 TRL's own loss with LoRA and with PiSSA, BA-LoRA with each setting of the teacher, and the paper's way: a second model
 and dense logits. Ratios are to the PiSSA step; the FLOP floor is counted for the same model: what the teacher's forward
@@ -224,7 +224,7 @@ def main() -> None:
     ]
     tokens = f"{options.batch} x {options.length} tokens, rank {options.rank}"
     lines = [
-        f"`python -m integration.benchmarks.step` on {machine(device)}",
+        f"`python -m benchmarks.step` on {machine(device)}",
         "",
         f"**Llama of {millions:.0f}M parameters, {tokens}{', checkpointing' if options.checkpointing else ''}.** "
         f"FLOP floor of a BA-LoRA step with the teacher live: {floor:.2f} x PiSSA.",

@@ -1,13 +1,24 @@
-"""Fixtures of the Axolotl tests: a base model with data, and YAMLs."""
+"""The marker of the tests here, and fixtures of the Axolotl tests: a base model with data, and YAMLs."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from models import character_tokenizer, tiny_llama
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest reads -m
+def pytest_collection_modifyitems(items):
+    """Marks every test of this directory: each trains in a host."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.hosts)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, 
 
 from balora_plugin.adapter.delta import delta_layers_of
 from balora_plugin.hosts.axolotl import kbit, plugin
-from balora_plugin.pretrained.switch import teacher_mode
+from balora_plugin.pretrained.switch import TeacherSwitch
 
 from .axolotl_run import history, run
 
@@ -72,9 +72,9 @@ def test_trains_evaluates_and_saves_over_a_quantised_base(kind, written, ids):
     fresh, _ = loaded(written(**KINDS[kind]))
     assert_stored_weights(trainer.model, stored_weights(fresh))
     model = trainer.model.train()
-    with teacher_mode(fresh):
+    with TeacherSwitch(fresh).off():
         base = logits(fresh, ids)
-    with teacher_mode(model):
+    with TeacherSwitch(model).off():
         assert torch.equal(logits(model, ids), base)
     assert torch.equal(logits(fresh, ids), base)  # step 0
     expected = logits(model, ids)
@@ -306,7 +306,7 @@ def test_inference_has_the_trained_model(kind, written, ids):
     model = load_model_and_tokenizer(cfg=cfg, inference=True)[0].to(cfg.device, dtype=cfg.torch_dtype).eval()
     assert len(quantised_layers(model)) == 14
     expected = logits(trained.model.eval(), ids)
-    with teacher_mode(trained.model):
+    with TeacherSwitch(trained.model).off():
         moved = (logits(trained.model, ids) - expected).abs().max()
     assert moved > 0.2
     tolerance = 1e-4 if kind == "4bit" else 0.1 * moved  # 8-bit: the cast makes float16 of the factors

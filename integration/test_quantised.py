@@ -18,7 +18,7 @@ from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, BaLoraTrainer
 from balora_plugin.adapter.delta import delta_layers_of
 from balora_plugin.adapter.saved.reading import copy_factors
 from balora_plugin.adapter.saved.stock import delta_layers
-from balora_plugin.pretrained.switch import teacher_mode
+from balora_plugin.pretrained.switch import TeacherSwitch
 
 pytest.importorskip("bitsandbytes")
 
@@ -108,7 +108,7 @@ def test_trains_evaluates_and_saves(host, kind, build, base, ids, tmp_path):
     assert_stored_weights(trainer.model, before)
     model = trainer.model.train()
     untouched = logits(load_quantised(base, kind), ids)
-    with teacher_mode(model):
+    with TeacherSwitch(model).off():
         assert torch.equal(model(input_ids=ids).logits, untouched)
     # SFTTrainer casts what trains over a quantised base to bfloat16, and the frozen factors follow
     dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name or "frozen_" in name}

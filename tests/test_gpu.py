@@ -16,7 +16,7 @@ from balora_plugin.objective.batches import counted_positions, without_crossings
 from balora_plugin.objective.install import install
 from balora_plugin.objective.request import StepRequest
 from balora_plugin.pretrained.attention import FLASH, flash_lacks, importable, is_flash
-from balora_plugin.pretrained.switch import teacher_mode
+from balora_plugin.pretrained.switch import TeacherSwitch
 from balora_plugin.schedules import Lambdas
 from balora_plugin.teacher.cache import TeacherCache
 from balora_plugin.teacher.rows import RowChoice
@@ -313,5 +313,5 @@ def test_a_quantised_base(kind, tmp_path):
     assert torch.equal(model(input_ids=ids).logits, before)
     losses = train(model, ids, steps=4)
     assert losses[-1] < losses[0]
-    with teacher_mode(model):
+    with TeacherSwitch(model).off():
         assert torch.equal(model(input_ids=ids).logits, before)

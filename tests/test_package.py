@@ -18,6 +18,8 @@ from models import character_tokenizer, tiny_llama
 
 import balora_plugin
 
+pytestmark = pytest.mark.hosts
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "balora_plugin"
 HOSTS = {"BaLoraSFTTrainer": "trl", "BaLoraPlugin": "axolotl"}

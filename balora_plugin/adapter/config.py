@@ -58,6 +58,7 @@ class _DeltaStart(str):
     """The name of a start that only BA-LoRA builds: PEFT asks `startswith("pissa")` before it rewrites the base."""
 
     def startswith(self, *args: Any) -> bool:
+        """Refuses to be taken for one of PEFT's own starts."""
         raise TypeError(_REFUSAL)
 
 
@@ -131,18 +132,18 @@ class BaLoraConfig(LoraConfig):
 
     @property
     def delta(self) -> bool:
-        """True for the starts in delta form (frozen A0, B0 beside the trained dA, dB)."""
+        """Returns whether the start is in delta form (frozen A0, B0 beside the trained dA, dB)."""
         return self.init_lora_weights in DELTA_STARTS
 
     @property
     def family(self) -> str:
-        """Which terms a model with this adapter is trained with: "nlu" for classifiers, else "nlg"."""
+        """Returns which terms a model with this adapter is trained with: "nlu" for classifiers, else "nlg"."""
         if self.regularizers.task != "auto":
             return self.regularizers.task
         return "nlu" if getattr(self.task_type, "value", self.task_type) == "SEQ_CLS" else "nlg"
 
     def to_lora_config(self, **changes: Any) -> LoraConfig:
-        """The LoRA fields alone, as a stock LoraConfig with `changes` applied."""
+        """Returns the LoRA fields alone, as a stock LoraConfig with `changes` applied."""
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
         return LoraConfig(**{**values, **changes})
 
@@ -263,6 +264,6 @@ def alpha_for(scaling: float, rank: int) -> float:
 
 
 def our_adapters(model: Any) -> list[str]:
-    """Names of the adapters of `model` that have a BaLoraConfig; none for a model without adapters."""
+    """Returns the names of the adapters of `model` that have a BaLoraConfig; none for a model without adapters."""
     configs = getattr(model, "peft_config", None) or {}
     return [name for name, config in configs.items() if isinstance(config, BaLoraConfig)]

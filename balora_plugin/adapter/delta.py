@@ -47,11 +47,11 @@ class DeltaVariant(LoraVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        pass
+        """Does nothing: [`attach_delta`] has made the factors."""
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """x (..., in), result (..., out) of the base layer -> result + s [ B0 (dA x) + dB (A0 x + dA x) ]."""
+        """Adds s [ B0 (dA x) + dB (A0 x + dA x) ] to the base layer's result (..., out); x is (..., in)."""
         frozen_a, frozen_b = module.frozen_A[active_adapter], module.frozen_B[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if frozen_a.weight.dtype != lora_a.weight.dtype:  # a host cast what trains (TRL: adapters on quantised bases)
@@ -64,17 +64,21 @@ class DeltaVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Returns the weight with the update added, as a new tensor."""
         return orig_weight + delta_weight(module, active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """Adds the update to the weight in place."""
         orig_weight.data += delta_weight(module, active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Returns the weight with the update taken off."""
         return orig_weight - delta_weight(module, active_adapter).to(orig_weight.dtype)
 
     def supports_lora_conversion(self) -> bool:
+        """Returns False."""
         return False  # PEFT's conversion reads lora_B @ lora_A, which is not the update here
 
 
@@ -82,6 +86,7 @@ class DeltaParamWrapper(ParamWrapper):
     """PEFT's wrapper of a targeted nn.Parameter (fused experts) with the delta form's update."""
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the update of the parameter, in its own shape."""
         if adapter_name not in getattr(self, "frozen_A", {}):
             return super().get_delta_weight(adapter_name, *args, **kwargs)
         lhs, rhs, scaling = self.get_delta_factors(adapter_name)
@@ -89,7 +94,7 @@ class DeltaParamWrapper(ParamWrapper):
         return update if self.get_param().ndim == 3 else update.squeeze(0)
 
     def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
-        """lhs, rhs, scaling: the update is scaling * lhs @ rhs, (experts, ., .), in the parameter's orientation."""
+        """Returns lhs, rhs, scaling: the update is scaling * lhs @ rhs, (experts, ., .), oriented as the parameter."""
         if adapter_name not in getattr(self, "frozen_A", {}):
             return super().get_delta_factors(adapter_name)
         a, b = stack_factors(
@@ -112,7 +117,7 @@ DeltaParamWrapper.__name__ = ParamWrapper.__name__
 
 
 def stack_factors(d_a: Tensor, d_b: Tensor, a0: Tensor, b0: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
-    """The stock rank-2r factors A = [dA; A0 + dA], B = [B0, dB], with B A = (B0 + dB)(A0 + dA) - B0 A0.
+    """Returns the stock rank-2r factors A = [dA; A0 + dA], B = [B0, dB], with B A = (B0 + dB)(A0 + dA) - B0 A0.
 
     d_a, a0 (E r, in) and d_b, b0 (out, r E) in PEFT's layout for E experts (1 for a plain layer) -> (E 2r, in),
     (out, 2r E). This layout, not [A0 + dA; A0], [B, -B0], survives a cast: no large terms cancel.
@@ -124,7 +129,7 @@ def stack_factors(d_a: Tensor, d_b: Tensor, a0: Tensor, b0: Tensor, experts: int
 
 
 def split_factors(a: Tensor, b: Tensor, experts: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Stock rank-2r factors (E 2r, in), (out, 2r E) -> dA, dB, B0, each exactly as it was saved."""
+    """Splits stock rank-2r factors (E 2r, in), (out, 2r E) into dA, dB, B0, each exactly as it was saved."""
     in_features, out_features = a.shape[1], b.shape[0]
     a3, b3 = a.reshape(experts, -1, in_features), b.reshape(out_features, -1, experts)
     rank = a3.shape[1] // 2
@@ -135,7 +140,7 @@ def split_factors(a: Tensor, b: Tensor, experts: int = 1) -> tuple[Tensor, Tenso
 
 
 def delta_weight(module: LoraLayer, adapter_name: str) -> Tensor:
-    """The update of a linear layer's weight, in the base weight's own orientation and at least float32."""
+    """Returns the update of a linear layer's weight, in the base weight's own orientation and at least float32."""
     a, b = stack_factors(
         module.lora_A[adapter_name].weight.detach(),
         module.lora_B[adapter_name].weight.detach(),
@@ -148,17 +153,17 @@ def delta_weight(module: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def is_supported_layer(layer: LoraLayer) -> bool:
-    """Linear, Conv1D, bitsandbytes linear layers, and parameters targeted directly (fused experts)."""
+    """Returns whether this is a linear layer, Conv1D, one of bitsandbytes, or a targeted parameter (fused experts)."""
     return isinstance(layer, (Linear, ParamWrapper)) or type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 def is_delta(layer: nn.Module, adapter_name: str) -> bool:
-    """True if this layer carries `adapter_name` in delta form."""
+    """Returns whether this layer carries `adapter_name` in delta form."""
     return isinstance(layer, LoraLayer) and adapter_name in getattr(layer, "frozen_A", {})
 
 
 def delta_layers_of(model: nn.Module, adapter_name: str = "default") -> list[tuple[str, LoraLayer]]:
-    """(module name in the base model, layer) of every layer with this adapter in delta form."""
+    """Returns (module name in the base model, layer) of every layer with this adapter in delta form."""
     found = []
     for name, layer in model.named_modules():
         if is_delta(layer, adapter_name):
@@ -169,11 +174,12 @@ def delta_layers_of(model: nn.Module, adapter_name: str = "default") -> list[tup
 
 
 def target_key(name: str, layer: LoraLayer) -> str:
-    """What PEFT matches rank and alpha patterns against: the module's name, or the targeted parameter's."""
+    """Returns what PEFT matches rank and alpha patterns against: the module's name, or the targeted parameter's."""
     return f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def num_experts(layer: LoraLayer) -> int:
+    """Returns how many experts' factors the layer holds, 1 for a plain one."""
     return getattr(layer, "num_experts", 1) if isinstance(layer, ParamWrapper) else 1
 
 
@@ -198,13 +204,13 @@ def attach_delta(layer: LoraLayer, adapter_name: str) -> None:
 
 
 def base_parameter(layer: LoraLayer) -> Tensor:
-    """The base weight that this layer adapts, as it is stored."""
+    """Returns the base weight that this layer adapts, as it is stored."""
     weight: Tensor = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
     return weight
 
 
 def base_matrix(layer: LoraLayer) -> Tensor:
-    """The weight as (out, in), or (experts, out, in)."""
+    """Returns the weight as (out, in), or (experts, out, in), dequantised."""
     if isinstance(layer, ParamWrapper):
         param = layer.get_param().data
         return param if param.ndim == 2 or layer._did_swap_in_out_features else param.mT

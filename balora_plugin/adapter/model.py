@@ -73,7 +73,7 @@ class BaLoraModelMixin(_Base):
             start_layers(layers, adapter_name, fast=fast, read=None if source is None else source.read)
 
     def _full_precision(self, config: BaLoraConfig, layers: list[tuple[str, LoraLayer]]) -> FullPrecisionWeights | None:
-        """Where A0 and B0 come from, if not from the base's own weights."""
+        """Returns where A0 and B0 come from, if not from the base's own weights."""
         if config.start_from is None:
             return None
         quantised = {name: base for name, layer in layers if is_quantised_linear(base := layer.get_base_layer())}
@@ -145,7 +145,7 @@ class BaLoraModelMixin(_Base):
         card.update(str(save_directory), self)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """PEFT's card, with our section in it: also what a host calls after it has written a card of its own."""
+        """Writes PEFT's card with our section in it; hosts that write a card of their own call it after that."""
         tags = card.tags_of(output_dir)
         super().create_or_update_model_card(output_dir)
         card.add_tags(output_dir, tags)
@@ -289,14 +289,14 @@ class BaLoraModelMixin(_Base):
         super().delete_adapter(adapter_name)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: PEFT would combine dA and dB, which are not the update."""
+        """Refuses to combine adapters: PEFT would combine dA and dB, which are not the update."""
         raise NotImplementedError(
             "add_weighted_adapter would combine the wrong factors of a BA-LoRA adapter: save the adapters and combine "
             "them in a plain PeftModel, where they are ordinary LoRAs."
         )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False for delta form: what it saves already is a LoRA."""
+        """Returns False for delta form: what it saves already is a LoRA."""
         config = self.peft_config[adapter_name]
         if isinstance(config, BaLoraConfig) and config.delta:
             return False
@@ -352,7 +352,10 @@ def build(
     low_cpu_mem_usage: bool = False,
     start: bool,
 ) -> PeftModel:
-    """Stock injection, then our class, then the delta form. `start=False`: the factors come from a file."""
+    """Injects a stock adapter, then gives the model our class, then puts the layers in delta form.
+
+    `start=False`: the factors come from a file.
+    """
     check_peft_version()
     config = copy.deepcopy(config)
     with_head(config, model)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..pretrained.classifier_head import DEFAULT_TARGETS
 from .config import BaLoraConfig
-from .delta import is_supported_layer
+from .delta import PEFT_PREFIX, is_supported_layer
 
 
 def fill_default_targets(config: BaLoraConfig, model: nn.Module) -> None:
@@ -34,7 +34,7 @@ def fill_default_targets(config: BaLoraConfig, model: nn.Module) -> None:
 def injected_layers(model: PeftModel, adapter_name: str) -> list[tuple[str, LoraLayer]]:
     """Returns (name in the base model, layer) of every layer that PEFT has given this adapter."""
     return [
-        (name.removeprefix("base_model.model."), layer)
+        (name.removeprefix(PEFT_PREFIX), layer)
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
     ]

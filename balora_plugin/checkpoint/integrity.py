@@ -20,7 +20,7 @@ _SHARDED = ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin", "global_step*
 
 
 def adapter_flaw(settings: dict[str, Any] | None, files: AdapterFiles) -> str | None:
-    """What is wrong with an adapter whose ba_lora.json holds `settings`; None if its files are those it names."""
+    """Returns what is wrong with an adapter whose ba_lora.json holds `settings`; None if the files are those named."""
     if settings is None:
         return f"{SETTINGS_FILE}, which is written last, is missing"
     if WEIGHTS_FILE not in settings["sha256"]:
@@ -33,7 +33,7 @@ def adapter_flaw(settings: dict[str, Any] | None, files: AdapterFiles) -> str | 
 
 
 def is_finished(directory: str) -> bool:
-    """Whether `directory` holds an adapter of ours whose files are those it names."""
+    """Returns whether `directory` holds an adapter of ours whose files are those it names."""
     files = AdapterFiles(directory)
     try:
         settings = read_settings(files) if os.path.isdir(directory) else None
@@ -69,12 +69,12 @@ def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool
 
 
 def _random_states(ranks: Sequence[int]) -> list[str]:
-    """A Trainer's files of them; of no ranks: those of a single process."""
+    """Returns a Trainer's files of random states; of no ranks: those of a single process."""
     return [f"rng_state_{rank}.pth" for rank in ranks] or ["rng_state.pth"]
 
 
 def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str | None:
-    """What is wrong with a checkpoint of a BA-LoRA trainer; None if training can be resumed from it exactly.
+    """Returns what is wrong with a checkpoint of a BA-LoRA trainer; None if training can be resumed from it exactly.
 
     A Trainer writes the adapter (ba_lora.json last of it), the optimizer and scheduler, and last trainer_state.json.
     `adapters`: the names of the model's BA-LoRA adapters, each of which has to be whole where PEFT saves it.
@@ -126,7 +126,7 @@ def check_whole(directory: str, adapters: Sequence[str] = _DEFAULT) -> None:
 
 
 def last_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str | None = None) -> str | None:
-    """The newest whole `checkpoint-N` in `directory`, other than `but`; `adapters` as for [`checkpoint_flaw`]."""
+    """Returns the newest whole `checkpoint-N` in `directory` but `but`; `adapters` as for [`checkpoint_flaw`]."""
     found = []
     for entry in os.scandir(directory) if os.path.isdir(directory) else ():
         match = re.fullmatch(r"checkpoint-(\d+)", entry.name)

@@ -29,7 +29,7 @@ class AdapterFiles:
 
     @classmethod
     def from_arguments(cls, model_id: str | os.PathLike[str], arguments: Mapping[str, Any]) -> AdapterFiles:
-        """What the arguments of PEFT's `from_pretrained` or `load_adapter` say of the place; the rest is left out."""
+        """Takes of the arguments of PEFT's `from_pretrained` or `load_adapter` what says where an adapter is."""
         given = {key: arguments[key] for key in _HUB_OPTIONS if arguments.get(key) is not None}
         return cls(os.fspath(model_id), arguments.get("subfolder"), given)
 

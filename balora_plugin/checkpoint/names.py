@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 PROBE_FILE = "ba_lora_probe.safetensors"
 HEAD_FILE = "ba_lora_head.safetensors"
 FORMAT_VERSION = 1

@@ -20,7 +20,7 @@ LABEL_COLUMNS = ("label", "labels")
 
 
 def columns_of(names: Sequence[str], where: str) -> tuple[tuple[str, ...], str]:
-    """Text column, or pair of them, and label column of a dataset with the columns `names`.
+    """Returns the text column, or pair of them, and the label column of a dataset with the columns `names`.
 
     Raises:
         ValueError: none is known; `where` says of which dataset.
@@ -39,7 +39,7 @@ def columns_of(names: Sequence[str], where: str) -> tuple[tuple[str, ...], str]:
 def tokenised(
     dataset: Any, tokenizer: Any, columns: Sequence[str], label: str, *, max_length: int, num_labels: int, where: str
 ) -> Any:
-    """A `datasets.Dataset` of input_ids, attention_mask (token_type_ids where the model has them) and labels.
+    """Returns a `datasets.Dataset` of input_ids, attention_mask (token_type_ids where the model has them) and labels.
 
     A pair is cut at its longer side first. Labels become whole numbers, or floats where num_labels is 1 (regression).
 

@@ -8,8 +8,10 @@ import numpy as np
 
 
 def scores(prediction: Any) -> dict[str, float]:
-    """For a Trainer's `compute_metrics`: logits (N, D) and labels (N,) to accuracy and macro-F1; Pearson's correlation
-    and mean squared error for a single output."""
+    """Scores logits (N, D) against labels (N,), as a Trainer's `compute_metrics`: accuracy and macro-F1.
+
+    For a single output: Pearson's correlation and mean squared error.
+    """
     logits, labels = prediction.predictions, np.asarray(prediction.label_ids)
     logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float64)
     if logits.ndim == 1 or logits.shape[-1] == 1:

@@ -16,17 +16,18 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and where help is."""
 
     def error(self, message: str) -> NoReturn:
+        """Ends the program with one line on stderr and exit code 2."""
         self.exit(2, f"Error: {message} (see {self.prog} --help)\n")
 
 
 def subcommands() -> dict[str, Any]:
-    """The subcommands' modules by name."""
+    """Returns the subcommands' modules by name."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
     return {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Returns the parser of the whole command line."""
     from .._version import __version__
 
     parser = Parser(prog="balora", description="Check, convert and ship BA-LoRA adapters.")

@@ -18,7 +18,7 @@ CLASSES = {  # by an adapter's task type; of others the head is new, and no part
 
 
 def torch_dtype(name: str) -> Any:
-    """ "bfloat16" -> torch.bfloat16."""
+    """Returns torch's dtype of this name: "bfloat16" -> torch.bfloat16."""
     import torch
 
     return getattr(torch, name)
@@ -26,7 +26,7 @@ def torch_dtype(name: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside: our own lines are what a user reads; errors of the libraries still show."""
+    """Keeps the libraries' warnings from a user, who reads our own lines; errors of theirs still show."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -40,7 +40,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_base(name: str, dtype: str, quantization: dict[str, Any] | None = None, task: str = "CAUSAL_LM") -> Any:
-    """The base model `name` (a directory or a hub id) on the CPU or, if quantised, where it loads.
+    """Loads the base model `name` (a directory or a hub id) on the CPU or, if quantised, where it loads.
 
     `dtype`: of DTYPES, or "auto": as its files are. `quantization`: a recorded quantisation to load it with. `task`: of
     CLASSES.
@@ -67,7 +67,7 @@ def load_base(name: str, dtype: str, quantization: dict[str, Any] | None = None,
 
 
 def is_quantised(name: str) -> bool:
-    """Whether the model's files are a quantised one's."""
+    """Returns whether the model's files are a quantised one's."""
     from transformers import AutoConfig
 
     try:
@@ -77,7 +77,7 @@ def is_quantised(name: str) -> bool:
 
 
 def _as_quantised(values: dict[str, Any]) -> dict[str, Any]:
-    """Loading arguments for bitsandbytes' quantisation as ba_lora.json recorded it; other methods live in the files."""
+    """Returns what loads a model quantised by bitsandbytes as ba_lora.json recorded it; nothing for other methods."""
     from importlib.util import find_spec
 
     import torch
@@ -96,7 +96,7 @@ def _as_quantised(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """Returns a number of bytes for people, such as "1.2 MB"."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:

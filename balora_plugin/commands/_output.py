@@ -31,7 +31,7 @@ def check_output(output: str, inputs: list[str | None], *, overwrite: bool) -> N
 
 @contextmanager
 def writing(output: str, *, overwrite: bool) -> Iterator[str]:
-    """A new directory beside `output` that takes its place when everything in it has been written."""
+    """Gives a new directory that takes the place of `output` when everything in it has been written."""
     path = Path(output).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_directory(path) as fresh:

@@ -23,11 +23,13 @@ HELP = "what is installed, what this machine can do, and whether a config can ru
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this subcommand's arguments."""
     parser.add_argument("--config", metavar="FILE", help="a YAML to hold against this machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns its exit code."""
     values = None if args.config is None else read(args.config)
     # before anything heavy is imported: packages that look for kernels on the hub, or report that they were imported
     os.environ.update(HF_HUB_OFFLINE="1", AXOLOTL_DO_NOT_TRACK="1")
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The YAML's keys.
+    """Reads the YAML's keys.
 
     Raises:
         ValueError: it is no YAML, or no mapping of keys to values.
@@ -59,7 +61,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def in_words(report: Report) -> str:
-    """The report as one screen of text."""
+    """Returns the report as one screen of text."""
     rows = [(line.state, line.subject, line.text, line.remedy) for line in report.lines]
     width = max(len(subject) for _, subject, _, _ in rows)
     text = []

@@ -28,6 +28,7 @@ FAR_FROM_INITIAL = 0.5  # of the initial factors' norm: fine-tuning moves them b
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this subcommand's arguments."""
     parser.add_argument("adapter", metavar="ADAPTER", help="directory of the adapter")
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="directory to write; nothing is written elsewhere"
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns its exit code."""
     _check(args)
     check_output(args.output, [args.adapter, args.initial, args.base], overwrite=args.overwrite)
     with quiet():
@@ -72,7 +74,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read(args: argparse.Namespace) -> Adapter:
-    """The adapter, converted if it is a raw PiSSA one."""
+    """Reads the adapter, and converts a raw PiSSA one."""
     from ..export import lora_file, residual_start
 
     adapter = lora_file.read_adapter(args.adapter)
@@ -174,27 +176,26 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
 def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = None) -> Any:
     """Loads --base and compares it with what is known of the one that the adapter was trained on."""
     from ..checkpoint.location import AdapterFiles
-    from ..checkpoint.names import PROBE_FILE
     from ..export import lora_file, residual_start
     from ..pretrained import probe
     from ..pretrained.identity import BaseIdentity, base_identity, compare
 
-    kind = str(getattr(adapter.config.task_type, "value", adapter.config.task_type) or "CAUSAL_LM")
+    kind = lora_file.task_of(adapter.config)
     if kind != "CAUSAL_LM":
         raise ValueError(
             f"task_type={kind!r} in {args.adapter!r}: only causal language models are loaded here. Leave --base out, "
             "or merge with PEFT: PeftModel.from_pretrained(model, adapter).merge_and_unload()."
         )
-    recorded = BaseIdentity.from_settings(adapter.settings or _recorded(adapter))
+    recorded = BaseIdentity.from_settings(adapter.origin)
     model = load_base(args.base, dtype or (recorded.dtype if recorded is not None else "auto"))
     here = base_identity(model)
     verdict = compare(recorded, here)
     distance = None
-    listed = PROBE_FILE in (adapter.settings or {"sha256": {}})["sha256"]
-    path = AdapterFiles(args.adapter).find(PROBE_FILE) if listed else None
-    if verdict in ("unclear", "config") and path is not None:
-        stored, logits = probe.read_probe(path).base, probe.base_logits(model)
-        distance = None if stored is None or logits is None else probe.discrepancy(logits, stored)
+    undecided = verdict in ("unclear", "config")
+    stored = probe.stored_probe(AdapterFiles(args.adapter), adapter.settings) if undecided else None
+    if stored is not None:
+        logits = probe.base_logits(model)
+        distance = None if stored.base is None or logits is None else probe.discrepancy(logits, stored.base)
     if verdict == "other" or (distance is not None and distance > probe.TOLERANCE_QUANTISED):
         raise ValueError(
             f"--base {args.base}, {here}, is not the base that {args.adapter!r} was trained on, {recorded}: give that "
@@ -213,17 +214,11 @@ def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = 
     return model
 
 
-def _recorded(adapter: Adapter) -> dict[str, Any] | None:
-    """What an exported adapter carries in the header of its file."""
-    text = adapter.metadata.get("balora")
-    return json.loads(text) if text else None
-
-
 def _metadata(adapter: Adapter, errors: Errors) -> dict[str, str]:
-    """Where an exported adapter comes from, in the header of its tensor file: servers need no side files."""
+    """Returns where an exported adapter comes from, for the header of its tensor file: servers need no side files."""
     from .._version import __version__
 
-    origin = adapter.settings or _recorded(adapter) or {}
+    origin = adapter.origin or {}
     keys = ("base_sha256", "base_dtype", "base_quantization", "base_digests")
     values = {"exported_by": f"balora-plugin {__version__}", "error": errors.total}
     return {"balora": json.dumps({**values, **{key: origin.get(key) for key in keys}})}
@@ -243,7 +238,7 @@ def _write_card(directory: str, adapter: Adapter, errors: Errors, merged_into: s
 
 
 def _save_tokenizer(directory: str, sources: list[str]) -> None:
-    """The tokenizer that was saved with the adapter, else the base's."""
+    """Saves the tokenizer that was saved with the adapter, else the base's."""
     from transformers import AutoTokenizer
 
     for source in sources:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..glue.tasks import METHODS, TASKS
 from ._models import quiet
 
 if TYPE_CHECKING:
@@ -25,15 +26,13 @@ if TYPE_CHECKING:
 
 HELP = "fine-tune on GLUE by the paper's recipe, test on GLUE-X"
 
-_TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb", "wnli")  # without imports; a test compares
-_METHODS = ("ba_lora", "pissa", "lora", "full")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this subcommand's arguments."""
     parser.add_argument("--recipe", metavar="YAML", required=True, help="the settings: see example_configs/glue/")
     parser.add_argument("--output", metavar="DIR", required=True, help="where runs and results are written")
-    parser.add_argument("--task", nargs="+", choices=_TASKS, default=list(_TASKS), help="default: all nine")
-    parser.add_argument("--method", nargs="+", choices=_METHODS, default=["ba_lora"], help="default: ba_lora")
+    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all nine")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["ba_lora"], help="default: ba_lora")
     parser.add_argument("--model", metavar="MODEL", help="another model than the recipe's: a directory or a hub id")
     parser.add_argument("--data", metavar="DIR", help="GLUE as JSONL files here, instead of the hub's")
     parser.add_argument("--glue-x", metavar="DIR", help="test every model on GLUE-X's sets: <DIR>/<set>.jsonl")
@@ -52,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns its exit code."""
     from ..glue import records as kept
     from ..glue import report, separation
     from ..glue import run as runs
     from ..glue.metrics import score
     from ..glue.recipe import read_recipe
-    from ..glue.tasks import TASKS
 
     if args.separation:
         separation.check_matplotlib()
@@ -113,8 +112,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(output: str, jobs: list[Job], steps: list[int]) -> None:
-    """One PNG and one JSON of silhouettes for each task, learning rate and seed; methods in rows, `steps` and the last
-    one in columns."""
+    """Writes a PNG and a JSON of silhouettes for each task, learning rate and seed.
+
+    Methods are in rows, `steps` and the last one in columns.
+    """
     from ..glue import separation
 
     groups: dict[str, dict[str, list[Any]]] = {}
@@ -130,7 +131,7 @@ def _draw(output: str, jobs: list[Job], steps: list[int]) -> None:
 
 
 def _changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with what the command line says otherwise."""
+    """Returns the recipe with what the command line says otherwise."""
     changes: dict[str, Any] = {}
     if args.learning_rates:
         changes["learning_rates"] = tuple(args.learning_rates)

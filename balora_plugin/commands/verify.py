@@ -8,7 +8,6 @@ Exit code 0: nothing differs; 1: something does; 2: the command line or a file c
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ class Check:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this subcommand's arguments."""
     parser.add_argument("adapter", metavar="ADAPTER", help="directory of the adapter")
     parser.add_argument("--base", metavar="MODEL", required=True, help="the base model: a directory or a hub id")
     parser.add_argument(
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns its exit code."""
     with quiet():
         checks = verify(args.adapter, args.base, args.dtype)
     width = max(len(check.subject) for check in checks)
@@ -56,17 +57,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
-    """All checks of an adapter directory against the base model `base`.
+    """Runs all checks of an adapter directory against the base model `base`.
 
     Raises:
         ValueError: no adapter, no model, or one that does not load.
     """
     from ..checkpoint.location import AdapterFiles
-    from ..checkpoint.names import PROBE_FILE
     from ..checkpoint.settings import read_settings
     from ..export import lora_file
-    from ..export.residual_start import RAW_STARTS
+    from ..export.residual_start import raw_start
     from ..pretrained.identity import BaseIdentity, base_identity, compare
+    from ..pretrained.probe import stored_probe
 
     files = AdapterFiles(adapter)
     settings = read_settings(files)
@@ -74,15 +75,14 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
     if any(check.mismatch for check in checks):
         return [*checks, Check("not loaded", "because its files are not those that were saved", compared=False)]
     config, _ = lora_file.read_lora_config(files)
-    task = str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM")
+    task = lora_file.task_of(config)
     if task not in CLASSES:
         return [*checks, Check("base", f"not compared: task_type={task} has no base of its own class", compared=False)]
     origin = settings
     if settings is None:
-        exported = lora_file.read_adapter(adapter).metadata.get("balora")
-        origin = json.loads(exported) if exported else None
-        start = str(config.init_lora_weights).lower()
-        if origin is None and start.startswith(RAW_STARTS):
+        found = lora_file.read_adapter(adapter)
+        origin, start = found.origin, raw_start(found)
+        if origin is None and start is not None:
             text = (
                 f"a raw {start} adapter belongs to a residual base: balora export {adapter} --initial DIR converts it"
             )
@@ -94,10 +94,9 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
         here = base_identity(model)
         remark = Check("probe", f"none for task_type={task}: logits are not compared", compared=False)
         return [*checks, _base(compare(recorded, here), recorded, here), remark]
-    listed = settings is not None and PROBE_FILE in settings["sha256"]
-    path = files.find(PROBE_FILE) if listed else None
     delta = settings is not None and settings["delta_form"]
-    return [*checks, *_model(adapter, model, recorded, _probe(path), delta, (settings or {}).get("probe"))]
+    stored = stored_probe(files, settings)
+    return [*checks, *_model(adapter, model, recorded, stored, delta, (settings or {}).get("probe"))]
 
 
 def _files(files: AdapterFiles, settings: dict[str, Any] | None) -> list[Check]:
@@ -114,12 +113,6 @@ def _files(files: AdapterFiles, settings: dict[str, Any] | None) -> list[Check]:
     return [Check(name, what, mismatch=True) for name, what in changed.items()]
 
 
-def _probe(path: str | None) -> Probe | None:
-    from ..pretrained.probe import read_probe
-
-    return None if path is None else read_probe(path)
-
-
 def _model(
     adapter: str,
     model: Any,
@@ -128,7 +121,7 @@ def _model(
     delta: bool,
     about: dict[str, Any] | None,
 ) -> list[Check]:
-    """The base's hash, then logits: base, adapter through unmodified PEFT, adapter through our own class."""
+    """Checks the base's hash, then logits: base, adapter through unmodified PEFT, adapter through our own class."""
     from peft import PeftModel
 
     from ..adapter.model import BaLoraModel

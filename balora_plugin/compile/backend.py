@@ -23,7 +23,7 @@ PASSES: tuple[Callable[[GraphModule], int], ...] = (drop_idle_dropout, share_cas
 
 
 def transform(module: GraphModule) -> Counter[str]:
-    """Runs every pass on a graph and on the graphs inside it (checkpointed layers); what each replaced, by its name."""
+    """Runs every pass on a graph and the graphs inside it (checkpointed layers); returns what each replaced."""
     graphs = [child for child in module.modules() if isinstance(child, GraphModule)]
     return Counter({apply.__name__: sum(apply(graph) for graph in graphs) for apply in PASSES})
 
@@ -35,7 +35,7 @@ def ba_lora(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Any:
-    """A dynamo backend, found by PyTorch under this name through the entry point `torch_dynamo_backends`.
+    """Compiles a graph as a dynamo backend, which PyTorch finds by the entry point `torch_dynamo_backends`.
 
     Args:
         module: Dynamo's graph of torch calls, before autograd: what the passes change gets its gradients from autograd.
@@ -51,7 +51,7 @@ def ba_lora(
 
 
 def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any]) -> Any:
-    """Inductor, with our pass on its own graphs before the one that `options`, or its config, may name there."""
+    """Hands a graph to inductor, with our pass before the one that `options`, or its config, may name."""
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
 
@@ -62,7 +62,7 @@ def lower(module: GraphModule, example_inputs: list[Any], options: dict[str, Any
 
 
 def with_backward(module: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None) -> Any:
-    """[`ba_lora`], the backward pass compiled at once: when it is first called it is too late to go on without."""
+    """Runs [`ba_lora`] with the backward pass compiled at once: at its first call it is too late to go on without."""
     name = "force_non_lazy_backward_lowering"
     if not hasattr(functorch_config, name):  # older PyTorch: errors of the backward pass end the run there
         return ba_lora(module, example_inputs, mode=mode)

@@ -18,7 +18,7 @@ _BY_NAME = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.b
 
 
 def share_casts(module: GraphModule) -> int:
-    """Takes out casts that feed an adapter and that another one, or none, does as well; how many.
+    """Takes out casts that feed an adapter and that another one, or none, does as well; returns how many.
 
     It declines where a switch of grad mode or autocast lies between two casts, and where anything writes into source or
     result.
@@ -43,7 +43,7 @@ def share_casts(module: GraphModule) -> int:
 
 
 def cast_to(node: Node) -> torch.dtype | None:
-    """The dtype that a node casts a tensor to, and does nothing else; None for any other node."""
+    """Returns the dtype that a node casts a tensor to, and does nothing else; None for any other node."""
     if node.op != "call_method" or not node.args or not isinstance(node.args[0], Node):
         return None
     if node.target in _BY_NAME:

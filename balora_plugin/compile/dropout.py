@@ -9,7 +9,10 @@ from .effects import Effects
 
 
 def drop_idle_dropout(module: GraphModule) -> int:
-    """Takes dropout out where it is off (evaluation, or p = 0); how many nodes. Not where a result is written into."""
+    """Takes dropout out where it is off (evaluation, or p = 0); returns how many nodes.
+
+    It declines where a result is written into.
+    """
     effects = Effects(module)
     dropped = 0
     for node in list(module.graph.nodes):

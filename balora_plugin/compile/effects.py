@@ -35,12 +35,12 @@ class Effects:
                 self._written |= _storages([source.meta.get("example_value") for source in node.all_input_nodes])
 
     def unwritten(self, *nodes: Node) -> bool:
-        """True if no node of the graph writes into memory of these results, be it through a view."""
+        """Returns whether no node of the graph writes into memory of these results, be it through a view."""
         return self._written.isdisjoint(_storages([node.meta.get("example_value") for node in nodes]))
 
 
 def _writes(module: GraphModule, node: Node) -> bool:
-    """True if a node may write into one of its inputs; which one is not asked."""
+    """Returns whether a node may write into one of its inputs; which one is not asked."""
     if node.op == "call_method":
         return _says_in_place(str(node.target))
     if node.op != "call_function":
@@ -64,7 +64,7 @@ def _says_in_place(name: str) -> bool:
 
 
 def _argument(node: Node, name: str) -> Any:
-    """What a function is given under a name, by position too; None where it has no such argument."""
+    """Returns what a function is given under a name, by position too; None where it has no such argument."""
     if name in node.kwargs or not callable(node.target):
         return node.kwargs.get(name)
     try:
@@ -79,7 +79,7 @@ def _graphs_called(module: GraphModule, node: Node) -> list[GraphModule]:
 
 
 def _storages(value: Any) -> set[int]:
-    """Where the memory of a (fake) tensor lies, of all tensors in a tuple or inside a subclass such as DTensor."""
+    """Returns where the memory lies of a (fake) tensor, of all in a tuple or inside a subclass such as DTensor."""
     if isinstance(value, (tuple, list)):
         return {storage for item in value for storage in _storages(item)}
     if not isinstance(value, torch.Tensor):

@@ -24,7 +24,7 @@ _SETTINGS = inspect.signature(torch.compile).parameters
 
 
 def or_eagerly(failed: Callable[[str], None], mode: str | None = None) -> Callable[..., Any]:
-    """[`with_backward`] as a backend that calls failed(why) and runs a graph eagerly where it cannot be compiled.
+    """Returns [`with_backward`] as a backend that calls failed(why) and runs eagerly what cannot be compiled.
 
     For graphs of a part of a model: those that were compiled stay so, in a backward pass that is under way too; no
     more are. Nothing is raised, so that dynamo's `suppress_errors`, which hosts set, hides nothing.
@@ -51,14 +51,14 @@ COMPILE_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException, *_LIMIT, *_
 
 
 def why(error: Exception) -> str:
-    """The first paragraph of one of COMPILE_ERRORS."""
+    """Returns the first paragraph of one of COMPILE_ERRORS."""
     if isinstance(error, _LIMIT):
         return f"it would take more than {GRAPHS} graphs (shapes or settings that change all the time)"
     return " ".join(str(error).strip().split("\n\n")[0].split())[:300]
 
 
 def compile_alone(function: Callable[..., Any], backend: Callable[..., Any], graphs: int, **settings: Any) -> Any:
-    """torch.compile with graphs of its own, up to so many: dynamo counts them by code object, over all trainers."""
+    """Compiles a function with up to so many graphs of its own: dynamo counts by code object, over all trainers."""
     code = function.__code__.replace()
     own = types.FunctionType(
         code,
@@ -75,7 +75,7 @@ def compile_alone(function: Callable[..., Any], backend: Callable[..., Any], gra
 
 @contextmanager
 def whole_graphs() -> Iterator[None]:
-    """Inside, DDP does not cut graphs at its buckets: an adapter's gradients are few, our passes need the whole."""
+    """Keeps DDP from cutting graphs at its buckets: an adapter's gradients are few, our passes need the whole."""
     with dynamo_config.patch(optimize_ddp=False):
         yield
 

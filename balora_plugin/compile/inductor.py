@@ -24,7 +24,7 @@ class NarrowProducts(CustomGraphPass):
             self.following(graph)
 
     def uuid(self) -> Any:
-        """What compiled graphs are cached by: another version of the pass is another graph. None: not cached."""
+        """Returns what compiled graphs are cached by, another for another version of the pass; None: not cached."""
         own = get_hash_for_files((narrow.__file__,))
         if self.following is None:
             return own

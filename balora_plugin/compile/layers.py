@@ -34,7 +34,7 @@ class CompiledLayers:
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the layers of `model` run compiled, with gradients or without."""
+        """Runs the layers of `model` compiled inside the block, with gradients or without."""
         self._install(model)
         before, self._inside = self._inside, True
         try:
@@ -97,7 +97,7 @@ class CompiledLayers:
         layer.forward = types.MethodType(forward, layer)
 
     def _compile(self, function: Callable[..., Any], graphs: int) -> Callable[..., Any]:
-        """One for all layers of a class: their parameters are inputs of its graphs."""
+        """Compiles one function for all layers of a class: their parameters are inputs of its graphs."""
         if function not in self._compiled:
             self._compiled[function] = compile_alone(function, self._backend, graphs)
         return self._compiled[function]
@@ -108,12 +108,12 @@ class CompiledLayers:
 
 
 def _kind(layer: nn.Module) -> Any:
-    """What layers have to share for their graphs to be the same, as far as parameters say it."""
+    """Returns what layers have to share for their graphs to be the same, as far as parameters say it."""
     return type(layer), tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())
 
 
 def outermost_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that repeat: transformers' own for checkpointing, none inside another."""
+    """Finds the layers that repeat: transformers' own for checkpointing, none inside another."""
     for child in module.children():
         if isinstance(child, GradientCheckpointingLayer):
             yield child

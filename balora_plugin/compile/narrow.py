@@ -18,7 +18,7 @@ _TIMES = (aten.mul.Tensor, aten.mul.Scalar)
 
 
 def narrow_products(graph: Graph) -> int:
-    """Narrows every mm of which slices along one dimension alone are read; how many.
+    """Narrows every mm of which slices along one dimension alone are read; returns how many.
 
     Between product and slices may lie transpositions and products with a number. It declines where anything else reads
     the product, where slices differ in dimension, step or are not constant, and where together they are all of it.
@@ -56,7 +56,7 @@ def _narrow(graph: Graph, product: Node) -> bool:
 
 
 def _passes_through(node: Node) -> bool:
-    """A transposition of a matrix, or its product with a number."""
+    """Returns whether this is a transposition of a matrix, or its product with a number."""
     if node.target is aten.permute.default:
         return list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
     if node.target in _TIMES:
@@ -65,7 +65,7 @@ def _passes_through(node: Node) -> bool:
 
 
 def _bounds(node: Node, source: Node) -> tuple[int, int, int] | None:
-    """(dimension, start, end) of a slice of `source`, with step 1 and constant bounds."""
+    """Returns (dimension, start, end) of a slice of `source`, with step 1 and constant bounds."""
     if node.target is not aten.slice.Tensor or node.kwargs or node.args[0] is not source:
         return None
     given: tuple[Any, ...] = node.args[1:]

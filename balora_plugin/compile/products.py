@@ -38,7 +38,7 @@ class _Update(NamedTuple):
 
 
 def accumulate_products(module: GraphModule) -> int:
-    """Replaces every such update in `module`'s graph; how many it replaced.
+    """Replaces every such update in `module`'s graph; returns how many it replaced.
 
     It declines where the pattern does not hold: another reader of a part of it, a part that is written into, a switch
     of grad mode or autocast in between, shapes that broadcast, a scale that is no number.
@@ -79,7 +79,10 @@ def _accumulate(module: GraphModule, node: Node, update: _Update) -> None:
 
 
 def _match(node: Node) -> _Update | None:
-    """base + scale * (linear(u, frozen) + linear(v, trained)) in PEFT's order, or base + scale * linear(u, trained)."""
+    """Finds an update: base + scale * (linear(u, frozen) + linear(v, trained)) in PEFT's order.
+
+    Stock LoRA's is base + scale * linear(u, trained).
+    """
     if not _is(node, _ADD):
         return None
     base: Any
@@ -103,7 +106,10 @@ def _match(node: Node) -> _Update | None:
 
 
 def _is(node: Any, targets: tuple[Any, ...], *, number: bool = False) -> bool:
-    """A call of one of these on two nodes, or on a node and a real number (which may be a node itself)."""
+    """Returns whether a node is a call of one of these on two nodes.
+
+    `number`: on a node and a real number, which may be a node itself.
+    """
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method") or node.target not in targets:
         return False
     if len(node.args) != 2 or node.kwargs or not isinstance(node.args[0], Node):

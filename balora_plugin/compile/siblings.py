@@ -22,7 +22,7 @@ LINEAR = (F.linear, torch._C._nn.linear)
 
 
 def stack_siblings(module: GraphModule) -> int:
-    """Replaces every group of at least two such layers in `module`'s graph; how many groups it replaced.
+    """Replaces every group of at least two such layers in `module`'s graph; returns how many groups.
 
     It declines where a pattern does not hold: dropout gives every layer an input of its own, as casts do that
     [`share_casts`][balora_plugin.compile.casts] left; a bias, another dtype or another device of a factor leaves that
@@ -74,7 +74,10 @@ def _stack(module: GraphModule, source: Node, first: Node, nodes: list[Node], we
 
 
 def adapter_weight(node: Any, parts: tuple[str, ...]) -> Node | None:
-    """The weight of a bias-free linear layer if it is a parameter whose name has one of these parts, else None."""
+    """Returns the weight of a bias-free linear layer if it is a parameter with one of these parts in its name.
+
+    None of any other node.
+    """
     if not isinstance(node, Node) or node.op != "call_function" or node.target not in LINEAR:
         return None
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")

@@ -36,7 +36,7 @@ class Machine:
     bitsandbytes: str | None = None
 
     def has(self, package: str) -> bool:
-        """Whether a distribution is installed."""
+        """Returns whether a distribution is installed."""
         return self.versions.get(package) is not None
 
 
@@ -44,7 +44,7 @@ MODULES = ("kernels", "xformers", "sageattention", "triton")
 
 
 def look() -> Machine:
-    """This machine, asked through public functions of torch alone."""
+    """Returns what this machine is, asked through public functions of torch alone."""
     import torch
 
     from ..pretrained.attention import FLASH, accelerator, importable
@@ -68,7 +68,7 @@ def look() -> Machine:
 
 
 def _sdpa_backends(machine: Machine) -> tuple[str, ...]:
-    """The kernels behind torch's scaled_dot_product_attention, of which it takes the first that fits an input."""
+    """Returns the kernels behind torch's scaled_dot_product_attention, which takes the first that fits an input."""
     import torch
 
     if machine.device != "cuda":
@@ -88,7 +88,7 @@ def _sdpa_backends(machine: Machine) -> tuple[str, ...]:
 
 
 def _compiler(machine: Machine) -> str | None:
-    """What inductor compiles with: Triton (and a C compiler for its launchers) on a GPU, C++ on a CPU."""
+    """Returns what inductor compiles with: Triton (and a C compiler for its launchers) on a GPU, C++ on a CPU."""
     if machine.device == "cpu":
         return shutil.which(os.environ.get("CXX") or COMPILERS.get(platform.system(), "g++"))
     chosen = os.environ.get("CC")
@@ -97,7 +97,10 @@ def _compiler(machine: Machine) -> str | None:
 
 
 def _bitsandbytes(machine: Machine) -> str | None:
-    """Why bitsandbytes cannot be used, None if it can; not by importing it, which may ask the hub for a kernel."""
+    """Returns why bitsandbytes cannot be used, None if it can.
+
+    It is not imported for that: it may ask the hub for a kernel.
+    """
     standing_here = standing("bitsandbytes", machine.versions.get("bitsandbytes"))
     if standing_here in (ABSENT, OLD):
         return f"is {standing_here}"

@@ -39,11 +39,11 @@ class Report:
 
     @property
     def usable(self) -> bool:
-        """Whether the command's exit code is 0."""
+        """Returns whether the command's exit code is 0."""
         return not self.problems and all(line.state != PROBLEM for line in self.lines)
 
     def as_json(self) -> dict[str, Any]:
-        """For --json."""
+        """Returns what --json prints."""
         return {
             "usable": self.usable,
             "lines": [asdict(line) for line in self.lines],
@@ -53,7 +53,7 @@ class Report:
 
 
 def about(machine: Machine, values: dict[str, Any] | None = None, config: str | None = None) -> Report:
-    """The report on `machine`, and on what of a YAML's `values` (from the file `config`) cannot run on it."""
+    """Returns the report on `machine`, and on what of a YAML's `values` (from the file `config`) cannot run on it."""
     asked = values or {}
     lines = [*_versions(machine), *_device(machine), *_attention(machine, asked), *_compile(machine), _bits(machine)]
     return Report(lines, config, [] if values is None else problems(values, machine))
@@ -104,7 +104,7 @@ def _device(machine: Machine) -> Iterator[Line]:
 
 
 def _attention(machine: Machine, values: dict[str, Any]) -> Iterator[Line]:
-    """The kernel that will be used, and what the flash implementations lack."""
+    """Says which kernel will be used, and what the flash implementations lack."""
     key, value, name = attention_of(values)
     kernels = f" ({', '.join(machine.sdpa)})" if name == "sdpa" else ""
     why = f"by {key}: {str(value).lower() if isinstance(value, bool) else value}" if key else "the default"

@@ -28,12 +28,12 @@ class Problem(NamedTuple):
 
 
 def for_axolotl(values: dict[str, Any]) -> bool:
-    """True for a YAML that Axolotl is to run: plain keys have no base_model."""
+    """Returns whether a YAML is one that Axolotl is to run: plain keys have no base_model."""
     return "base_model" in values
 
 
 def problems(values: dict[str, Any], machine: Machine) -> list[Problem]:
-    """Everything in a YAML that cannot run on `machine`.
+    """Returns everything in a YAML that cannot run on `machine`.
 
     Args:
         values: The YAML as it was written.
@@ -147,7 +147,7 @@ def _engines(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
 
 
 def _paths(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
-    """Paths that look local and are not there; names on the hub are not looked up."""
+    """Finds paths that look local and are not there; names on the hub are not looked up."""
     block = _block(values)
     named = [(key, values.get(key)) for key in ("base_model", "lora_model_dir", "resume_from_checkpoint", "deepspeed")]
     named.append(("ba_lora.start_from", block.get("start_from")))
@@ -162,13 +162,13 @@ def _paths(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
 
 
 def looks_local(name: str) -> bool:
-    """True for what can be no name on the hub: a path with a lead, an ending or more than one slash."""
+    """Returns whether this can be no name on the hub: a path with a lead, an ending or more than one slash."""
     ends = (".json", ".jsonl", ".yaml", ".yml", ".parquet", ".csv", ".safetensors")
     return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name) or name.endswith(ends)
 
 
 def _of_the_plugin(values: dict[str, Any], known: set[str]) -> list[Problem]:
-    """The first finding of the plug-in's own checks, if it is about another key."""
+    """Returns the first finding of the plug-in's own checks, if it is about another key."""
     from ..hosts.axolotl.plugin import BaLoraPlugin
 
     try:

@@ -37,7 +37,7 @@ TESTED, SUPPORTED, NEWER, OLD, ABSENT = "tested", "supported", "newer than teste
 
 
 def installed() -> dict[str, str | None]:
-    """The version of every package this command speaks of, None where it is not installed."""
+    """Returns the version of every package this command speaks of, None where it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in NAMES[1:]:
         try:
@@ -48,7 +48,10 @@ def installed() -> dict[str, str | None]:
 
 
 def standing(name: str, version: str | None) -> str:
-    """TESTED, SUPPORTED (between the least and the first tested, or nothing is pinned), NEWER, OLD or ABSENT."""
+    """Returns how a version stands to those that were tested.
+
+    TESTED, SUPPORTED (between the least and the first tested, or nothing is pinned), NEWER, OLD or ABSENT.
+    """
     if version is None:
         return ABSENT
     bounds = BOUNDS.get(name)
@@ -67,7 +70,7 @@ def standing(name: str, version: str | None) -> str:
 
 
 def remedy(name: str) -> str:
-    """The command that brings a version that was tested."""
+    """Returns the command that brings a version that was tested."""
     if name == "flash-attn":
         return "pip install flash-attn --no-build-isolation"
     bounds = BOUNDS.get(name)
@@ -91,7 +94,7 @@ class Conflict(NamedTuple):
 
 
 def conflicts(versions: Mapping[str, str | None], required: Mapping[str, list[str]] | None = None) -> list[Conflict]:
-    """What installed packages ask of one another and do not get.
+    """Returns what installed packages ask of one another and do not get.
 
     Args:
         versions: As from `installed`.

@@ -14,26 +14,26 @@ from torch import Tensor
 
 
 def update_norm(a: Tensor, b: Tensor, scaling: float = 1.0) -> float:
-    """Frobenius norm of scaling * B A, over all matrices of a stack."""
+    """Returns the Frobenius norm of scaling * B A, over all matrices of a stack."""
     return abs(scaling) * float(torch.linalg.matrix_norm(_core(a, b)).norm())
 
 
 def update_distance(
     a: Tensor, b: Tensor, scaling: float, other_a: Tensor, other_b: Tensor, other_scaling: float
 ) -> float:
-    """Frobenius norm of scaling * B A - other_scaling * B' A'; the ranks may differ."""
+    """Returns the Frobenius norm of scaling * B A - other_scaling * B' A'; the ranks may differ."""
     stacked_a = torch.cat([a.double(), other_a.double()], dim=-2)
     stacked_b = torch.cat([scaling * b.double(), -other_scaling * other_b.double()], dim=-1)
     return update_norm(stacked_a, stacked_b)
 
 
 def singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
-    """The singular values of scaling * B A that can be non-zero, falling: (..., min(r, in, out)) float64."""
+    """Returns the singular values of scaling * B A that can be non-zero, falling: (..., min(r, in, out)) float64."""
     return abs(scaling) * torch.linalg.svdvals(_core(a, b))
 
 
 def truncate(a: Tensor, b: Tensor, rank: int, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The best update of this rank, as A' (..., rank, in) and B' (..., out, rank) float64 with the scaling inside.
+    """Returns the best update of this rank: A' (..., rank, in), B' (..., out, rank), float64, with the scaling inside.
 
     B' = U sqrt(S), A' = sqrt(S) V^T: nothing cancels, so a cast to bfloat16 costs its rounding and no more. Rows beyond
     the update's own rank are zero.
@@ -53,7 +53,7 @@ def truncate(a: Tensor, b: Tensor, rank: int, scaling: float = 1.0) -> tuple[Ten
 
 
 def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same update at a higher rank, by zeros."""
+    """Returns the same update at a higher rank, filled up with zeros."""
     missing = rank - a.shape[-2]
     if missing <= 0:
         return a, b
@@ -62,7 +62,7 @@ def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def smallest_rank(spectra: list[Tensor], max_error: float) -> int:
-    """The smallest rank for all updates together whose truncation loses at most `max_error` of their joint norm.
+    """Returns the smallest rank for all updates together that loses at most `max_error` of their joint norm.
 
     `spectra`: [`singular_values`] of each. The error is sqrt(sum of the squares left out / sum of all squares).
 
@@ -82,22 +82,22 @@ def smallest_rank(spectra: list[Tensor], max_error: float) -> int:
 
 
 def relative(error: float, norm: float) -> float:
-    """error / norm, and 0 for an update that is zero itself."""
+    """Returns error / norm, and 0 for an update that is zero itself."""
     return error / norm if norm > 0.0 else (0.0 if error == 0.0 else math.inf)
 
 
 def by_expert(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """PEFT's layout of a stack, (E r, in) and (out, r E) -> (E, r, in), (E, out, r)."""
+    """Takes a stack out of PEFT's layout: (E r, in) and (out, r E) -> (E, r, in), (E, out, r)."""
     return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
 
 
 def from_experts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(E, r, in), (E, out, r) -> PEFT's layout, (E r, in) and (out, r E)."""
+    """Puts a stack into PEFT's layout: (E, r, in), (E, out, r) -> (E r, in) and (out, r E)."""
     return a.reshape(-1, a.shape[-1]).contiguous(), b.permute(1, 2, 0).reshape(b.shape[1], -1).contiguous()
 
 
 def _core(a: Tensor, b: Tensor) -> Tensor:
-    """A small matrix with the singular values of B A: (..., min(out, r), min(in, r)) float64."""
+    """Returns a small matrix with the singular values of B A: (..., min(out, r), min(in, r)) float64."""
     r_b = torch.linalg.qr(b.double(), mode="r").R
     r_a = torch.linalg.qr(a.double().mT, mode="r").R
     return r_b @ r_a.mT

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def exported(adapter: Adapter, errors: Errors, *, merged_into: str | None = None) -> str:
-    """The whole card of an exported adapter or merged model."""
+    """Returns the whole card of an exported adapter or merged model."""
     config = adapter.config
     base = merged_into or config.base_model_name_or_path or "BASE"
     data = ModelCardData(

@@ -52,18 +52,19 @@ class Update:
 
     @property
     def rank(self) -> int:
+        """Returns the rank of the matrix, or of each expert's."""
         return self.a.shape[0] // self.experts
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (E, r, in), B (E, out, r)."""
+        """Returns A (E, r, in), B (E, out, r)."""
         return by_expert(self.a, self.b, self.experts)
 
     def norm(self) -> float:
-        """Frobenius norm of the update, over all experts."""
+        """Returns the Frobenius norm of the update, over all experts."""
         return update_norm(*self.factors(), self.scaling)
 
     def distance(self, other: Update) -> float:
-        """Frobenius norm of the difference of two updates."""
+        """Returns the Frobenius norm of the difference of two updates."""
         return update_distance(*self.factors(), self.scaling, *other.factors(), other.scaling)
 
 
@@ -80,12 +81,19 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of a layer, which is what a server has to make room for."""
+        """Returns the largest rank of a layer, which is what a server has to make room for."""
         return max(update.rank for update in self.updates.values())
 
     @property
     def dtype(self) -> torch.dtype:
+        """Returns the dtype of its factors."""
         return next(iter(self.updates.values())).a.dtype
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """Returns what is recorded of its base: in ba_lora.json or, of an exported one, in the tensor file's header."""
+        exported = self.metadata.get("balora")
+        return self.settings or (json.loads(exported) if exported else None)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class Errors:
     by_layer: dict[str, float]
 
     def worst(self, count: int = 3) -> list[tuple[str, float]]:
-        """The layers that lose most."""
+        """Returns the layers that lose most, and their errors."""
         return sorted(self.by_layer.items(), key=lambda item: -item[1])[:count]
 
 
@@ -167,8 +175,13 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
     return config, read_settings(files)
 
 
+def task_of(config: LoraConfig) -> str:
+    """Returns the task type as text; of a config that names none it is taken for a causal language model's."""
+    return str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM")
+
+
 def _ranks(config: LoraConfig, shapes: dict[str, tuple[int, int]], path: str) -> dict[str, tuple[float, int]]:
-    """(scaling, experts) of every name in the file; `shapes`: rows of A, columns of B.
+    """Returns (scaling, experts) of every name in the file; `shapes`: rows of A, columns of B.
 
     A name tells its module, but of several parameters in one module not which: there the shapes have to.
 
@@ -208,7 +221,7 @@ def _ranks(config: LoraConfig, shapes: dict[str, tuple[int, int]], path: str) ->
 
 
 def _parameters_of(config: LoraConfig, module: str) -> list[str]:
-    """The names of the parameters (fused experts) that `target_parameters` finds in a module."""
+    """Returns the names of the parameters (fused experts) that `target_parameters` finds in a module."""
     found = []
     for target in config.target_parameters or []:
         owner, _, parameter = target.rpartition(".")
@@ -218,7 +231,7 @@ def _parameters_of(config: LoraConfig, module: str) -> list[str]:
 
 
 def _as_configured(config: LoraConfig, key: str) -> tuple[int, float]:
-    """Rank and scaling that PEFT gives the module or parameter `key`."""
+    """Returns the rank and the scaling that PEFT gives the module or parameter `key`."""
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(ranks.keys(), key), config.r)
     alpha = alphas.get(get_pattern_key(alphas.keys(), key), config.lora_alpha)
@@ -229,7 +242,9 @@ def _as_configured(config: LoraConfig, key: str) -> tuple[int, float]:
 
 
 def one_rank(adapter: Adapter, rank: int | None = None, dtype: torch.dtype | None = None) -> Adapter:
-    """The adapter with one rank and one scaling for all layers, as servers need it (they read `r` and `lora_alpha`).
+    """Returns the adapter with one rank and one scaling for all layers, as servers need it.
+
+    They read `r` and `lora_alpha` alone.
 
     rank None: every layer keeps its update exactly, smaller ones are filled up with zeros. Otherwise every update is
     cut to its leading `rank` directions. Scalings that differ, and rsLoRA's, go into B. `dtype`: of the tensors
@@ -266,7 +281,7 @@ def one_rank(adapter: Adapter, rank: int | None = None, dtype: torch.dtype | Non
 
 
 def smallest(adapter: Adapter, max_error: float, dtype: torch.dtype | None = None) -> tuple[Adapter, Errors]:
-    """The adapter at the smallest rank whose measured error, the cast to `dtype` included, is at most `max_error`.
+    """Returns the adapter at the smallest rank whose measured error, the cast included, is at most `max_error`.
 
     One rank for all layers: servers make room for the largest, and some ignore `rank_pattern`.
 
@@ -301,7 +316,7 @@ def smallest(adapter: Adapter, max_error: float, dtype: torch.dtype | None = Non
 
 
 def errors(adapter: Adapter, exact: Adapter) -> Errors:
-    """How far `adapter` is from `exact`, from the factors alone, in float64."""
+    """Measures how far `adapter` is from `exact`, from the factors alone, in float64."""
     by_layer, lost, whole = {}, 0.0, 0.0
     for name, update in shown(exact.updates, "Measuring"):
         other = adapter.updates[name]
@@ -321,7 +336,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def shown(updates: dict[str, Update], what: str) -> Iterable[tuple[str, Update]]:
-    """The updates by name, behind a progress bar where there is a terminal."""
+    """Gives the updates by name, behind a progress bar where there is a terminal."""
     return tqdm(updates.items(), desc=what, disable=None, delay=2, leave=False)
 
 
@@ -329,19 +344,19 @@ def shown(updates: dict[str, Update], what: str) -> Iterable[tuple[str, Update]]
 
 
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of the adapter's file."""
+    """Returns the tensors of the adapter's file."""
     tensors = {f"{name}.lora_A.weight": update.a for name, update in adapter.updates.items()}
     tensors |= {f"{name}.lora_B.weight": update.b for name, update in adapter.updates.items()}
     return {**tensors, **adapter.others}
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes."""
+    """Returns how many bytes tensors take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def write_adapter(adapter: Adapter, directory: str, metadata: dict[str, str]) -> None:
-    """A stock LoRA: adapter_config.json and adapter_model.safetensors, `metadata` in the latter's header."""
+    """Writes a stock LoRA: adapter_config.json, and adapter_model.safetensors with `metadata` in its header."""
     os.makedirs(directory, exist_ok=True)
     adapter.config.save_pretrained(directory)
     save_file(state_dict(adapter), os.path.join(directory, WEIGHTS_FILE), {"format": "pt", **metadata})

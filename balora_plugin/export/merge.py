@@ -17,7 +17,7 @@ from .lora_file import Adapter, Errors, one_rank, state_dict
 
 
 def attach(base: Any, adapter: Adapter) -> PeftModel:
-    """`base` with this adapter, as unmodified PEFT has it; nothing is written to a file on the way.
+    """Gives `base` this adapter, as unmodified PEFT has it; nothing is written to a file on the way.
 
     Raises:
         ValueError: the adapter does not fit the base; names a tensor.
@@ -82,6 +82,6 @@ def merge(model: PeftModel, dtypes: list[torch.dtype]) -> Merged:
 
 
 def _weight(layer: LoraLayer) -> Tensor:
-    """The weight that the layer's update is added to, in the update's orientation."""
+    """Returns the weight that the layer's update is added to, in the update's orientation."""
     found: Tensor = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
     return found.detach()

@@ -16,18 +16,18 @@ from ..adapter.delta import PEFT_PREFIX, stack_factors
 from .algebra import relative
 from .lora_file import Adapter, shown
 
-RAW_STARTS = ("pissa", "olora", "corda", "lora_ga")
+_RAW_STARTS = ("pissa", "olora", "corda", "lora_ga")
 NOT_A_START = 0.1  # rounding to bfloat16 leaves a hundredth
 
 
 def raw_start(adapter: Adapter) -> str | None:
-    """The start of an adapter whose file belongs to a residual base, or None for a LoRA of its own base."""
+    """Returns the start of an adapter whose file belongs to a residual base, or None for a LoRA of its own base."""
     start = str(adapter.config.init_lora_weights).lower()
-    return start if adapter.settings is None and start.startswith(RAW_STARTS) else None
+    return start if adapter.settings is None and start.startswith(_RAW_STARTS) else None
 
 
 def converted(adapter: Adapter, initial: Adapter) -> Adapter:
-    """The rank-2r LoRA for the original base of an adapter with a mutating start: s (B A - B0 A0) = s [B0, dB] [dA; A].
+    """Returns the rank-2r LoRA for the original base: s (B A - B0 A0) = s [B0, dB] [dA; A].
 
     With dA = A - A0, dB = B - B0 nothing large cancels: the layout of our own files.
 
@@ -62,7 +62,7 @@ def converted(adapter: Adapter, initial: Adapter) -> Adapter:
 
 
 def moved_from(adapter: Adapter, initial: Adapter) -> float:
-    """How far training moved the factors, relative to the initial ones: those of another run are far off."""
+    """Returns how far training moved the factors, relative to the initial ones: those of another run are far off."""
     moved = size = 0.0
     for name, update in adapter.updates.items():
         for one, other in ((update.a, initial.updates[name].a), (update.b, initial.updates[name].b)):
@@ -72,7 +72,9 @@ def moved_from(adapter: Adapter, initial: Adapter) -> float:
 
 
 def check_start(base: nn.Module, initial: Adapter, start: str) -> None:
-    """For a PiSSA start: A0, B0 must be singular directions of the base's weights, so what they leave is orthogonal.
+    """Refuses a PiSSA start of another base: A0, B0 must be singular directions of the base's weights.
+
+    What they leave of a weight is orthogonal to them then. Other starts pass.
 
     Raises:
         ValueError: they are another base's.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 from ..classification.data import columns_of
 from .tasks import TASKS, Task, label_of
@@ -12,8 +13,22 @@ from .tasks import TASKS, Task, label_of
 HUB = "nyu-mll/glue"
 
 
-def read_split(task: Task, split: str, directory: str | None, limit: int = 0) -> Any:
-    """A split as a `datasets.Dataset` of text columns and `label`: `<directory>/<task>/<split>.jsonl`, or the hub's.
+@runtime_checkable
+class Rows(Protocol):
+    """What is used of a `datasets.Dataset`."""
+
+    @property
+    def column_names(self) -> list[str]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Any) -> Any: ...
+    def select(self, indices: Iterable[int]) -> Rows: ...
+    def remove_columns(self, column_names: str | list[str]) -> Rows: ...
+
+
+def read_split(task: Task, split: str, directory: str | None, limit: int = 0) -> Rows:
+    """Reads a split as a `datasets.Dataset` of text columns and `label`, from JSONL files or the hub.
+
+    The file is `<directory>/<task>/<split>.jsonl`.
 
     `limit` > 0: its first rows alone.
 
@@ -23,7 +38,7 @@ def read_split(task: Task, split: str, directory: str | None, limit: int = 0) ->
     if directory is None:
         from datasets import load_dataset
 
-        table = load_dataset(HUB, task.name, split=split)
+        table: Rows = load_dataset(HUB, task.name, split=split)
         return table.select(range(min(limit, len(table)))) if limit else table
     path = os.path.join(directory, task.name, f"{split}.jsonl")
     if not os.path.isfile(path):
@@ -37,8 +52,8 @@ def read_split(task: Task, split: str, directory: str | None, limit: int = 0) ->
     return table
 
 
-def read_jsonl(path: str, kind: str, limit: int = 0) -> tuple[Any, int]:
-    """(dataset, rows left out for want of a gold label) of a file of one JSON object a line.
+def read_jsonl(path: str, kind: str, limit: int = 0) -> tuple[Rows, int]:
+    """Reads a file of one JSON object a line; returns (dataset, rows left out for want of a gold label).
 
     Text columns as in GLUE or `sentence` / `sentence1`, `sentence2`; `label` a number or a word of `kind`.
 

@@ -14,8 +14,10 @@ from .recipe import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """What one run is: everything its result depends on, but for the software and what the hub or a model's directory
-    holds. `data`: the digest of its JSONL files, or "hub"."""
+    """What one run is: everything its result depends on, but for the software and what a model's name stands for.
+
+    `data`: the digest of its JSONL files, or "hub".
+    """
 
     task: str
     method: str
@@ -28,13 +30,13 @@ class Job:
     data: str = "hub"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Returns its fields, JSON-ready."""
         values = dataclasses.asdict(self)
         values["settings"]["learning_rates"] = None  # of the grid, its own alone
         return values
 
     @property
     def file(self) -> str:
-        """Name of its result's file."""
+        """Returns the name of its result's file."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.task}-{self.method}-{self.learning_rate:g}-{self.seed}-{digest}.json"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def score(
     names: Sequence[str], found: Sequence[float], gold: Sequence[float], *, positive: int = 1
 ) -> dict[str, float]:
-    """The named scores, in percent as GLUE is reported, of predictions against labels.
+    """Returns the named scores of predictions against labels, in percent as GLUE is reported.
 
     accuracy, f1 (of the class `positive`), matthews, pearson, spearman; a correlation with a constant is 0.
 

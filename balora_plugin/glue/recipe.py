@@ -14,8 +14,6 @@ import yaml
 from ..config import RegularizerConfig
 from .tasks import TASKS
 
-METHODS = ("ba_lora", "pissa", "lora", "full")
-
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("lora_alpha", lambda x: x > 0, "above 0"),
     ("lora_dropout", lambda x: 0 <= x < 1, "from 0 to below 1"),
@@ -77,12 +75,12 @@ class Recipe:
     seeds: tuple[int, ...] = (42, 1024, 2024)
 
     def of(self, task: str) -> Settings:
-        """The settings of a task."""
+        """Returns the settings of a task."""
         return self.tasks.get(task, self.defaults)
 
 
 def read_recipe(path: str) -> Recipe:
-    """A recipe from a YAML of `model`, `seeds`, `regularizers`, `defaults` and `tasks: {name: {...}}`.
+    """Reads a recipe from a YAML of `model`, `seeds`, `regularizers`, `defaults` and `tasks: {name: {...}}`.
 
     Raises:
         ValueError: a key or value that is none; names it.

@@ -31,7 +31,7 @@ class Wanted:
     taps: str | None = None
 
     def held_by(self, record: dict[str, Any], task: Task) -> bool:
-        """Whether a finished run needs no repetition: it has the sets as they are now, the adapter and the steps."""
+        """Returns whether a finished run has all of it: the sets as they are now, the adapter and the steps."""
         if self.glue_x is not None and record["glue_x_data"] != glue_x_digests(self.glue_x, task):
             return False
         if self.keep is not None and not (record["kept"] and Path(self.keep).is_dir()):
@@ -39,12 +39,12 @@ class Wanted:
         return self.taps is None or (set(self.steps) <= set(record["steps_drawn"]) and Path(self.taps).is_file())
 
     def with_steps_of(self, record: dict[str, Any] | None) -> list[int]:
-        """The steps of this call and of those before: a repeated run writes one file for all."""
+        """Returns the steps of this call and of those before: a repeated run writes one file for all."""
         return sorted({*self.steps, *(record["steps_drawn"] if record else ())})
 
 
 def carried_over(record: dict[str, Any], before: dict[str, Any] | None, wanted: Wanted) -> dict[str, Any]:
-    """A repeated run's record with what the one before holds and this call did not ask for; it is the same run."""
+    """Returns a repeated run's record with what the one before holds and this call did not ask for."""
     if before is None:
         return record
     keys = ["glue_x", "glue_x_data"] if wanted.glue_x is None else []
@@ -54,7 +54,7 @@ def carried_over(record: dict[str, Any], before: dict[str, Any] | None, wanted: 
 
 
 def data_digest(directory: str | None, task: Task) -> str:
-    """SHA-256 over a task's JSONL files, so that a run on changed data is another one; "hub" where the hub has them."""
+    """Returns the SHA-256 over a task's JSONL files: a run on changed data is another one. "hub" for the hub's."""
     if directory is None:
         return "hub"
     found = hashlib.sha256()
@@ -64,18 +64,18 @@ def data_digest(directory: str | None, task: Task) -> str:
 
 
 def glue_x_digests(directory: str, task: Task) -> dict[str, str]:
-    """{set: SHA-256 of its file} of the sets of GLUE-X for a task that there are files of."""
+    """Returns {set: SHA-256 of its file} of the sets of GLUE-X for a task that there are files of."""
     files = {name: Path(directory, f"{name}.jsonl") for name in GLUE_X.get(task.name, {})}
     return {name: _digest(path) for name, path in files.items() if path.is_file()}
 
 
 def _digest(path: Path) -> str:
-    """ "" where there is no such file, which reading it says in full."""
+    """Returns the SHA-256 of a file; empty for one that is not there, which reading it says in full."""
     return file_digest(path) if path.is_file() else ""
 
 
 def stored(directory: str, job: Job) -> dict[str, Any] | None:
-    """The record of a job that has run before."""
+    """Returns the record of a job that has run before, None of another."""
     path = Path(directory, "runs", job.file)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 

@@ -11,7 +11,7 @@ from .tasks import TASKS
 
 
 def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a task and method: the learning rate whose mean first score is highest, and its scores over seeds.
+    """Returns an entry for each task and method: the learning rate whose mean first score is highest, and its scores.
 
     The rate is chosen on the very split that is reported, as is usual for GLUE, whose test labels are not public.
     """
@@ -47,7 +47,7 @@ def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _over_seeds(values: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """{score: mean, and standard deviation (n - 1) of at least two}."""
+    """Returns {score: its mean, and its standard deviation (n - 1) over at least two seeds}."""
     return {
         name: {
             "mean": statistics.fmean(v[name] for v in values),
@@ -58,7 +58,7 @@ def _over_seeds(values: list[dict[str, float]]) -> dict[str, dict[str, float | N
 
 
 def markdown(entries: list[dict[str, Any]]) -> str:
-    """A table of the splits, one of GLUE-X where there is any, and each method's average over its tasks."""
+    """Returns a table of the splits, one of GLUE-X where there is any, and each method's average over its tasks."""
     lines = ["| task | method | score | mean ± std | seeds | learning rate |", "|---|---|---|---|---|---|"]
     shifted = ["| trained on | method | tested on | score | mean ± std |", "|---|---|---|---|---|"]
     firsts: dict[str, list[float]] = defaultdict(list)

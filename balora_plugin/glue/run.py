@@ -7,13 +7,13 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from ..adapter.config import BaLoraConfig
 from ..classification.data import columns_of, tokenised
 from ..training.checks.arguments import check_arguments
-from .data import read_jsonl, read_split
+from .data import Rows, read_jsonl, read_split
 from .job import Job
 from .metrics import score
 from .recipe import Recipe
@@ -24,10 +24,17 @@ from .tasks import GLUE_X, Task, comparable, positive_class
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class Predictor(Protocol):
+    """What is used of a Trainer once it has trained; what `predict` returns has `predictions`."""
+
+    def predict(self, test_dataset: Any) -> Any: ...
+
+
 def jobs_of(
     recipe: Recipe, tasks: list[Task], methods: list[str], seeds: list[int], limit: int, data: str | None = None
 ) -> list[Job]:
-    """Every combination of task, method, learning rate and seed, on the JSONL files in `data` or the hub's."""
+    """Returns every combination of task, method, learning rate and seed, on the JSONL files in `data` or the hub's."""
     digests = {task.name: data_digest(data, task) for task in tasks}
     return [
         Job(
@@ -77,10 +84,11 @@ def run(
         tokenizer.pad_token = tokenizer.eos_token
     model = _model(job, task, tokenizer)
 
-    def prepared(rows: Any, where: str, num_labels: int = 1) -> Any:
+    def prepared(rows: Rows, where: str, num_labels: int = 1) -> Rows:
         text, label = columns_of(rows.column_names, where)
         length = min(settings.max_length, tokenizer.model_max_length)
-        return tokenised(rows, tokenizer, text, label, max_length=length, num_labels=num_labels, where=where)
+        table: Rows = tokenised(rows, tokenizer, text, label, max_length=length, num_labels=num_labels, where=where)
+        return table
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = balora_plugin.BaLoraTrainer(
@@ -94,8 +102,8 @@ def run(
         trainer.remove_callback(PrinterCallback)  # the command prints its table alone
         tap = None
         if watch is not None:
-            split = prepared(read_split(task, task.splits[0], data, job.limit), f"{task.name} {task.splits[0]}")
-            tap = FeatureTap(watch[0], split, trainer.data_collator)
+            watched = prepared(read_split(task, task.splits[0], data, job.limit), f"{task.name} {task.splits[0]}")
+            tap = FeatureTap(watch[0], watched, trainer.data_collator)
             trainer.add_callback(tap)
         trainer.train()
         if watch is not None and tap is not None:
@@ -135,7 +143,7 @@ def _model(job: Job, task: Task, tokenizer: Any) -> Any:
 
 
 def _adapter(job: Job) -> BaLoraConfig | None:
-    """The method as a config: its terms are zero in the baselines, whose loss is normalised alike."""
+    """Returns the method as a config: its terms are zero in the baselines, whose loss is normalised alike."""
     if job.method == "full":
         return None
     settings, terms = job.settings, job.regularizers
@@ -181,8 +189,8 @@ def _arguments(job: Job, output: str) -> Any:
     return args
 
 
-def _scores(trainer: Any, task: Task, rows: Any, kind: str) -> dict[str, float]:
-    """Scores of `rows`, whose labels are of another `kind` perhaps: no loss is computed of them."""
+def _scores(trainer: Predictor, task: Task, rows: Rows, kind: str) -> dict[str, float]:
+    """Scores the model on `rows`, whose labels are of another `kind` perhaps: no loss is computed of them."""
     gold = list(rows["labels"])
     output = trainer.predict(rows.remove_columns("labels")).predictions
     logits = (output[0] if isinstance(output, tuple) else output).reshape(len(gold), -1)
@@ -192,8 +200,10 @@ def _scores(trainer: Any, task: Task, rows: Any, kind: str) -> dict[str, float]:
     return score(task.scores, found, gold, positive=positive_class(kind))
 
 
-def _glue_x(trainer: Any, task: Task, job: Job, directory: str | None, prepared: Any) -> dict[str, dict[str, float]]:
-    """Scores of the trained model, as it is, on the sets of GLUE-X that there are files of."""
+def _glue_x(
+    trainer: Predictor, task: Task, job: Job, directory: str | None, prepared: Callable[[Rows, str], Rows]
+) -> dict[str, dict[str, float]]:
+    """Scores the trained model, as it is, on the sets of GLUE-X that there are files of."""
     if directory is None:
         return {}
     found = {}

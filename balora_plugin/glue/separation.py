@@ -6,15 +6,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from ..objective.classification import features
+from .data import Rows
 
 SAMPLES = 1000  # the first of a split: t-SNE's cost grows faster than their number
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """What is read of a TrainerState: optimizer steps so far, and in all."""
+
+    @property
+    def global_step(self) -> int: ...
+    @property
+    def max_steps(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -29,14 +40,16 @@ class Snapshot:
 class FeatureTap(TrainerCallback):
     """Takes a [`Snapshot`] of a dataset after the given optimizer steps, and after the last one."""
 
-    def __init__(self, steps: Sequence[int], rows: Any, collate: Any) -> None:
+    def __init__(self, steps: Sequence[int], rows: Rows, collate: Any) -> None:
         self.steps, self.rows, self.collate = set(steps), rows.select(range(min(len(rows), SAMPLES))), collate
         self.found: dict[int, Snapshot] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Progress, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Takes the features before the first step, if they are asked for."""
         self._take(0, args, model)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Progress, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Takes the features after the steps that were asked for, and after the last one."""
         if state.global_step >= state.max_steps:
             self.steps.add(state.global_step)
         self._take(state.global_step, args, model)
@@ -63,7 +76,10 @@ class FeatureTap(TrainerCallback):
 
 
 def silhouette(snapshot: Snapshot) -> float:
-    """Mean silhouette of the classes among the features themselves, not their map: -1 to 1; NaN for a single class."""
+    """Returns the mean silhouette of the classes among the features themselves, not their map.
+
+    From -1 to 1; NaN for a single class.
+    """
     from sklearn.metrics import silhouette_score
 
     classes = len(set(snapshot.labels.tolist()))
@@ -73,7 +89,7 @@ def silhouette(snapshot: Snapshot) -> float:
 
 
 def plane(snapshot: Snapshot, seed: int = 0) -> np.ndarray:
-    """A t-SNE map of the features, (N, 2)."""
+    """Returns a t-SNE map of the features, (N, 2)."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(snapshot.rows) - 1) / 3)
@@ -120,14 +136,14 @@ def check_matplotlib() -> None:
 
 
 def save(path: str, snapshots: Sequence[Snapshot]) -> None:
-    """Snapshots as one .npz of plain arrays."""
+    """Writes snapshots of one run as one .npz of plain arrays."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"labels": snapshots[0].labels, **{f"step_{s.step}": s.rows for s in snapshots}}
     np.savez_compressed(path, **arrays)
 
 
 def load(path: str) -> list[Snapshot]:
-    """What [`save`] wrote, by step."""
+    """Reads what [`save`] wrote, in the order of the steps."""
     with np.load(path, allow_pickle=False) as file:
         steps = sorted(int(name.removeprefix("step_")) for name in file.files if name != "labels")
         return [Snapshot(step, file[f"step_{step}"], file["labels"]) for step in steps]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+METHODS = ("ba_lora", "pissa", "lora", "full")  # what a task is trained by
+
 # What the classes of a kind of task are called, in GLUE's order, with other sets' words for them.
 LABELS: dict[str, tuple[tuple[str, ...], ...]] = {
     "nli3": (("entailment",), ("neutral",), ("contradiction",)),
@@ -30,6 +32,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
+        """Returns the number of a model's outputs: its classes, or 1 for a score."""
         return 1 if self.kind == "similarity" else len(LABELS[self.kind])
 
 
@@ -62,7 +65,7 @@ GLUE_X: dict[str, dict[str, str]] = {
 
 
 def label_of(value: Any, kind: str) -> int | float | None:
-    """A label as it stands in a file, number or word, as a class of `kind`; None without a gold label (-1, "-").
+    """Returns a label of a file, number or word, as a class of `kind`; None without a gold label (-1, "-").
 
     Raises:
         ValueError: it is neither.
@@ -86,12 +89,12 @@ def label_of(value: Any, kind: str) -> int | float | None:
 
 
 def positive_class(kind: str) -> int:
-    """The class whose F1 counts: the one that says "follows" or "means the same", else 1."""
+    """Returns the class whose F1 counts: the one that says "follows" or "means the same", else 1."""
     return _YES.get(kind, 1)
 
 
 def comparable(found: Sequence[int], gold: Sequence[int], model: str, data: str) -> tuple[list[int], list[int]]:
-    """Predictions of a model of one kind and labels of another kind, both as classes of the data's kind.
+    """Returns predictions of a model of one kind and labels of another kind, both as classes of the data's kind.
 
     The same kind: as they are. Three-way labels with a two-way model: neutral and contradiction are "does not follow",
     as are a three-way model's predictions on two-way labels. NLI and paraphrase: "follows" is "means the same".

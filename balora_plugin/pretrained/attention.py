@@ -5,12 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@runtime_checkable
+class RunArguments(Protocol):
+    """What is read of TrainingArguments here: where a run computes, and in what."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def bf16(self) -> bool: ...
+    @property
+    def fp16(self) -> bool: ...
+
 
 ACCELERATORS = ("cuda", "xpu", "npu", "mlu", "musa")  # where transformers runs flash attention
 HALF = (torch.float16, torch.bfloat16)
@@ -32,12 +45,15 @@ FLASH = {
 
 
 def is_flash(name: Any) -> bool:
-    """True for transformers' flash implementations, kernels from the hub included, which know half precision alone."""
+    """Returns whether this is a flash implementation of transformers, kernels from the hub included.
+
+    They compute in half precision alone.
+    """
     return str(name or "").startswith("flash_attention") or "flash-attn" in str(name or "")
 
 
 def importable(module: str) -> bool:
-    """Whether a (dotted) module is installed; it is not imported, its parents are."""
+    """Returns whether a (dotted) module is installed; it is not imported, its parents are."""
     try:
         return find_spec(module) is not None
     except ImportError:
@@ -45,7 +61,7 @@ def importable(module: str) -> bool:
 
 
 def accelerator() -> str | None:
-    """The type of this machine's accelerator, None without one."""
+    """Returns the type of this machine's accelerator, None without one."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return None if found is None else found.type
 
@@ -53,7 +69,7 @@ def accelerator() -> str | None:
 def flash_lacks(
     name: str, device: str | None, capability: tuple[int, int] | None, has: Callable[[str], bool]
 ) -> tuple[str, str] | None:
-    """What the flash implementation `name` lacks on a machine and the command that helps; None: nothing.
+    """Returns what the flash implementation `name` lacks on a machine and the command that helps; None: nothing.
 
     Args:
         name: An attn_implementation that `is_flash`.
@@ -99,11 +115,11 @@ def check_flash(name: Any, setting: str, instead: str) -> None:
 
 
 def implementation_of(model: Any) -> str:
-    """The attention implementation of a transformers model (inside PEFT too); empty if it has none."""
+    """Returns the attention implementation of a transformers model (inside PEFT too); empty if it has none."""
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
 
 
-def check_attention(model: PreTrainedModel, args: Any) -> None:
+def check_attention(model: PreTrainedModel, args: RunArguments) -> None:
     """Refuses flash attention on a device or in a precision that it cannot run in; called before any SVD.
 
     Args:
@@ -130,7 +146,7 @@ def check_attention(model: PreTrainedModel, args: Any) -> None:
 
 
 def precision_of(model: PreTrainedModel) -> torch.dtype:
-    """What the model's attention computes in without autocast; of a quantised one as its config says."""
+    """Returns what the model's attention computes in without autocast; of a quantised one as its config says."""
     config = model.config
     quantised = getattr(config, "quantization_config", None) is not None
     return config.dtype if quantised and isinstance(config.dtype, torch.dtype) else model.dtype
@@ -161,7 +177,10 @@ FLAGS = {  # Axolotl's older keys -> attn_implementation
 
 
 def attention_of(values: Any) -> tuple[str, Any, str]:
-    """Key and value of the line about attention, and the implementation it asks for; ("", None, "sdpa") without one."""
+    """Returns key and value of the line about attention, and the implementation it asks for.
+
+    Without such a line: ("", None, "sdpa").
+    """
     for key in ("attn_implementation", *FLAGS):
         if values.get(key):
             return key, values[key], str(values[key]) if key == "attn_implementation" else FLAGS[key]

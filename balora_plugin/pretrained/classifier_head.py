@@ -26,12 +26,12 @@ DEFAULT_TARGETS: dict[str, list[str]] = {"modernbert": ["Wqkv"]}
 
 
 def is_classifier(model: Any) -> bool:
-    """True for a transformers *ForSequenceClassification, or a subclass of one."""
+    """Returns whether this is a transformers *ForSequenceClassification, or a subclass of one."""
     return any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
 
 
 def head_names(model: Any) -> list[str]:
-    """The modules between a classifier's backbone and its outputs: all its children with weights but the backbone.
+    """Returns the modules between a classifier's backbone and its outputs: its children with weights but the backbone.
 
     `classifier` (BERT, RoBERTa), `pooler` and `classifier` (DeBERTa), `head` and `classifier` (ModernBERT), `score`
     (decoders). A pooler inside the backbone (BERT's) is pre-trained and belongs to it. Empty for other models.
@@ -47,12 +47,12 @@ def head_names(model: Any) -> list[str]:
 
 
 def reads_last_token(model: Any) -> bool:
-    """True for decoders, whose head scores the last token that is not padding."""
+    """Returns whether this is a decoder, whose head scores the last token that is not padding."""
     return hasattr(model, "score") and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def last_tokens(model: Any, input_ids: Tensor) -> Tensor:
-    """Position of each row's last token that is not padding, as the model's own head finds it: (B, L) -> (B,)."""
+    """Returns where each row's last token is that is not padding, as the model's own head finds it: (B, L) -> (B,)."""
     pad = model.config.get_text_config().pad_token_id
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return (positions * (input_ids != pad)).argmax(dim=-1)
@@ -76,13 +76,13 @@ def with_head(config: LoraConfig, model: Any) -> None:
 
 
 def wrapped_heads(model: Any) -> dict[str, ModulesToSaveWrapper]:
-    """The head's modules that train as copies beside their first selves, by name; `model` is the classifier itself."""
+    """Returns the head's modules that train as copies beside their first selves, by name; `model` is the classifier."""
     found = {name: getattr(model, name) for name in head_names(model)}
     return {name: module for name, module in found.items() if isinstance(module, ModulesToSaveWrapper)}
 
 
 def half_heads(model: Any, adapter_name: str) -> dict[str, nn.Module]:
-    """The head's copies that train in half precision, by name."""
+    """Returns the head's copies that train in half precision, by name."""
     copies = {
         name: module.modules_to_save[adapter_name]
         for name, module in wrapped_heads(model).items()
@@ -129,7 +129,7 @@ def check_head_trains(model: Any) -> None:
 
 
 def teacher_head(model: Any) -> dict[str, Tensor]:
-    """The teacher's head: what `model` computes with while its adapters are switched off (or as it is, without any)."""
+    """Returns the teacher's head: what `model` computes with while its adapters are off (or as it is, without any)."""
     wrapped = wrapped_heads(model)
     tensors: dict[str, Tensor] = {}
     for name in head_names(model):

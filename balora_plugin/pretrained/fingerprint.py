@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..distributed import _whole
+from ..distributed import gathered
 from .classifier_head import head_names
 
 # keys of a model's config that do not change its final hidden states in eval mode
@@ -49,7 +49,7 @@ class TensorDigest(NamedTuple):
 
 
 def model_fingerprint(model: nn.Module, *, with_adapters: bool = False) -> str:
-    """SHA-256 (hex) over a model's stored weights, by name, and the part of its config that shapes hidden states.
+    """Returns the SHA-256 (hex) over a model's stored weights, by name, and what of its config shapes hidden states.
 
     Adapters and the trained copies of `modules_to_save` are left out, so a wrapped model has its base's fingerprint;
     so is a classifier's head, which is new, and another one each time the model is loaded. `with_adapters=True` takes
@@ -68,7 +68,7 @@ def model_fingerprint(model: nn.Module, *, with_adapters: bool = False) -> str:
 
 
 def weight_digests(model: nn.Module, *, with_adapters: bool = False, bfloat16: bool = False) -> dict[str, TensorDigest]:
-    """Digest of every stored tensor by its name in the unwrapped model; see [`model_fingerprint`].
+    """Returns the digest of every stored tensor by its name in the unwrapped model; see [`model_fingerprint`].
 
     `bfloat16`: also what a copy of the model in bfloat16 has, which tells the same weights in another dtype.
     """
@@ -89,7 +89,7 @@ def weight_digests(model: nn.Module, *, with_adapters: bool = False, bfloat16: b
 
 
 def combine(config: Any, digests: Mapping[str, str]) -> str:
-    """SHA-256 (hex) over a model's config (None: left out) and the digests of its tensors by name."""
+    """Returns the SHA-256 (hex) over a model's config (None: left out) and the digests of its tensors by name."""
     relevant = None if config is None else _without_neutral(config.to_dict())
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode())
     for name in sorted(digests):
@@ -98,14 +98,14 @@ def combine(config: Any, digests: Mapping[str, str]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """SHA-256 (hex) over a tokenizer's vocabulary, token to id; None for what has no vocabulary."""
+    """Returns the SHA-256 (hex) over a tokenizer's vocabulary, token to id; None for what has no vocabulary."""
     if not callable(getattr(tokenizer, "get_vocab", None)):
         return None
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _name_in_base(key: str, special: dict[str, str]) -> str | None:
-    """The name of a state-dict entry in the unwrapped model, or None for what PEFT has added."""
+    """Returns the name of a state-dict entry in the unwrapped model, or None for what PEFT has added."""
     parts = key.split(".")
     kept: list[str] = []
     inside = ""  # what the module that holds the next part keeps of the base
@@ -127,11 +127,11 @@ def _digest(name: str, value: Any, seen: dict[tuple[Any, ...], TensorDigest], bf
             "(meta device): switch cpu_ram_efficient_loading off, or remove teacher_cache."
         )
     # tied weights are read once; a gathered copy may lie where another one was
-    gathered = hasattr(value, "ds_id") or hasattr(value, "full_tensor")
-    known = None if gathered else (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+    sharded = hasattr(value, "ds_id") or hasattr(value, "full_tensor")
+    known = None if sharded else (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
     if known is not None and value.numel() and known in seen:
         return seen[known]
-    with _whole(value) as tensor:
+    with gathered(value) as tensor:
         stored = tensor.detach().cpu().contiguous()
         exact = rounded = _sha256(stored)
         if bfloat16 and stored.dtype in (torch.float64, torch.float32, torch.float16):

@@ -27,7 +27,7 @@ class BaseIdentity:
     quantization: dict[str, Any] | None = None
 
     def to_settings(self) -> dict[str, Any]:
-        """Its keys in ba_lora.json."""
+        """Returns its keys in ba_lora.json."""
         return {
             "base_sha256": self.sha256,
             "base_dtype": self.dtype,
@@ -37,7 +37,7 @@ class BaseIdentity:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any] | None) -> BaseIdentity | None:
-        """What ba_lora.json recorded; None where it recorded nothing."""
+        """Returns what ba_lora.json recorded; None where it recorded nothing."""
         if settings is None or not settings.get("base_sha256"):
             return None
         digests = settings["base_digests"]
@@ -55,7 +55,9 @@ class BaseIdentity:
 
 
 def base_identity(model: nn.Module) -> BaseIdentity:
-    """Identity of a base model, adapters inside it left out. Every byte is read once; collective if it is sharded.
+    """Takes the identity of a base model, adapters inside it left out.
+
+    Every byte is read once. All processes must call this if the model is sharded.
 
     Raises:
         ValueError: weights that are not loaded (meta device).
@@ -77,12 +79,12 @@ def base_identity(model: nn.Module) -> BaseIdentity:
 
 
 def _of_all(digests: Iterable[str]) -> str:
-    """A digest of digests, in no order; tied tensors count once."""
+    """Returns a digest of digests, in no order; tied tensors count once."""
     return hashlib.sha256("\n".join(sorted(set(digests))).encode()).hexdigest()
 
 
 def compare(recorded: BaseIdentity | None, here: BaseIdentity | None) -> str:
-    """What the digests of two bases say.
+    """Returns what the digests of two bases say.
 
     "same"; "config": the same weights under another config, or under other names (a release of transformers); "dtype":
     the same weights in another dtype; "other": another model; "unclear": digests cannot tell (a quantised base beside
@@ -104,7 +106,7 @@ def compare(recorded: BaseIdentity | None, here: BaseIdentity | None) -> str:
 
 
 def why_not_readable(model: nn.Module) -> str | None:
-    """Why this process alone cannot read the base's weights (or run the model), or None if it can."""
+    """Returns why this process alone cannot read the base's weights (or run the model), or None if it can."""
     if is_sharded(model):
         return "the model is sharded over processes"
     if any(p.device.type == "meta" for p in model.parameters()):
@@ -115,7 +117,7 @@ def why_not_readable(model: nn.Module) -> str | None:
 
 
 def dtype_of(model: nn.Module) -> str:
-    """The dtype a model says it has ("float32"), or that of its first parameter."""
+    """Returns the dtype a model says it has ("float32"), or that of its first parameter."""
     dtype = getattr(model, "dtype", None)
     if dtype is None:
         first = next(model.parameters(), None)
@@ -124,6 +126,6 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON-ready: enumerations and dtypes by their value."""
+    """Makes a value JSON-ready: enumerations and dtypes by their value."""
     value = getattr(value, "value", value)
     return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)

@@ -6,16 +6,16 @@ import weakref
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..distributed import has_process_group, process_rank
 from ..fused.head import Head
 from ..fused.project import project
-from .quantised import is_quantised_linear, quantised_layers_stay_in_training_mode
+from .quantised import dequantised, is_quantised_linear, quantised_layers_stay_in_training_mode
 from .switch import TeacherSwitch
 
 logger = logging.get_logger(__name__)
@@ -24,7 +24,7 @@ _unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose param
 
 
 def read_head(model: PreTrainedModel, *, teacher: bool = False, student: Head | None = None) -> Head:
-    """The LM head of a causal language model; `teacher=True`: its initial copy, where the head itself trains.
+    """Reads the LM head of a causal language model; `teacher=True`: its initial copy, where the head itself trains.
 
     Sharded ones are gathered, quantised ones dequantised, at every call: `student`, read before, is given back where
     the teacher's is the same.
@@ -45,8 +45,8 @@ def read_head(model: PreTrainedModel, *, teacher: bool = False, student: Head | 
     if student is not None and weight is not None and student.sources[0] is weight:
         return student
     sources = (weight, bias)
-    dequantised = is_quantised_linear(layer) or hasattr(layer, "W_q") or type(weight).__module__.startswith("torchao.")
-    if dequantised:
+    decoded = is_quantised_linear(layer) or hasattr(layer, "W_q") or type(weight).__module__.startswith("torchao.")
+    if decoded:
         weight = _dequantised(layer)
     elif hasattr(weight, "full_tensor"):  # FSDP2, the head a unit of its own
         weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
@@ -60,30 +60,30 @@ def read_head(model: PreTrainedModel, *, teacher: bool = False, student: Head | 
         )
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, _logit_scale(config), softcap, sources, dequantised)
+    return Head(weight, bias, _logit_scale(config), softcap, sources, decoded)
 
 
 @torch.no_grad()
 def _dequantised(layer: Any) -> Tensor:
-    """(V, d) of a quantised head. Not by PEFT's function for modules for bitsandbytes: it replaces the parameter."""
+    """Returns the weight (V, d) of a quantised head."""
     if not is_quantised_linear(layer):
         return dequantize_module_weight(layer)
     if hasattr(layer.weight, "full_tensor"):
         raise ValueError(
             "the LM head is quantised and sharded: leave it unquantised (llm_int8_skip_modules=['lm_head'])."
         )
-    return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+    return dequantised(layer)
 
 
 def _gathered(parameter: Any) -> Tensor:
-    """A DTensor, whole; its gradient is the mean over the ranks, as FSDP's is."""
+    """Returns a DTensor whole; its gradient is the mean over the ranks, as FSDP's is."""
     from torch.distributed.tensor import Partial
 
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _logit_scale(config: Any) -> float:
-    """Models name the factor on their logits differently; [`check_head`] proves the reading."""
+    """Returns the factor on the logits, which models name differently; [`check_head`] proves the reading."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -110,9 +110,9 @@ def check_head(model: PreTrainedModel) -> None:
         _unchecked.add(model)
     elif not any(p.device.type == "meta" for p in parameters):
         _compare_logits(model, model.device)
-    elif not (dist.is_available() and dist.is_initialized()):
+    elif not has_process_group():
         _unchecked.add(model)
-    elif dist.get_rank() == 0:  # elsewhere rank 0 holds the weights, and has checked them
+    elif process_rank() == 0:  # elsewhere rank 0 holds the weights, and has checked them
         logger.warning(
             f"BA-LoRA: {type(model).__name__} is on the meta device on every rank, so it was not checked that "
             "its logits can be computed from its hidden states: load it on rank 0 (cpu_ram_efficient_loading)."
@@ -120,7 +120,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def check_head_now(model: PreTrainedModel, device: torch.device) -> None:
-    """What check_head had to leave, once, inside a forward pass. No more than a look-up where nothing was left.
+    """Does once, inside a forward pass, what check_head had to leave; no more than a look-up where that is nothing.
 
     Raises:
         ValueError: the logits cannot be reproduced from the final hidden states.

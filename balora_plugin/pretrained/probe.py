@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..checkpoint.location import AdapterFiles
 from ..checkpoint.names import PROBE_FILE
 from .quantised import quantised_layers_stay_in_training_mode
 from .switch import TeacherSwitch
@@ -37,17 +38,17 @@ class Probe:
 
 
 def token_ids(vocabulary: int) -> Tensor:
-    """The probe's tokens, (1, 16) int64, spread over a vocabulary of this size."""
+    """Returns the probe's tokens, (1, 16) int64, spread over a vocabulary of this size."""
     return (torch.arange(1, TOKENS + 1) * 2654435761 % vocabulary).unsqueeze(0)
 
 
 def columns(vocabulary: int) -> Tensor:
-    """The entries of the vocabulary whose logits are kept, (n,) int64."""
+    """Returns the entries of the vocabulary whose logits are kept, (n,) int64."""
     return torch.linspace(0, vocabulary - 1, min(vocabulary, COLUMNS), dtype=torch.float64).round().long()
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
-    """Size of a causal language model's vocabulary; None for what is none."""
+    """Returns the size of a causal language model's vocabulary; None for what is none."""
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         return None
     config: Any = model.config
@@ -55,13 +56,13 @@ def vocabulary_of(model: nn.Module) -> int | None:
 
 
 def base_logits(model: nn.Module) -> Tensor | None:
-    """The pre-trained model's logits: `model` is the causal language model, adapters inside it are switched off."""
+    """Returns the logits of a causal language model, adapters inside it switched off; None for another model."""
     with TeacherSwitch(model).off():
         return _logits(model)
 
 
 def adapted_logits(model: PeftModel, adapter_name: str) -> Tensor | None:
-    """The logits of `model` with this adapter, in eval mode; what is active and what trains stays as it was."""
+    """Returns the logits of `model` with this adapter, in eval mode; what is active and what trains stays as it was."""
     with _active(model, adapter_name), TeacherSwitch(model).on():
         return _logits(model.get_base_model())
 
@@ -96,7 +97,7 @@ def _active(model: PeftModel, adapter_name: str) -> Iterator[None]:
 
 
 def write_probe(directory: str, probe: Probe) -> None:
-    """`ba_lora_probe.safetensors`: what there is of `base` and `adapted`, and the tokens for readers without us."""
+    """Writes `ba_lora_probe.safetensors`: what there is of the logits, and the tokens for readers without us."""
     tensors = {
         "input_ids": token_ids(probe.vocabulary).int(),
         "positions": torch.tensor(POSITIONS, dtype=torch.int32),
@@ -108,7 +109,7 @@ def write_probe(directory: str, probe: Probe) -> None:
 
 
 def read_probe(path: str) -> Probe:
-    """A stored probe.
+    """Reads a stored probe.
 
     Raises:
         ValueError: it was taken with other tokens or columns than this release takes.
@@ -125,8 +126,18 @@ def read_probe(path: str) -> Probe:
     return Probe(vocabulary, tensors.get("base"), tensors.get("adapted"))
 
 
+def stored_probe(files: AdapterFiles, settings: Mapping[str, Any] | None) -> Probe | None:
+    """Returns the probe that an adapter's ba_lora.json (`settings`) names, None where it names none.
+
+    Raises:
+        ValueError: as [`read_probe`].
+    """
+    path = files.find(PROBE_FILE) if settings is not None and PROBE_FILE in settings["sha256"] else None
+    return None if path is None else read_probe(path)
+
+
 def discrepancy(logits: Tensor, recorded: Tensor) -> float:
-    """Distance of two sets of logits over the spread of the recorded ones: 0 for the same, about 1.4 for strangers.
+    """Returns the distance of two sets of logits over the recorded ones' spread: 0 for the same, 1.4 for strangers.
 
     Rows are centred: a constant added to a row changes nothing that a model says.
     """
@@ -137,7 +148,7 @@ def discrepancy(logits: Tensor, recorded: Tensor) -> float:
 
 
 def tolerance(*dtypes: str, quantised: bool = False) -> float:
-    """How large a discrepancy may be between models of these dtypes."""
+    """Returns how large a discrepancy may be between models of these dtypes."""
     if quantised:
         return TOLERANCE_QUANTISED
     return TOLERANCE if all(dtype in ("float32", "float64") for dtype in dtypes) else TOLERANCE_HALF

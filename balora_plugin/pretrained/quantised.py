@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
-    """A linear layer of bitsandbytes, 4-bit or 8-bit."""
+    """Returns whether this is a linear layer of bitsandbytes, 4-bit or 8-bit."""
     return type(module).__module__.startswith("bitsandbytes.")
 
 
 def dequantised(layer: nn.Module) -> Tensor:
-    """The weight (out, in) of a bitsandbytes layer as its forward pass in training mode uses it.
+    """Returns the weight (out, in) of a bitsandbytes layer as its forward pass in training mode uses it.
 
     Not by PEFT's `dequantize_module_weight`: that puts a new weight into the module, and an int8 layer that has run
     before loses its scales by it.
@@ -47,7 +47,7 @@ def protect_weights(model: nn.Module) -> None:
 
 @contextmanager
 def quantised_layers_stay_in_training_mode(model: nn.Module) -> Iterator[None]:
-    """For a forward before or between training steps.
+    """Keeps bitsandbytes layers in training mode inside the block, for a forward before or between training steps.
 
     On a CPU an int8 layer in eval mode rounds its input too, so that it is another function than in training; a 4-bit
     layer repacks its weight unless [`protect_weights`] was called.

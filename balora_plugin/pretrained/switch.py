@@ -19,7 +19,7 @@ class TeacherSwitch:
 
     A flag, not PEFT's `disable_adapter()`: that one re-enables gradients on frozen adapters when it exits, and breaks
     non-reentrant checkpointing. `modules_to_save` fall back to their initial copy by the same flag. bitsandbytes layers
-    stay in training mode: in eval mode they are another function on a CPU (see [`balora_plugin.quantised`]).
+    stay in training mode: in eval mode they are another function on a CPU (see [`balora_plugin.pretrained.quantised`]).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,19 +29,25 @@ class TeacherSwitch:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside: adapters off, eval mode, no gradient. Every module's flag is restored as it was."""
+        """Makes the model the teacher inside the block: adapters off, eval mode, no gradient.
+
+        Every module's flag is restored as it was.
+        """
         with self._still(disabled=True):
             yield
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Inside: adapters on, eval mode, no gradient: the student at rest. Restored likewise."""
+        """Makes the model the student at rest inside the block: adapters on, eval mode, no gradient.
+
+        Every module's flag is restored as it was.
+        """
         with self._still(disabled=False):
             yield
 
     @contextmanager
     def layers_off(self) -> Iterator[None]:
-        """Inside: adapted layers compute the base's function, what modules_to_save trains stays on."""
+        """Lets adapted layers compute the base's function inside the block; what modules_to_save trains stays on."""
         before = [(m, m._disable_adapters) for m in self._adapters if isinstance(m, BaseTunerLayer)]
         try:
             for module, _ in before:
@@ -67,10 +73,3 @@ class TeacherSwitch:
                 module._disable_adapters = was
             for module in training:
                 module.__dict__["training"] = True
-
-
-@contextmanager
-def teacher_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes what the pre-trained model computes: see [`TeacherSwitch`]."""
-    with TeacherSwitch(model).off():
-        yield

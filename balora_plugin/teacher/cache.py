@@ -4,7 +4,7 @@ A document is known by its content (tokens, counted positions, where its positio
 set: shuffling, packing, batch sizes and workers cannot give it another document's rows. What is used for training is
 always what the cache holds, also in the micro-batch that computed it: a cold, a warm and a resumed run are the same.
 
-What is kept of a counted token is in `teacher_rows`, the files are in `cache_files`.
+What is kept of a counted token is in `rows`, the files are in `files`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed import anywhere
+from ..distributed import any_process
 from ..fused.head import Head
 from .documents import BOUNDARIES, Cutter, Document
 from .files import FORMAT_VERSION, CacheFiles, Place
@@ -36,7 +36,7 @@ class TeacherCache:
         directory: Made if it is absent. Must be empty, or hold a cache of this teacher.
         choice: What decides what is kept of a token. Where that is its size alone, and the directory is empty, it is
             put off until the first token is stored, and `choose` is asked.
-        base: Fingerprint of the teacher, see [`fingerprint.model_fingerprint`][balora_plugin.fingerprint].
+        base: Fingerprint of the teacher, see [`model_fingerprint`][balora_plugin.pretrained.fingerprint].
         tokenizer: Fingerprint of the tokenizer, if there is one: a guard; the states depend on token ids alone.
         precision: What the teacher computes in; another one is another cache.
         attention: Its attention implementation, for the record.
@@ -90,7 +90,7 @@ class TeacherCache:
             self._begin(asked, f"teacher_cache_top_k={choice.top_k}")
 
     def __len__(self) -> int:
-        """How many documents it holds."""
+        """Returns how many documents it holds."""
         return len(self._places) + len(self._pending)
 
     # --- what the objective calls
@@ -99,7 +99,7 @@ class TeacherCache:
     def states(
         self, inputs: dict[str, Any], counted: Tensor, run: Run, head: Callable[[], Head] | None = None
     ) -> Teacher:
-        """What the cache keeps of a micro-batch, as it stands there or, after one forward pass, through it.
+        """Returns what the cache keeps of a micro-batch, as it stands there or, after one forward pass, through it.
 
         Args:
             inputs: The backbone's keywords: input_ids (B, L), perhaps attention_mask, position_ids.
@@ -120,7 +120,7 @@ class TeacherCache:
         device = inputs["input_ids"].device
         kept = self.settle(device)
         rows = self._read(documents)
-        if anywhere(rows is None, device):  # forwards may be collective: all processes run, or none
+        if any_process(rows is None, device):  # forwards may be collective: all processes run, or none
             self._refuse_if_frozen(documents)
             if self.on_miss is not None:
                 self.on_miss()
@@ -133,30 +133,20 @@ class TeacherCache:
         assert rows is not None
         return placed(kept.decode(rows), counted, device)
 
-    def lookup(self, inputs: dict[str, Any], counted: Tensor) -> Teacher | None:
-        """(M, ...) on the CPU, in the order of `states[counted]`; None if a document is missing."""
-        rows = self._read(self._cutter.cut(inputs, counted))
-        return None if rows is None or self.rows is None else self.rows.decode(rows)
-
-    def add(self, inputs: dict[str, Any], counted: Tensor, hidden: Tensor, head: Head | None = None) -> None:
-        """Stores the documents of a micro-batch that are not there yet, from its states (B, L, d)."""
-        self.settle(hidden.device)
-        self._add(self._cutter.cut(inputs, counted), hidden, head)
-
     def tokens(self, inputs: dict[str, Any], counted: Tensor) -> int:
-        """How many tokens of this micro-batch are kept."""
+        """Returns how many tokens of this micro-batch are kept."""
         return sum(len(d.kept) for d in self._cutter.cut(inputs, counted))
 
     def missing(self, inputs: dict[str, Any], counted: Tensor) -> bool:
-        """True if a document of this micro-batch is not there yet."""
+        """Returns whether a document of this micro-batch is not there yet."""
         return any(d.key not in self._places and d.key not in self._pending for d in self._cutter.cut(inputs, counted))
 
     @torch.compiler.disable
     def settle(self, device: torch.device) -> Rows:
-        """What is kept of a token, decided now if it has not been; by all processes together."""
+        """Decides what is kept of a token, if that is open still, by all processes together; returns it."""
         if not self._settled:
             self._settled = True
-            if anywhere(self.rows is None, device):
+            if any_process(self.rows is None, device):
                 rows, why = self.choice.by_size(None) if self.choose is None else self.choose()
                 if self.rows is None:
                     self._begin(rows, why)
@@ -183,7 +173,7 @@ class TeacherCache:
 
     @torch.compiler.disable
     def _compare_alone(self, inputs: dict[str, Any], documents: list[Document], hidden: Tensor, run: Run) -> None:
-        """Once for packed and once for padded batches: a document on its own must have the states it has in the batch.
+        """Compares, once for packed and once for padded batches, a document on its own with what it has in the batch.
 
         Raises:
             ValueError: it does not.
@@ -193,7 +183,7 @@ class TeacherCache:
         shape = "packed" if packed else "padded"
         several = bool(packed) or ids.shape[0] > 1 or any(d.stop < ids.shape[1] for d in documents)
         due = bool(documents) and several and shape not in self._compared
-        if not anywhere(due, ids.device):
+        if not any_process(due, ids.device):
             return
         if packed or documents:
             document = packed[0] if packed else min(documents, key=lambda d: d.stop)
@@ -245,7 +235,7 @@ class TeacherCache:
 
     @torch.compiler.disable
     def _read(self, documents: list[Document]) -> np.ndarray | None:
-        """The counted rows of these documents, one after the other; None if one is missing or damaged.
+        """Returns the counted rows of these documents, one after the other; None if one is missing or damaged.
 
         All of them are looked at before that is said: what is computed then is everything that has to be.
         """
@@ -266,7 +256,7 @@ class TeacherCache:
         return out if whole else None
 
     def _read_place(self, key: bytes) -> np.ndarray | None:
-        """One document's rows; None if the file does not hold what its index says."""
+        """Returns one document's rows; None if the file does not hold what its index says."""
         place = self._places.get(key)
         if place is None:  # given up with another document of its file
             return None
@@ -290,7 +280,7 @@ class TeacherCache:
         self._pending, self._pending_bytes = {}, 0
 
     def size(self) -> int:
-        """Bytes on disk."""
+        """Returns how many bytes the cache takes on disk."""
         return self._files.size()
 
     def _begin(self, rows: Rows, why: str) -> None:

@@ -51,7 +51,7 @@ class Cutter:
 
     @torch.compiler.disable
     def cut(self, inputs: dict[str, Any], counted: Tensor) -> list[Document]:
-        """The documents of a micro-batch with something counted, in the order of its rows.
+        """Returns the documents of a micro-batch with something counted, in the order of its rows.
 
         Raises:
             ValueError: what cannot be cut into documents with certainty; names the key.
@@ -99,7 +99,7 @@ class Cutter:
         return found
 
     def _check_boundaries(self, inputs: dict[str, Any], pieces: list[tuple[int, int]], row: int) -> None:
-        """What says once more where documents begin must say the same as position_ids."""
+        """Refuses a batch in which what says once more where documents begin differs from position_ids."""
         edges = [0, *(stop for _, stop in pieces)]
         for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
             value = inputs.get(key)
@@ -151,7 +151,7 @@ class Cutter:
     def _pieces(
         self, row: int, length: int, mask: np.ndarray | None, positions: np.ndarray | None
     ) -> list[tuple[int, int]]:
-        """[start, stop) of each document of a row."""
+        """Returns [start, stop) of each document of a row."""
         attended = np.arange(length) if mask is None else np.flatnonzero(mask)
         if not len(attended):
             return []
@@ -181,7 +181,7 @@ class Cutter:
 
 
 def _key(ids: np.ndarray, kept: np.ndarray, mask: np.ndarray | None, start: int, explicit: bool) -> bytes:
-    """128 bits of everything the document's stored states depend on."""
+    """Returns 128 bits of everything the document's stored states depend on."""
     # positions that a model counts itself, behind padding on the left: models differ in how
     counted_by_model = start > 0 and not explicit
     digest = hashlib.blake2b(np.array([len(ids), start, counted_by_model], dtype="<i8").tobytes(), digest_size=16)

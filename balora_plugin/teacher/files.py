@@ -52,7 +52,7 @@ class CacheFiles:
     # --- header
 
     def read_header(self) -> dict[str, Any] | None:
-        """The header; None if the directory is empty (it is made if it is absent).
+        """Returns the header; None if the directory is empty (it is made if it is absent).
 
         Raises:
             ValueError: a file, a directory with something else in it, or a header that cannot be read.
@@ -87,7 +87,7 @@ class CacheFiles:
         return header
 
     def write_header(self, values: dict[str, Any]) -> None:
-        """Writes it if no other process has meanwhile."""
+        """Writes the header if no other process has meanwhile."""
         try:
             create_text(self.directory / HEADER, json.dumps(values, indent=2))
         except OSError as error:
@@ -98,7 +98,7 @@ class CacheFiles:
     # --- arrays
 
     def scan(self) -> dict[bytes, Place]:
-        """All documents of whole pairs. Removes what is broken or half written, once it is old."""
+        """Returns all documents of whole pairs, and removes what is broken or half written once it is old."""
         found: dict[bytes, Place] = {}
         now = time.time()
         for path in sorted(self.directory.iterdir()):  # of two copies of a document every process takes the same
@@ -116,7 +116,7 @@ class CacheFiles:
         return found
 
     def size(self) -> int:
-        """Bytes on disk."""
+        """Returns how many bytes the cache takes on disk."""
         total = 0
         for path in self.directory.iterdir():
             with suppress(OSError):
@@ -124,7 +124,7 @@ class CacheFiles:
         return total
 
     def write(self, documents: dict[bytes, np.ndarray]) -> dict[bytes, Place]:
-        """A new pair of files with these rows by key; their places.
+        """Writes a new pair of files with these rows by key; returns their places.
 
         Raises:
             OSError: names the directory.
@@ -148,7 +148,7 @@ class CacheFiles:
         return places
 
     def read(self, place: Place, *, verify: bool) -> np.ndarray | None:
-        """(rows, *shape); None if the file does not hold what its index says: the pair is then given up.
+        """Reads rows, (n, *shape); None if the file does not hold what its index says: the pair is then given up.
 
         Raises:
             OSError: the file cannot be read just now (too many open files, a network file system); names the directory.
@@ -177,7 +177,7 @@ class CacheFiles:
         return None
 
     def _read_index(self, path: Path) -> dict[bytes, Place] | None:
-        """The documents of one pair of files, or None if the pair is not whole."""
+        """Returns the documents of one pair of files, or None if the pair is not whole."""
         shard = path.name.removesuffix(".index.npy")
         payload = self.directory / f"{shard}.npy"
         try:
@@ -206,7 +206,7 @@ class CacheFiles:
 
 
 def _bytes(rows: np.ndarray) -> memoryview:
-    """A contiguous array's memory."""
+    """Returns a contiguous array's memory."""
     return rows.reshape(-1).view(np.uint8).data
 
 

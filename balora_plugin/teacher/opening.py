@@ -23,7 +23,7 @@ def open_cache(
     mixed_precision: str = "no",
     base: str | None = None,
 ) -> TeacherCache:
-    """The cache in `directory` for this teacher, before it is sharded; `own`: a second model, with what adapts it.
+    """Opens the cache in `directory` for this teacher, before it is sharded; `own`: a second model, with its adapters.
 
     `base`: the teacher's fingerprint, where it is known already.
 
@@ -51,7 +51,7 @@ def open_cache(
 
 
 def _computing(teacher: PreTrainedModel, mixed_precision: str) -> list[str]:
-    """What changes a teacher's states beside its weights."""
+    """Returns what changes a teacher's states beside its weights."""
     found = [] if mixed_precision == "no" else [f"{mixed_precision} autocast"]
     quantisation = getattr(teacher.config, "quantization_config", None)
     values = quantisation if isinstance(quantisation, dict) else getattr(quantisation, "__dict__", {})
@@ -63,7 +63,7 @@ def _computing(teacher: PreTrainedModel, mixed_precision: str) -> list[str]:
 
 
 def _rope_limit(config: Any) -> int | None:
-    """Up to where rotary frequencies that follow the longest row of a batch are their usual ones; None: always."""
+    """Returns up to where rotary frequencies that follow a batch's longest row are their usual ones; None: always."""
     parameters = getattr(config, "rope_parameters", None) or {}
     groups = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     limits = [

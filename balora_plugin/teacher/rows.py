@@ -35,22 +35,24 @@ class HiddenRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Returns the shape of one token's row."""
         return (self.hidden_size,)
 
     @property
     def size(self) -> int:
-        """Bytes a token."""
+        """Returns the bytes of a token."""
         return 2 * self.hidden_size
 
     def header(self) -> dict[str, Any]:
+        """Returns its keys in the cache's header."""
         return {"kind": self.kind, "hidden_size": self.hidden_size, "dtype": "bfloat16"}
 
     def encode(self, hidden: Tensor, head: Head | None = None) -> np.ndarray:
-        """(M, d) -> (M, d) uint16."""
+        """Encodes final hidden states, (M, d) -> (M, d) uint16."""
         return hidden.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
 
     def decode(self, rows: np.ndarray) -> Tensor:
-        """(M, d) bfloat16 on the CPU."""
+        """Decodes rows to (M, d) bfloat16 on the CPU."""
         return torch.from_numpy(rows.astype(np.uint16, copy=False)).view(torch.bfloat16)
 
 
@@ -74,14 +76,16 @@ class TopRows:
 
     @property
     def dtype(self) -> np.dtype:
+        """Returns the numpy type of one token's row."""
         return np.dtype([("ids", "<i4", (self.top_k,)), ("log_probs", "<f2", (self.top_k,)), ("log_tail", "<f4")])
 
     @property
     def size(self) -> int:
-        """Bytes a token."""
+        """Returns the bytes of a token."""
         return 6 * self.top_k + 4
 
     def header(self) -> dict[str, Any]:
+        """Returns its keys in the cache's header."""
         return {
             "kind": self.kind,
             "top_k": self.top_k,
@@ -91,7 +95,7 @@ class TopRows:
         }
 
     def encode(self, hidden: Tensor, head: Head | None = None) -> np.ndarray:
-        """(M, d) and the teacher's head -> (M,) of `dtype`."""
+        """Encodes final hidden states with the teacher's head, (M, d) -> (M,) of `dtype`."""
         assert head is not None
         top = top_log_probs(
             hidden.to(head.weight.device),
@@ -109,7 +113,7 @@ class TopRows:
         return rows
 
     def decode(self, rows: np.ndarray) -> TopLogProbs:
-        """(M, K) int32, (M, K) float16, (M,) float32 on the CPU."""
+        """Decodes rows to (M, K) int32, (M, K) float16, (M,) float32 on the CPU."""
         kinds = (("ids", np.int32), ("log_probs", np.float16), ("log_tail", np.float32))
         # copied: of a single row numpy takes any strides for contiguous ones, torch does not
         return TopLogProbs(*(torch.from_numpy(np.array(rows[name], dtype=kind, order="C")) for name, kind in kinds))
@@ -120,7 +124,7 @@ Teacher = Tensor | TopLogProbs  # what the loss takes of one
 
 
 def placed(rows: Teacher, counted: Tensor, device: torch.device) -> Teacher:
-    """Each tensor (M, ...) of `rows` as (B, L, ...) on `device`, zero where `counted` (B, L) is not set."""
+    """Puts each tensor (M, ...) of `rows` into one of (B, L, ...) on `device`, zero where `counted` is not set."""
     where = counted.to(device)
 
     def place(x: Tensor) -> Tensor:
@@ -148,18 +152,21 @@ class RowChoice:
     form: str = "kl"
 
     def asked(self) -> Rows | None:
-        """What the setting says; None: nothing."""
+        """Returns what the setting says; None: nothing."""
         if self.top_k is None:
             return None
         return self._top(self.top_k) if self.top_k else HiddenRows(self.hidden_size)
 
     @property
     def hidden_tokens(self) -> int:
-        """For so many tokens hidden states are kept unasked; more need not be counted."""
+        """Returns for how many tokens hidden states are kept unasked; more need not be counted."""
         return int(HIDDEN_LIMIT) // HiddenRows(self.hidden_size).size
 
     def by_size(self, tokens: int | None) -> tuple[Rows, str]:
-        """For so many counted tokens (None: unknown), and why: hidden states while they stay below HIDDEN_LIMIT."""
+        """Decides for so many counted tokens (None: unknown), and says why.
+
+        Hidden states, while they stay below HIDDEN_LIMIT.
+        """
         hidden, top = HiddenRows(self.hidden_size), self._top(AUTOMATIC_TOP_K)
         limit = f"{HIDDEN_LIMIT / 1e9:g} GB"
         if self.form not in TOP_FORMS:
@@ -173,7 +180,7 @@ class RowChoice:
         return top, f"hidden states would take more than {limit}"
 
     def stored(self, header: dict[str, Any], directory: object) -> Rows:
-        """What the cache with this header holds.
+        """Returns what the cache with this header holds.
 
         Raises:
             ValueError: it does not fit the teacher, the setting or the consistency term; names both and the remedy.

@@ -19,7 +19,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..adapter.saved import provenance
-from ..distributed import anywhere, everywhere
+from ..distributed import any_process, sum_over_processes
 from ..fused.head import Head
 from ..objective.batches import counted_positions
 from ..objective.causal_lm import backbone_inputs
@@ -146,7 +146,7 @@ class CacheFilling:
             each_once = loader if _covers_all(loader) else self._in_order(loader)
             for batch in self._batches(each_once, "Teacher cache, its size"):
                 found = self._counted(batch)
-                tokens += everywhere(0 if found is None else self.cache.tokens(*found), self._host.args.device)
+                tokens += sum_over_processes(0 if found is None else self.cache.tokens(*found), self._host.args.device)
                 if tokens > choice.hidden_tokens:
                     break
             self._release(loader)
@@ -219,7 +219,7 @@ class CacheFilling:
         request = fill_request(self._run, self._host.args.device)
         for batch in self._batches(loader, title):
             found = self._counted(batch)
-            if found is None or not anywhere(self.cache.missing(*found), self._host.args.device):
+            if found is None or not any_process(self.cache.missing(*found), self._host.args.device):
                 continue
             with torch.no_grad(), self._host.compute_loss_context_manager():
                 self._host.model_wrapped(**self._run.to_device(self._run.inputs(batch)), ba_lora=request)
@@ -232,7 +232,7 @@ class CacheFilling:
         with tqdm(total=len(loader), desc=title, disable=hidden_bar, dynamic_ncols=True) as bar:  # type: ignore[arg-type]
             while True:
                 batch = next(batches, None)
-                if anywhere(batch is None, args.device):  # sharded loaders may differ by one
+                if any_process(batch is None, args.device):  # sharded loaders may differ by one
                     break
                 yield batch
                 bar.update()

@@ -1,4 +1,4 @@
-"""Runs the study, or what is left of it: `python -m integration.study --output DIR` (up to an hour on one core).
+"""Runs the study, or what is left of it: `python -m studies.encoder --output DIR` (up to an hour on one core).
 
 Every run is kept in `DIR/study.json` as soon as it has finished and is not repeated; `DIR/study.md` has the tables.
 """
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Any]:
     from .data import SETTINGS
     from .train import Sizes
 
-    parser = argparse.ArgumentParser(prog="python -m integration.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.encoder", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
     parser.add_argument("--model", type=Path, help="directory of another BERT-like encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help=f"{TUNING_SEED} is taken")
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 once(setting, method, seed, rates[REFERENCE])
     reported = [r for r in kept.records if r["seed"] in options.seeds]
     own = [r for r in reported if r["rate"] == rates[r["method"]]]
-    command = " ".join(["python -m integration.study", *(sys.argv[1:] if arguments is None else arguments)])
+    command = " ".join(["python -m studies.encoder", *(sys.argv[1:] if arguments is None else arguments)])
     text = heading(sizes, shared, command) + markdown(own, rates, titles(sizes))
     if below := at_one_rate(reported, rates, titles(sizes)):
         text += f"\n{below}"

@@ -1,4 +1,4 @@
-"""Entry point of `python -m integration.quickstart`: quietens the host libraries, then runs the comparison."""
+"""Entry point of `python -m studies.quickstart`: quietens the host libraries, then runs the comparison."""
 
 from __future__ import annotations
 

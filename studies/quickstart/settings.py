@@ -68,9 +68,9 @@ def positive(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of `python -m integration.quickstart`."""
+    """The command line of `python -m studies.quickstart`."""
     result = argparse.ArgumentParser(
-        prog="python -m integration.quickstart",
+        prog="python -m studies.quickstart",
         description="Fine-tunes one tiny pre-trained model with LoRA, PiSSA and BA-LoRA and compares them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

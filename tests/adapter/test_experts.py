@@ -14,7 +14,9 @@ from peft import PeftModel
 from balora_plugin import BaLoraConfig, BaLoraModel, get_ba_lora_model
 from balora_plugin.adapter.delta import DeltaParamWrapper, delta_layers_of
 from balora_plugin.commands import main
-from balora_plugin.pretrained.switch import teacher_mode
+from balora_plugin.pretrained.switch import TeacherSwitch
+
+pytestmark = pytest.mark.hosts
 
 
 def adapt(base, **changes):
@@ -54,7 +56,7 @@ def test_fused_experts(targets, ids, tmp_path):
     assert losses[-1] < losses[0]
     after = {n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in model.named_parameters()}
     assert all(torch.equal(after[name], value) for name, value in parameters.items())
-    with teacher_mode(model):
+    with TeacherSwitch(model).off():
         assert torch.equal(model(input_ids=ids).logits, before)
     expected = logits(model.eval(), ids)
     assert (expected - before).abs().max() > 0.01

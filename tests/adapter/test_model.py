@@ -14,7 +14,9 @@ from torch import nn
 
 from balora_plugin import BaLoraConfig, get_ba_lora_model
 from balora_plugin.adapter.delta import DeltaVariant, delta_layers_of, split_factors, stack_factors
-from balora_plugin.pretrained.switch import teacher_mode
+from balora_plugin.pretrained.switch import TeacherSwitch
+
+pytestmark = pytest.mark.hosts
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
@@ -38,7 +40,7 @@ def test_the_base_is_bit_equal_before_during_and_after_training(build, ids):
     assert_base_untouched(wrapped, before)
     train(wrapped, ids, steps=3)
     assert_base_untouched(wrapped, before)
-    with teacher_mode(wrapped):
+    with TeacherSwitch(wrapped).off():
         wrapped(input_ids=ids)
     assert_base_untouched(wrapped, before)
 
@@ -119,7 +121,7 @@ def test_the_teacher_has_no_dropout_of_the_base(ids):
     before = logits(base.eval(), ids)
     model = ba_lora(base, lora_dropout=0.5).train()
     train(model, ids, steps=2)
-    with teacher_mode(model):
+    with TeacherSwitch(model).off():
         assert torch.equal(model(input_ids=ids).logits, before)
     assert not torch.equal(logits(model, ids), logits(model, ids))  # without eval mode it would be another each time
 
@@ -129,19 +131,19 @@ def test_the_teacher_is_the_pretrained_model_where_disabling_stock_pissa_gives_t
     ours = ba_lora(copy.deepcopy(llama)).train()
     train(ours, ids, steps=5)
     assert (logits(ours, ids) - before).abs().max() > 0.01
-    with teacher_mode(ours):
+    with TeacherSwitch(ours).off():
         assert torch.equal(ours(input_ids=ids).logits, before)
     theirs = stock(copy.deepcopy(llama), init_lora_weights="pissa")
-    with teacher_mode(theirs):
+    with TeacherSwitch(theirs).off():
         assert (theirs(input_ids=ids).logits - before).abs().max() > 0.1  # the trap
 
 
-def test_teacher_mode_restores_every_flag(ids):
+def test_the_teacher_switch_restores_every_flag(ids):
     model = ba_lora(tiny_gpt2(), modules_to_save=["ln_f"]).train()
     model.base_model.model.transformer.h[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
     grads = {name: p.requires_grad for name, p in model.named_parameters()}
-    with teacher_mode(model):
+    with TeacherSwitch(model).off():
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
     assert modes == {name: module.training for name, module in model.named_modules()}
@@ -333,8 +335,8 @@ def test_factors_travel_on_a_device_the_process_group_can_carry(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     for backends, expected in (("cuda:nccl", cuda), ("cpu:gloo,cuda:nccl", cpu)):
         monkeypatch.setattr(torch.distributed, "get_backend_config", lambda backends=backends: backends)
-        assert distributed._collective_device(cpu) == expected
-        assert distributed._collective_device(cuda) == cuda
+        assert distributed.collective_device(cpu) == expected
+        assert distributed.collective_device(cuda) == cuda
 
 
 def test_what_would_be_silently_wrong_is_refused(llama):

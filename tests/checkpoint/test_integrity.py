@@ -16,6 +16,8 @@ from balora_plugin import BaLoraConfig, BaLoraModel, get_ba_lora_model
 from balora_plugin.checkpoint import integrity
 from balora_plugin.checkpoint.names import INIT_FILE, SETTINGS_FILE, WEIGHTS_FILE
 
+pytestmark = pytest.mark.hosts
+
 
 def checkpoint(model, directory):
     """What a Trainer leaves, in its order."""

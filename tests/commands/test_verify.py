@@ -23,7 +23,9 @@ from balora_plugin.commands import main
 from balora_plugin.pretrained import fingerprint, probe
 from balora_plugin.pretrained.fingerprint import model_fingerprint
 from balora_plugin.pretrained.identity import base_identity, compare
-from balora_plugin.pretrained.switch import teacher_mode
+from balora_plugin.pretrained.switch import TeacherSwitch
+
+pytestmark = pytest.mark.hosts
 
 
 @pytest.fixture
@@ -403,7 +405,7 @@ def test_a_quantised_base(bits, base, quantised, ids, tmp_path, capsys):
     model.save_pretrained(tmp_path / "adapter")
     expected = copy.deepcopy(settings_of(tmp_path / "adapter"))
     assert expected["base_quantization"][f"load_in_{bits}bit"] is True
-    with teacher_mode(model):  # the probe's forward pass has not repacked the weights
+    with TeacherSwitch(model).off():  # the probe's forward pass has not repacked the weights
         before = model(input_ids=ids).logits
     assert torch.equal(before, logits(quantised(bits), ids))
     # loaded again as it was trained on, from the full-precision files

@@ -16,6 +16,8 @@ from balora_plugin.compile import backend
 from balora_plugin.compile.inductor import NarrowProducts
 from balora_plugin.compile.narrow import narrow_products
 
+pytestmark = pytest.mark.hosts
+
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
 

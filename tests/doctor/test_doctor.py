@@ -20,6 +20,8 @@ from balora_plugin.commands import main
 from balora_plugin.doctor import Machine, about, look, problems, versions
 from balora_plugin.doctor import machine as facts
 
+pytestmark = pytest.mark.hosts
+
 ROOT = Path(__file__).parents[2]
 OLDER = {
     "python": "3.11.7",

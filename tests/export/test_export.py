@@ -22,6 +22,8 @@ from balora_plugin.adapter.start.pissa import pissa_factors
 from balora_plugin.commands import main
 from balora_plugin.export import algebra, lora_file
 
+pytestmark = pytest.mark.hosts
+
 # --- the algebra, beside dense matrices
 
 

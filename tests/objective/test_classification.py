@@ -24,6 +24,8 @@ from balora_plugin.schedules import Lambdas
 from balora_plugin.training.checks.model import check_model, check_tokenizer, resolve
 from balora_plugin.training.checks.teacher import check_same_head
 
+pytestmark = pytest.mark.hosts
+
 ALL = Lambdas(0.5, 0.1, 0.2)
 
 

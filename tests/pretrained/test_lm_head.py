@@ -15,6 +15,8 @@ from balora_plugin.objective.request import StepRequest
 from balora_plugin.pretrained.lm_head import check_head, read_head
 from balora_plugin.schedules import Lambdas
 
+pytestmark = pytest.mark.hosts
+
 
 def granite():
     from transformers import GraniteConfig, GraniteForCausalLM

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from balora_plugin import BaLoraConfig, BaLoraModel
 from balora_plugin.adapter.delta import delta_layers_of
 from balora_plugin.adapter.start import full_precision as source
-from balora_plugin.pretrained.switch import teacher_mode
+from balora_plugin.pretrained.switch import TeacherSwitch
+
+pytestmark = pytest.mark.hosts
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -80,7 +82,7 @@ def test_exact_over_a_quantised_base(kind, name, quantise, ids, tmp_path):
     assert torch.equal(logits(model, ids), before)  # step 0
     losses = train(model, ids, steps=4)
     assert losses[-1] < losses[0]
-    with teacher_mode(model):
+    with TeacherSwitch(model).off():
         assert torch.equal(model(input_ids=ids).logits, before)  # and after any step
     assert_stored_weights(model, bytes_before)
     expected = logits(model, ids)
@@ -212,7 +214,7 @@ def test_a_start_from_the_full_precision_weights(layout, name, bases, quantise, 
     assert all((update - own[key]).norm() > 1e-3 * update.norm() for key, update in started(model).items())
     losses = train(model, ids, steps=4)
     assert losses[-1] < losses[0]
-    with teacher_mode(model):
+    with TeacherSwitch(model).off():
         assert torch.equal(model(input_ids=ids).logits, before)
     expected = logits(model, ids)
     model.save_pretrained(tmp_path / "adapter")

@@ -28,6 +28,8 @@ from balora_plugin.teacher.cache import TeacherCache
 from balora_plugin.teacher.files import HEADER
 from balora_plugin.teacher.rows import RowChoice, placed
 
+pytestmark = pytest.mark.hosts
+
 D, V = 5, 11
 ROOT = Path(__file__).parents[2]
 HEAD = Head(torch.sin(torch.arange(V * D).float()).reshape(V, D), torch.cos(torch.arange(V).float()), scale=2.0)
@@ -47,9 +49,6 @@ both = pytest.mark.usefixtures("kept")
 class Cache(TeacherCache):
     def states(self, inputs, counted, run):
         return super().states(inputs, counted, run, lambda: HEAD)
-
-    def add(self, inputs, counted, hidden):
-        super().add(inputs, counted, hidden, HEAD)
 
 
 def opened(path, choice=None, **changes):
@@ -186,7 +185,7 @@ def test_another_document_is_missing_never_wrong(other, tmp_path):
     cache, teacher = opened(tmp_path), Teacher()
     cache.states(*padded([([5, 6, 7, 8], [True, True, True, False])]), teacher)
     batch = padded([other], 6)
-    assert cache.lookup(*batch) is None
+    assert cache.missing(*batch)
     assert_kept(cache.states(*batch, teacher), expected(*batch))
 
 
@@ -195,13 +194,14 @@ def test_other_positions_or_a_hole_in_the_mask_are_another_document(tmp_path):
     inputs, counted = padded([([5, 6, 7, 8], [True, True, True, False])])
     cache.states(inputs, counted, teacher)
     shifted = {**inputs, "position_ids": torch.tensor([[4, 5, 6, 7]])}
-    assert cache.lookup(shifted, counted) is None
+    assert cache.missing(shifted, counted)
     hole = {**inputs, "attention_mask": torch.tensor([[1, 0, 1, 1]])}
-    assert cache.lookup(hole, counted & hole["attention_mask"].bool()) is None
+    assert cache.missing(hole, counted & hole["attention_mask"].bool())
     left = padded([([5, 6, 7, 8], [True, True, True, False])], 6, left=True)
-    assert cache.lookup(*left) is None
+    assert cache.missing(*left)
     explicit = {**left[0], "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]])}
-    assert cache.lookup(explicit, left[1]) is not None
+    assert not cache.missing(explicit, left[1])
+    cache.states(explicit, left[1], None)
 
 
 @both
@@ -209,7 +209,7 @@ def test_a_batch_half_known_gives_what_the_cache_holds(tmp_path):
     """Also for the known half: the same as a warm run, to the bit."""
     cache = opened(tmp_path)
     inputs, counted = padded(TEN[:1])
-    cache.add(inputs, counted, Teacher()(inputs) + 3.0)  # as if another batch had rounded otherwise
+    cache.states(inputs, counted, lambda inputs: Teacher()(inputs) + 3.0)  # as if another batch had rounded otherwise
     two = padded(TEN[:2])
     states = cache.states(*two, Teacher())
     other = Teacher()(two[0])
@@ -221,20 +221,6 @@ def test_a_batch_half_known_gives_what_the_cache_holds(tmp_path):
 def opened_after_flush(cache):
     cache.flush()
     return opened(cache.directory)
-
-
-@both
-def test_lookup_is_in_the_order_of_the_counted_rows(tmp_path):
-    cache = opened(tmp_path)
-    inputs, counted = padded(TEN)
-    states = cache.states(inputs, counted, Teacher())
-    rows = cache.lookup(inputs, counted)
-    if TOP_K:
-        assert [tuple(x.shape) for x in rows] == [(int(counted.sum()), 3)] * 2 + [(int(counted.sum()),)]
-        assert_equal(rows, TopLogProbs(*(x[counted] for x in states)))
-    else:
-        assert rows.shape == (int(counted.sum()), D)
-        assert torch.equal(rows, states[counted])
 
 
 @both

@@ -174,7 +174,6 @@ def test_what_is_undecided_is_decided_once_before_the_first_token(tmp_path):
     cache.choose = lambda: calls.append(0) or (TopRows(4, V), "because")
     assert cache.rows is None
     assert cache.missing(*padded(TEN[:3]))
-    assert cache.lookup(*padded(TEN[:3])) is None
     assert not (tmp_path / HEADER).exists()
     states = fill(cache).states(*padded(TEN[:3]), None)
     fill(cache)

@@ -35,7 +35,7 @@ def update(directory: str, model: PeftModel) -> None:
 
 
 def tags_of(directory: str) -> list[str]:
-    """The tags of `directory`'s README.md, none if there is no such file."""
+    """Returns the tags of `directory`'s README.md, none if there is no such file."""
     path = Path(directory, "README.md")
     return list(ModelCard.load(path).data.tags or []) if path.exists() else []
 
@@ -51,7 +51,7 @@ def add_tags(directory: str, tags: list[str]) -> None:
 
 
 def with_section(card: str, section: str) -> str:
-    """`card` with our block: in the place of an earlier one, else before its first second-level heading."""
+    """Returns `card` with our block: in the place of an earlier one, else before its first second-level heading."""
     block = f"{START}\n{section}\n{END}"
     present = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
     if present.search(card):
@@ -63,7 +63,7 @@ def with_section(card: str, section: str) -> str:
 
 
 def _first_heading(lines: list[str]) -> int:
-    """Line of the first `## ` heading outside front matter, code and comments; the end if there is none."""
+    """Returns the line of the first `## ` heading outside front matter, code and comments; the end if there is none."""
     fenced = comment = False
     front = bool(lines) and lines[0].strip() == "---"
     for number, line in enumerate(lines):
@@ -82,7 +82,7 @@ def _first_heading(lines: list[str]) -> int:
 
 
 def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, heading: bool = False) -> str:
-    """The section's text for one adapter."""
+    """Returns the section's text for one adapter."""
     from ..._version import __version__
 
     found = provenance.known(model)
@@ -132,7 +132,7 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
 
 
 def loading_snippet(base: str, place: str, labels: int | None = None) -> list[str]:
-    """How unmodified PEFT loads an adapter; `labels`: of a classifier with so many outputs."""
+    """Returns how unmodified PEFT loads an adapter, in lines; `labels`: of a classifier with so many outputs."""
     loader = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
     return [
         "```python",
@@ -146,7 +146,7 @@ def loading_snippet(base: str, place: str, labels: int | None = None) -> list[st
 
 
 def terms(config: BaLoraConfig) -> str:
-    """The regularisers with their weights, in a line."""
+    """Returns the regularisers with their weights, in a line."""
     r = config.regularizers.resolved(config.family)
     parts = []
     if r.lambda_consistency:
@@ -168,7 +168,7 @@ def terms(config: BaLoraConfig) -> str:
 
 
 def _quantisation(values: dict[str, Any] | None) -> str:
-    """A quantisation in words."""
+    """Returns a quantisation in words."""
     if values is None:
         return "no"
     if values.get("load_in_4bit"):

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ...checkpoint.names import PROBE_FILE
 from ...config import RegularizerConfig
-from ...distributed import is_first_process, is_sharded
+from ...distributed import is_sharded, process_rank
 from ...pretrained import probe
 from ...pretrained.identity import BaseIdentity, base_identity, compare, dtype_of, why_not_readable
 
@@ -38,7 +38,7 @@ class Provenance:
 
 
 def known(model: PeftModel) -> Provenance | None:
-    """What was taken of this model before, in the dtype it has now."""
+    """Returns what was taken of this model before, in the dtype it has now."""
     found: Provenance | None = model.__dict__.get(_ATTRIBUTE)
     base = model.get_base_model()
     # cast since by its user; FSDP's own casts are no new base
@@ -48,7 +48,7 @@ def known(model: PeftModel) -> Provenance | None:
 
 
 def take(model: PeftModel, *, collective: bool = False) -> Provenance:
-    """Identity and base logits of the model's base, taken now unless they were before.
+    """Takes identity and base logits of the model's base, unless they were taken before.
 
     `collective`: every process is here, so that a sharded base can be hashed by all of them together.
     """
@@ -66,8 +66,11 @@ def take(model: PeftModel, *, collective: bool = False) -> Provenance:
 
 
 def prepare(model: PeftModel, teacher: str) -> None:
-    """For a trainer, on every process, before the model is sharded: rank 0 alone reads weights that are whole."""
-    if is_first_process() or is_sharded(model):
+    """Takes on every process what is known before the model is sharded, and notes the teacher in words.
+
+    Rank 0 alone reads weights that are whole.
+    """
+    if process_rank() == 0 or is_sharded(model):
         take(model, collective=True)
     else:
         found = known(model) or Provenance(dtype_of(model.get_base_model()))
@@ -76,7 +79,7 @@ def prepare(model: PeftModel, teacher: str) -> None:
 
 
 def base_sha256(model: Any) -> str | None:
-    """The base's fingerprint, where it was taken before."""
+    """Returns the base's fingerprint, where it was taken before."""
     found = known(model) if isinstance(model, PeftModel) else None
     return found.identity.sha256 if found is not None and found.identity is not None else None
 
@@ -104,7 +107,7 @@ def write(directory: str, model: PeftModel, adapter_name: str) -> tuple[dict[str
 
 
 def _attempt(forward: Callable[[], Tensor | None]) -> tuple[Tensor | None, str | None]:
-    """A probe is no reason for a save to fail: logits, or why there are none."""
+    """Returns logits, or why there are none: a probe is no reason for a save to fail."""
     try:
         logits = forward()
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
@@ -160,7 +163,7 @@ def check_base(
 
 
 def teacher_in_words(config: RegularizerConfig, teacher_model: nn.Module | None) -> str:
-    """For the adapter's file and its model card."""
+    """Returns what the teacher is, in words, for the adapter's file and its model card."""
     if not config.lambda_consistency:
         return "none: lambda_consistency is 0"
     if teacher_model is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 
 from ...checkpoint.integrity import check_adapter
 from ...checkpoint.location import AdapterFiles
-from ...checkpoint.names import HEAD_FILE, INIT_FILE, PROBE_FILE
+from ...checkpoint.names import HEAD_FILE, INIT_FILE
 from ...checkpoint.settings import read_settings
 from ...pretrained.classifier_head import read_teacher_head
-from ...pretrained.probe import Probe, read_probe
+from ...pretrained.probe import stored_probe
 from ..config import BaLoraConfig
 from ..delta import FROZEN, num_experts, split_factors
 from . import provenance
@@ -40,7 +41,7 @@ class SavedAdapter:
 
     @property
     def delta(self) -> bool:
-        """True for an adapter of ours in delta form."""
+        """Returns whether this is an adapter of ours in delta form."""
         return self.settings is not None and self.settings["delta_form"]
 
 
@@ -172,11 +173,6 @@ def check_same_base(model: PeftModel, saved: SavedAdapter) -> None:
     Raises:
         ValueError: another base; names both.
     """
-    settings = saved.settings
-
-    def stored_probe() -> Probe | None:
-        path = saved.files.find(PROBE_FILE) if settings is not None and PROBE_FILE in settings["sha256"] else None
-        return None if path is None else read_probe(path)
-
-    if settings is not None:
-        provenance.check_base(model, settings, str(saved.files), stored_probe)
+    if saved.settings is not None:
+        read_probe = partial(stored_probe, saved.files, saved.settings)
+        provenance.check_base(model, saved.settings, str(saved.files), read_probe)

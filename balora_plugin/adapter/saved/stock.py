@@ -42,7 +42,7 @@ def stock_config(config: BaLoraConfig, model: PeftModel, adapter_name: str) -> L
 
 
 def _as_peft_reads(config: LoraConfig, key: str) -> tuple[int, float]:
-    """Rank and scaling PEFT gives the module `key` when it reads `config` back from its file, where keys are sorted."""
+    """Returns rank and scaling PEFT gives the module `key` when it reads `config` back, where keys are sorted."""
     rank_key = get_pattern_key(sorted(config.rank_pattern), key)
     alpha_key = get_pattern_key(sorted(config.alpha_pattern), key)
     rank = config.rank_pattern.get(rank_key, config.r)
@@ -50,12 +50,12 @@ def _as_peft_reads(config: LoraConfig, key: str) -> tuple[int, float]:
 
 
 def delta_layers(model: PeftModel, adapter_name: str) -> list[tuple[str, LoraLayer]]:
-    """(name as it stands in state dicts, layer) of every layer with `adapter_name` in delta form."""
+    """Returns (name as it stands in state dicts, layer) of every layer with `adapter_name` in delta form."""
     return [(PEFT_PREFIX + name, layer) for name, layer in delta_layers_of(model, adapter_name)]
 
 
 def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` of the whole model with this adapter's tensors replaced by the stock rank-2r pair.
+    """Returns `state_dict` of the whole model with this adapter's tensors replaced by the stock rank-2r pair.
 
     A dict gathered by a sharded trainer may lack the frozen factors: they are completed from the model if it holds them
     whole. Refused, never half-written: a dict without the trained factors, or tensors of another shape.

@@ -21,7 +21,7 @@ from .stock import check_stock_file, delta_layers
 
 
 def init_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A0 of every layer, `<layer>.lora_A0.weight` -> (r, in), on the CPU."""
+    """Returns A0 of every layer, `<layer>.lora_A0.weight` -> (r, in), on the CPU."""
     return {
         f"{name}.lora_A0.weight": state_dict.get(
             f"{name}.frozen_A.{adapter_name}.weight", layer.frozen_A[adapter_name].weight
@@ -50,7 +50,7 @@ def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_
 
 
 def write_init_file(directory: str, model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """A0, which never changes: a hard link to the run's last file of it where that holds the same tensors.
+    """Writes A0, which never changes: a hard link to the run's last file of it where that holds the same tensors.
 
     Always under a new name first: writing into a linked file would change every checkpoint that shares it.
     """
@@ -70,7 +70,7 @@ def write_init_file(directory: str, model: PeftModel, adapter_name: str, state_d
 
 
 def init_files(model: PeftModel) -> dict[str, str]:
-    """Adapter name -> where this model's A0 was last written to or read from."""
+    """Returns where this model's A0 was last written to or read from, by adapter name."""
     files: dict[str, str] = model.__dict__.setdefault("_ba_lora_init_files", {})
     return files
 

@@ -26,7 +26,7 @@ LARGEST = 32 * 2**30  # bytes of all files; the least recently used go first
 
 
 def cache_directory() -> Path | None:
-    """$BALORA_CACHE, or balora_plugin below the user's cache directory; None if it is "off"."""
+    """Returns $BALORA_CACHE, or balora_plugin below the user's cache directory; None if it is "off"."""
     given = os.environ.get(VARIABLE, "")
     if given.lower() in ("off", "0", "false"):
         return None
@@ -47,7 +47,7 @@ class StartCache:
         self.computed = self.found = 0
 
     def factors(self, weight: Tensor, rank: int, scaling: float, *, fast: bool) -> tuple[Tensor, Tensor]:
-        """A0 (r, in) and B0 (out, r) as [`pissa_factors`], on the weight's device."""
+        """Returns A0 (r, in) and B0 (out, r) as [`pissa_factors`], on the weight's device."""
         path = None
         if self.directory is not None and weight.numel() >= SMALLEST:
             path = self.directory / f"{_key(weight, rank, scaling, fast)}.safetensors"
@@ -110,7 +110,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _read(path: Path, weight: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """What stands in the file if it is whole; a damaged one is as good as none."""
+    """Returns what stands in the file if it is whole; a damaged one is as good as none."""
     if not path.is_file():
         return None
     try:

@@ -43,7 +43,7 @@ class FullPrecisionWeights:
         self._places = _places(source, files, model, layers)
 
     def read(self, name: str) -> Tensor | None:
-        """The weight (out, in) of the layer `name` in the file's dtype, on the layer's device; None: not quantised.
+        """Reads the weight (out, in) of the layer `name`, on its device in the file's dtype; None: not quantised.
 
         Raises:
             ValueError: another shape, a tensor that is itself quantised, or the weight of another model.
@@ -75,7 +75,7 @@ class FullPrecisionWeights:
 
 
 def _files(source: str) -> dict[str, str]:
-    """Tensor name -> file that holds it."""
+    """Returns tensor name -> file that holds it."""
     if os.path.isfile(source):
         if not source.endswith(".safetensors"):
             raise ValueError(f"start_from={source!r} is not a .safetensors file: nothing else is read.")
@@ -113,7 +113,7 @@ def _names_in(file: str) -> dict[str, str]:
 def _places(
     source: str, files: dict[str, str], model: nn.Module, layers: dict[str, nn.Module]
 ) -> dict[str, tuple[str, str]]:
-    """Layer name -> (file, tensor name in it), by the renamings with which transformers loads this model."""
+    """Returns layer name -> (file, tensor name in it), by the renamings with which transformers loads this model."""
     wanted = {f"{name}.weight": name for name, layer in layers.items() if is_quantised_linear(layer)}
     renamings: list[Any] = []
     converters: list[Any] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...distributed import _collective_device, _job, _raise_everywhere
+from ...distributed import collective_device, gather_objects, process_rank, raise_on_every_process, world_size
 from ..delta import base_matrix, base_parameter
 from .disk_cache import StartCache, cache_directory
 
@@ -33,8 +32,8 @@ def start_layers(
     Raises:
         ValueError: a rank too large, NaN in a weight (on every rank at once); names the layer.
     """
-    world, rank = _job()
-    able = _ranks_with_weights(layers, world)
+    world, rank = world_size(), process_rank()
+    able = _ranks_with_weights(layers)
     owners = [able[i % len(able)] for i in range(len(layers))]
     mine = [i for i, owner in enumerate(owners) if owner == rank]
     cache = StartCache(cache_directory())
@@ -78,12 +77,12 @@ def start_layers(
         if error is None:
             error = factorise(i, weight.to(layers[i][1].frozen_A[adapter_name].weight.device))
     bar.close()
-    _raise_everywhere(error, world)
+    raise_on_every_process(error)
     if world > 1:
         for i, (_, layer) in enumerate(layers):
             for factor in (layer.frozen_A[adapter_name].weight, layer.frozen_B[adapter_name].weight):
                 there = factor.device.type != "meta"  # else the host fills it later, but the ranks must keep step
-                device = _collective_device(factor.device if there else torch.device("cpu"))
+                device = collective_device(factor.device if there else torch.device("cpu"))
                 on_wire = factor.to(device) if there else torch.empty_like(factor, device=device)
                 dist.broadcast(on_wire, src=owners[i])
                 if there:
@@ -95,10 +94,7 @@ def start_layers(
         )
 
 
-def _ranks_with_weights(layers: list[tuple[str, LoraLayer]], world: int) -> list[int]:
-    """The ranks whose base weights are loaded (a host that saves CPU memory loads them on rank 0 alone)."""
-    if world == 1:
-        return [0]
-    loaded: list[Any] = [None] * world
-    dist.all_gather_object(loaded, all(base_parameter(layer).device.type != "meta" for _, layer in layers))
+def _ranks_with_weights(layers: list[tuple[str, LoraLayer]]) -> list[int]:
+    """Returns the ranks whose base weights are loaded (a host that saves CPU memory loads them on rank 0 alone)."""
+    loaded = gather_objects(all(base_parameter(layer).device.type != "meta" for _, layer in layers))
     return [rank for rank, whole in enumerate(loaded) if whole] or [0]

@@ -10,7 +10,9 @@ FAST_ITERATIONS = 4
 
 
 def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = False) -> tuple[Tensor, Tensor]:
-    """A0 (r, in) and B0 (out, r) with scaling * B0 @ A0 = the best rank-r part of weight (out, in). PiSSA, eq. 2-3.
+    """Returns A0 (r, in), B0 (out, r): scaling * B0 @ A0 is the best rank-r part of weight (out, in).
+
+    PiSSA, eq. 2-3.
 
     Works in float32 (float64 for a float64 weight), whatever the weight's dtype. `weight` may carry leading batch
     dimensions (experts).
@@ -37,7 +39,7 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = Fal
 
 
 def _leading_triples(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Randomised subspace iteration oversampled by half the rank (at least 16): (out, in) -> U, S, V^T.
+    """Runs a subspace iteration oversampled by half the rank (at least 16): (out, in) -> U, S, V^T.
 
     torch.svd_lowrank has no oversampling: 2.4 % off in the singular values after 16 iterations.
     """

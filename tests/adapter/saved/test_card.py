@@ -16,6 +16,8 @@ from balora_plugin import BaLoraConfig, RegularizerConfig
 from balora_plugin.adapter.saved import card, provenance
 from balora_plugin.commands import build_parser
 
+pytestmark = pytest.mark.hosts
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from balora_plugin import BaLoraConfig, BaLoraModel, RegularizerConfig, get_ba_lora_model
 from balora_plugin.checkpoint.settings import write_settings
 
+pytestmark = pytest.mark.hosts
+
 VARIANTS = {
     "plain": {},
     "alpha": {"lora_alpha": 6},

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import on_two_ranks
 from helpers import ba_lora, logits
 from models import tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
 
 from balora_plugin.adapter.start import disk_cache
 from balora_plugin.adapter.start.disk_cache import StartCache, cache_directory
+
+pytestmark = pytest.mark.hosts
 
 
 @pytest.fixture
@@ -177,10 +177,8 @@ def test_what_a_killed_run_left_half_written_goes_with_time(store):
     assert len(list(directory.glob("*.safetensors"))) == 1
 
 
-def _rank(rank, port, directory, case):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), BALORA_CACHE="off")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _start(rank, case):
+    os.environ["BALORA_CACHE"] = "off"
     count = []
     original = disk_cache.pissa_factors
     disk_cache.pissa_factors = lambda weight, *args, **kw: count.append(1) or original(weight, *args, **kw)
@@ -195,21 +193,11 @@ def _rank(rank, port, directory, case):
     except ValueError as problem:
         error = str(problem)
     kept = {name: p for name, p in factors(model).items() if p.device.type != "meta"} if error is None else {}
-    torch.save({"count": len(count), "error": error, "factors": kept}, f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def on_two_ranks(directory, case):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # forks: the libraries are imported already, which takes spawned ranks most of a minute
-    mp.start_processes(_rank, (port, str(directory), case), nprocs=2, start_method="fork")
-    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+    return {"count": len(count), "error": error, "factors": kept}
 
 
 def test_each_matrix_is_factorised_once_over_the_ranks(tmp_path):
-    both = on_two_ranks(tmp_path, "plain")
+    both = on_two_ranks(tmp_path, _start, "plain")
     expected = factors(ba_lora(tiny_llama()))
     assert [found["count"] for found in both] == [7, 7]  # 14 layers
     for found in both:
@@ -221,12 +209,12 @@ def test_each_matrix_is_factorised_once_over_the_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_an_error_of_one_rank_is_everybodys(tmp_path):
-    both = on_two_ranks(tmp_path, "nan")
+    both = on_two_ranks(tmp_path, _start, "nan")
     assert both[0]["error"] == both[1]["error"]
     assert "layers.1.mlp.down_proj" in both[0]["error"] and "NaN" in both[0]["error"]
 
 
 @pytest.mark.slow
 def test_ranks_without_weights_leave_the_work_to_the_others(tmp_path):
-    both = on_two_ranks(tmp_path, "meta")
+    both = on_two_ranks(tmp_path, _start, "meta")
     assert [found["count"] for found in both] == [14, 0]
