@@ -18,7 +18,7 @@ from ..checkpoint.integrity import is_finished
 from ..checkpoint.location import AdapterFiles
 from ..checkpoint.names import SETTINGS_FILE
 from ..checkpoint.settings import read_settings, write_settings
-from ..config import RegularizerConfig
+from ..config import RegularizerConfig, as_regularizers
 from ..settings import as_path
 from ..teacher.files import HEADER
 
@@ -102,10 +102,7 @@ class BaLoraConfig(LoraConfig):
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = str(self.init_lora_weights)
         super().__post_init__()
-        if isinstance(self.regularizers, dict):
-            self.regularizers = RegularizerConfig.from_dict(self.regularizers)
-        elif not isinstance(self.regularizers, RegularizerConfig):
-            raise TypeError(f"regularizers={self.regularizers!r} must be a RegularizerConfig or a dict of its fields.")
+        self.regularizers = as_regularizers(self.regularizers)
         if self.init_lora_weights not in (*DELTA_STARTS, True, False):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} is not a BA-LoRA start: write 'pissa', 'pissa_fast' "
