@@ -20,7 +20,7 @@ from balora_plugin.commands import main
 from balora_plugin.glue import report
 from balora_plugin.glue.metrics import score
 from balora_plugin.glue.recipe import read_recipe
-from balora_plugin.glue.run import jobs_of, run
+from balora_plugin.glue.run import jobs_of, run_job
 from balora_plugin.glue.tasks import GLUE_X, LABELS, METHODS, TASKS, comparable, label_of, positive_class
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs" / "glue").glob("*.yaml"))
@@ -121,13 +121,13 @@ def test_a_run_is_repeated_where_more_is_asked_of_it_or_its_data_have_changed(lo
 
     def counted(*args, **how):
         runs.append(how)
-        return run(*args, **how)
+        return run_job(*args, **how)
 
     def figure(methods, path, title):
         drawn.append([snapshot.step for snapshot in methods["ba_lora"]])
         return {}
 
-    monkeypatch.setattr("balora_plugin.glue.run.run", counted)
+    monkeypatch.setattr("balora_plugin.glue.run.run_job", counted)
     monkeypatch.setattr("balora_plugin.glue.separation.check_matplotlib", lambda: None)
     monkeypatch.setattr("balora_plugin.glue.separation.figure", figure)
     base = ["glue", "--recipe", str(local / "recipe.yaml"), "--data", str(tmp_path / "data"), "--task", "sst2"]
@@ -181,7 +181,7 @@ def test_several_gpus_in_one_process_are_refused_for_every_method(method, local,
     (job,) = jobs_of(recipe, [TASKS["wnli"]], [method], [1], 0)
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match=r"n_gpu=2: nn\.DataParallel is not supported"):
-        run(job, TASKS["wnli"], data=str(local / "data"), glue_x=None, keep=str(tmp_path))
+        run_job(job, TASKS["wnli"], data=str(local / "data"), glue_x=None, keep=str(tmp_path))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

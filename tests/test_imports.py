@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,19 @@ def test_the_core_names_no_host_framework():
     for name in known:
         if not name.startswith("balora_plugin.hosts."):
             assert not {other.split(".")[0] for other in imports(name, known)} & {"trl", "axolotl"}, name
+
+
+def test_no_public_name_stands_twice():
+    """One meaning a name; `run` and `add_arguments` are what every command has, `main` what starts a program."""
+    places = defaultdict(list)
+    for name, path in modules(trees=("balora_plugin",)).items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                places[node.name].append(name)
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    commands = {name for name in ("run", "add_arguments") if all(".commands." in where for where in twice.pop(name))}
+    assert commands == {"run", "add_arguments"}
+    assert set(twice) <= {"main"}, twice
 
 
 def test_no_file_of_the_package_is_long():

@@ -180,7 +180,7 @@ def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = 
     from ..pretrained import probe
     from ..pretrained.identity import BaseIdentity, base_identity, compare
 
-    kind = lora_file.task_of(adapter.config)
+    kind = lora_file.task_type_of(adapter.config)
     if kind != "CAUSAL_LM":
         raise ValueError(
             f"task_type={kind!r} in {args.adapter!r}: only causal language models are loaded here. Leave --base out, "

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             record = before
         else:
             with quiet():
-                record = runs.run(
+                record = runs.run_job(
                     job,
                     TASKS[job.task],
                     data=args.data,
@@ -120,7 +120,7 @@ def _draw(output: str, jobs: list[Job], steps: list[int]) -> None:
 
     groups: dict[str, dict[str, list[Any]]] = {}
     for job in jobs:
-        snapshots = separation.load(str(Path(output, "separation", f"{Path(job.file).stem}.npz")))
+        snapshots = separation.load_snapshots(str(Path(output, "separation", f"{Path(job.file).stem}.npz")))
         snapshots = [snapshot for snapshot in snapshots if snapshot.step in (*steps, snapshots[-1].step)]
         groups.setdefault(f"{job.task}-{job.learning_rate:g}-{job.seed}", {})[job.method] = snapshots
     for name, methods in groups.items():

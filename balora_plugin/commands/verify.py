@@ -75,7 +75,7 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
     if any(check.mismatch for check in checks):
         return [*checks, Check("not loaded", "because its files are not those that were saved", compared=False)]
     config, _ = lora_file.read_lora_config(files)
-    task = lora_file.task_of(config)
+    task = lora_file.task_type_of(config)
     if task not in CLASSES:
         return [*checks, Check("base", f"not compared: task_type={task} has no base of its own class", compared=False)]
     origin = settings

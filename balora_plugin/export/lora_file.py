@@ -175,7 +175,7 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
     return config, read_settings(files)
 
 
-def task_of(config: LoraConfig) -> str:
+def task_type_of(config: LoraConfig) -> str:
     """Returns the task type as text; of a config that names none it is taken for a causal language model's."""
     return str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM")
 

@@ -14,18 +14,18 @@ HUB = "nyu-mll/glue"
 
 
 @runtime_checkable
-class Rows(Protocol):
+class SampleTable(Protocol):
     """What is used of a `datasets.Dataset`."""
 
     @property
     def column_names(self) -> list[str]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, key: Any) -> Any: ...
-    def select(self, indices: Iterable[int]) -> Rows: ...
-    def remove_columns(self, column_names: str | list[str]) -> Rows: ...
+    def select(self, indices: Iterable[int]) -> SampleTable: ...
+    def remove_columns(self, column_names: str | list[str]) -> SampleTable: ...
 
 
-def read_split(task: Task, split: str, directory: str | None, limit: int = 0) -> Rows:
+def read_split(task: Task, split: str, directory: str | None, limit: int = 0) -> SampleTable:
     """Reads a split as a `datasets.Dataset` of text columns and `label`, from JSONL files or the hub.
 
     The file is `<directory>/<task>/<split>.jsonl`.
@@ -38,7 +38,7 @@ def read_split(task: Task, split: str, directory: str | None, limit: int = 0) ->
     if directory is None:
         from datasets import load_dataset
 
-        table: Rows = load_dataset(HUB, task.name, split=split)
+        table: SampleTable = load_dataset(HUB, task.name, split=split)
         return table.select(range(min(limit, len(table)))) if limit else table
     path = os.path.join(directory, task.name, f"{split}.jsonl")
     if not os.path.isfile(path):
@@ -52,7 +52,7 @@ def read_split(task: Task, split: str, directory: str | None, limit: int = 0) ->
     return table
 
 
-def read_jsonl(path: str, kind: str, limit: int = 0) -> tuple[Rows, int]:
+def read_jsonl(path: str, kind: str, limit: int = 0) -> tuple[SampleTable, int]:
     """Reads a file of one JSON object a line; returns (dataset, rows left out for want of a gold label).
 
     Text columns as in GLUE or `sentence` / `sentence1`, `sentence2`; `label` a number or a word of `kind`.

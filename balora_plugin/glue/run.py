@@ -13,12 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 from ..adapter.config import BaLoraConfig
 from ..classification.data import columns_of, tokenised
 from ..training.checks.arguments import check_arguments
-from .data import Rows, read_jsonl, read_split
+from .data import SampleTable, read_jsonl, read_split
 from .job import Job
 from .metrics import score
 from .recipe import Recipe
 from .records import data_digest, glue_x_digests
-from .separation import FeatureTap, save
+from .separation import FeatureTap, save_snapshots
 from .tasks import GLUE_X, Task, comparable, positive_class
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def jobs_of(
     ]
 
 
-def run(
+def run_job(
     job: Job,
     task: Task,
     *,
@@ -84,10 +84,12 @@ def run(
         tokenizer.pad_token = tokenizer.eos_token
     model = _model(job, task, tokenizer)
 
-    def prepared(rows: Rows, where: str, num_labels: int = 1) -> Rows:
+    def prepared(rows: SampleTable, where: str, num_labels: int = 1) -> SampleTable:
         text, label = columns_of(rows.column_names, where)
         length = min(settings.max_length, tokenizer.model_max_length)
-        table: Rows = tokenised(rows, tokenizer, text, label, max_length=length, num_labels=num_labels, where=where)
+        table: SampleTable = tokenised(
+            rows, tokenizer, text, label, max_length=length, num_labels=num_labels, where=where
+        )
         return table
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,7 +109,7 @@ def run(
             trainer.add_callback(tap)
         trainer.train()
         if watch is not None and tap is not None:
-            save(watch[1], list(tap.found.values()))
+            save_snapshots(watch[1], list(tap.found.values()))
         scores = {}
         for split in task.splits:
             rows = read_split(task, split, data, job.limit)
@@ -189,7 +191,7 @@ def _arguments(job: Job, output: str) -> Any:
     return args
 
 
-def _scores(trainer: Predictor, task: Task, rows: Rows, kind: str) -> dict[str, float]:
+def _scores(trainer: Predictor, task: Task, rows: SampleTable, kind: str) -> dict[str, float]:
     """Scores the model on `rows`, whose labels are of another `kind` perhaps: no loss is computed of them."""
     gold = list(rows["labels"])
     output = trainer.predict(rows.remove_columns("labels")).predictions
@@ -201,7 +203,7 @@ def _scores(trainer: Predictor, task: Task, rows: Rows, kind: str) -> dict[str, 
 
 
 def _glue_x(
-    trainer: Predictor, task: Task, job: Job, directory: str | None, prepared: Callable[[Rows, str], Rows]
+    trainer: Predictor, task: Task, job: Job, directory: str | None, prepared: Callable[[SampleTable, str], SampleTable]
 ) -> dict[str, dict[str, float]]:
     """Scores the trained model, as it is, on the sets of GLUE-X that there are files of."""
     if directory is None:

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..objective.classification import features
-from .data import Rows
+from .data import SampleTable
 
 SAMPLES = 1000  # the first of a split: t-SNE's cost grows faster than their number
 
@@ -40,7 +40,7 @@ class Snapshot:
 class FeatureTap(TrainerCallback):
     """Takes a [`Snapshot`] of a dataset after the given optimizer steps, and after the last one."""
 
-    def __init__(self, steps: Sequence[int], rows: Rows, collate: Any) -> None:
+    def __init__(self, steps: Sequence[int], rows: SampleTable, collate: Any) -> None:
         self.steps, self.rows, self.collate = set(steps), rows.select(range(min(len(rows), SAMPLES))), collate
         self.found: dict[int, Snapshot] = {}
 
@@ -135,14 +135,14 @@ def check_matplotlib() -> None:
         raise ImportError("--separation needs matplotlib: pip install 'balora-plugin[glue,plots]'") from None
 
 
-def save(path: str, snapshots: Sequence[Snapshot]) -> None:
+def save_snapshots(path: str, snapshots: Sequence[Snapshot]) -> None:
     """Writes snapshots of one run as one .npz of plain arrays."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"labels": snapshots[0].labels, **{f"step_{s.step}": s.rows for s in snapshots}}
     np.savez_compressed(path, **arrays)
 
 
-def load(path: str) -> list[Snapshot]:
+def load_snapshots(path: str) -> list[Snapshot]:
     """Reads what [`save`] wrote, in the order of the steps."""
     with np.load(path, allow_pickle=False) as file:
         steps = sorted(int(name.removeprefix("step_")) for name in file.files if name != "labels")

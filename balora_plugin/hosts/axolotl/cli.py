@@ -66,7 +66,7 @@ def main() -> None:
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def train(config: Path, options: tuple[str, ...]) -> None:
     """Add the plugins line to CONFIG, write the result beside the output, and hand it to `axolotl train`."""
-    resolved = resolve(config)
+    resolved = write_resolved(config)
     click.echo(f"wrote {resolved}: use it for merge-lora, inference, evaluate and preprocess too")
     click.echo(f"axolotl train {resolved} {' '.join(options)}".rstrip())
     from axolotl.cli.main import cli
@@ -101,7 +101,7 @@ def schema(path: Path | None) -> None:
         click.echo(f"wrote {path}")
 
 
-def resolve(config: Path) -> Path:
+def write_resolved(config: Path) -> Path:
     """CONFIG with the plugins line, written as `ba_lora_config.yml` into its output directory."""
     values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):

@@ -216,7 +216,7 @@ import torch
 from balora_plugin import regularizers
 from balora_plugin.fused import token_terms, top_log_probs
 from balora_plugin.teacher.rows import RowChoice, TopRows
-import test_consistency
+import test_forms
 
 hidden, teacher, weight = torch.randn(6, 4), torch.randn(6, 4), torch.randn(9, 4)
 top, labels = top_log_probs(teacher, weight, k=3), torch.arange(6)
@@ -227,7 +227,7 @@ for states, kept in ((teacher, None), (None, top)):
     ]
     assert found[0] == found[1] != found[2]
 assert isinstance(RowChoice(4096, 32000, form="dummy").by_size(10**9)[0], TopRows)
-test_consistency.check("dummy")
+test_forms.check("dummy")
 """
 
 
