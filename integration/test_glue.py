@@ -294,7 +294,7 @@ def test_features_are_taken_at_rest_and_disturb_nothing(local):
     from datasets import Dataset
     from transformers import DataCollatorWithPadding
 
-    from balora_plugin.glue.separation import FeatureTap, load, save, silhouette
+    from balora_plugin.glue.separation import FeatureTap, load_snapshots, save_snapshots, silhouette
 
     pytest.importorskip("sklearn")
     model = classifier("llama", dropout=0.5).train()
@@ -312,8 +312,8 @@ def test_features_are_taken_at_rest_and_disturb_nothing(local):
     assert torch.equal(torch.get_rng_state(), before) and all(module.training for module in model.modules())
     logits = model.eval()(**{k: v for k, v in data.items() if k != "labels"}).logits
     torch.testing.assert_close(model.score(torch.tensor(tap.found[0].rows)), logits)
-    save(str(local / "taps.npz"), list(tap.found.values()))
-    (again,) = load(str(local / "taps.npz"))
+    save_snapshots(str(local / "taps.npz"), list(tap.found.values()))
+    (again,) = load_snapshots(str(local / "taps.npz"))
     assert again.step == 0 and (again.rows == tap.found[0].rows).all()
     two = np.arange(6) % 2
     assert silhouette(dataclasses.replace(again, rows=np.eye(2)[two], labels=two)) == pytest.approx(1.0)
