@@ -108,9 +108,7 @@ class BaLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not a BA-LoRA start: write 'pissa', 'pissa_fast' "
                 "(faster, same step-0 model), True (ordinary LoRA) or False (random, for tests)."
             )
-        for key, neutral in NEUTRAL_OPTIONS.items():
-            if getattr(self, key, neutral) not in (neutral, None, False):
-                raise ValueError(f"{key}={getattr(self, key)!r} does not work with BA-LoRA: leave it at {neutral!r}.")
+        self._check_neutral()
         if not isinstance(self.compile, bool) and self.compile != "layers":
             raise (ValueError if isinstance(self.compile, str) else TypeError)(
                 f"compile={self.compile!r} must be True, False or 'layers'."
@@ -126,6 +124,12 @@ class BaLoraConfig(LoraConfig):
         if self.delta:
             self.init_lora_weights = _DeltaStart(self.init_lora_weights)
         self._register_custom_module({nn.Module: _refuse_stock_injection})
+
+    def _check_neutral(self) -> None:
+        """Refuses a LoRA option that replaces the function or the teacher."""
+        for key, neutral in NEUTRAL_OPTIONS.items():
+            if getattr(self, key, neutral) not in (neutral, None, False):
+                raise ValueError(f"{key}={getattr(self, key)!r} does not work with BA-LoRA: leave it at {neutral!r}.")
 
     @property
     def delta(self) -> bool:

@@ -82,6 +82,15 @@ def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str |
     path = Path(directory)
     if not path.is_dir():
         return "there is no such directory"
+    sharded = any(next(path.glob(pattern), None) is not None for pattern in _SHARDED)
+    flaw = _trainers_flaw(path, sharded=sharded)
+    for name in adapters:
+        flaw = flaw or _saved_flaw(directory, name, sharded=sharded)
+    return flaw
+
+
+def _trainers_flaw(path: Path, *, sharded: bool) -> str | None:
+    """Returns what is wrong with a Trainer's own files in a checkpoint: its state, optimizer and scheduler."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -90,28 +99,30 @@ def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str |
         state = None
     if not isinstance(state, dict):
         return f"{STATE_FILE} is cut short"
-    sharded = any(next(path.glob(pattern), None) is not None for pattern in _SHARDED)
     for name in _ARCHIVES:
         archive = path / name
         if archive.exists() and not zipfile.is_zipfile(archive):
             return f"{name} is cut short"
         if not archive.exists() and name == "optimizer.pt" and not sharded:
             return f"{name} is missing (save_only_model=True leaves it out), so the optimizer would start anew"
-    for name in adapters:
-        where = directory if name == "default" else os.path.join(directory, name)
-        try:
-            settings = read_settings(AdapterFiles(where))
-        except ValueError as error:
-            return str(error)
-        if settings is None and sharded:  # its tensors stand in the engine's own files
-            continue
-        for file in _random_states(settings["ranks"]) if settings is not None and "ranks" in settings else ():
-            if not zipfile.is_zipfile(path / file):  # ranks write theirs when they get to it
-                return f"{file} is {'cut short' if (path / file).exists() else 'missing'}"
-        flaw = adapter_flaw(settings, AdapterFiles(where))
-        if flaw is not None:
-            return flaw if name == "default" else f"adapter {name!r}: {flaw}"
     return None
+
+
+def _saved_flaw(directory: str, name: str, *, sharded: bool) -> str | None:
+    """Returns what is wrong with one adapter of a checkpoint, the random states of its ranks included."""
+    where = directory if name == "default" else os.path.join(directory, name)
+    try:
+        settings = read_settings(AdapterFiles(where))
+    except ValueError as error:
+        return str(error)
+    if settings is None and sharded:  # its tensors stand in the engine's own files
+        return None
+    for file in _random_states(settings["ranks"]) if settings is not None and "ranks" in settings else ():
+        path = Path(directory, file)
+        if not zipfile.is_zipfile(path):  # ranks write theirs when they get to it
+            return f"{file} is {'cut short' if path.exists() else 'missing'}"
+    flaw = adapter_flaw(settings, AdapterFiles(where))
+    return flaw if flaw is None or name == "default" else f"adapter {name!r}: {flaw}"
 
 
 def check_whole(directory: str, adapters: Sequence[str] = _DEFAULT) -> None:

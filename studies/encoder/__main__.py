@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
 
-    for method in METHODS:
-        for rate in options.rates:
-            once("clean", method, TUNING_SEED, rate)
+    for method, rate in product(METHODS, options.rates):
+        once("clean", method, TUNING_SEED, rate)
     rates = best_rates(kept.records)
-    for seed in options.seeds:  # seed by seed, so that what an interrupted study has is complete pairs
-        for setting in SETTINGS:
-            for method in METHODS:
-                once(setting, method, seed, rates[method])
+    # seed by seed, so that what an interrupted study has is complete pairs
+    for seed, setting, method in product(options.seeds, SETTINGS, METHODS):
+        once(setting, method, seed, rates[method])
     moved = [method for method in METHODS if method.startswith("BA-LoRA") and rates[method] != rates[REFERENCE]]
-    for setting in options.at_pissas_rate:
-        for seed in options.seeds:
-            for method in moved:
-                once(setting, method, seed, rates[REFERENCE])
+    for setting, seed, method in product(options.at_pissas_rate, options.seeds, moved):
+        once(setting, method, seed, rates[REFERENCE])
     reported = [r for r in kept.records if r["seed"] in options.seeds]
     own = [r for r in reported if r["rate"] == rates[r["method"]]]
     command = " ".join(["python -m studies.encoder", *(sys.argv[1:] if arguments is None else arguments)])

@@ -35,10 +35,9 @@ def start_layers(
     world, rank = world_size(), process_rank()
     able = _ranks_with_weights(layers)
     owners = [able[i % len(able)] for i in range(len(layers))]
-    mine = [i for i, owner in enumerate(owners) if owner == rank]
     cache = StartCache(cache_directory())
     bar = tqdm(
-        total=len(mine),
+        total=owners.count(rank),
         desc=f"BA-LoRA start ({'pissa_fast' if fast else 'pissa'})",
         disable=True if rank else None,  # None: no bar into a file
     )
@@ -51,10 +50,7 @@ def start_layers(
             a, b = cache.factors(weight, layer.r[adapter_name], layer.scaling[adapter_name], fast=fast)
         except ValueError as problem:
             return f"{name}: {problem}"
-        if a.ndim == 3:  # experts: (E, r, in), (E, out, r) -> PEFT's layout
-            a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
-        layer.frozen_A[adapter_name].weight.copy_(a)
-        layer.frozen_B[adapter_name].weight.copy_(b)
+        _fill(layer, adapter_name, a, b)
         bar.update()
         return None
 
@@ -79,15 +75,33 @@ def start_layers(
     bar.close()
     raise_on_every_process(error)
     if world > 1:
-        for i, (_, layer) in enumerate(layers):
-            for factor in (layer.frozen_A[adapter_name].weight, layer.frozen_B[adapter_name].weight):
-                there = factor.device.type != "meta"  # else the host fills it later, but the ranks must keep step
-                device = collective_device(factor.device if there else torch.device("cpu"))
-                on_wire = factor.to(device) if there else torch.empty_like(factor, device=device)
-                dist.broadcast(on_wire, src=owners[i])
-                if there:
-                    factor.copy_(on_wire)
+        _send(layers, adapter_name, owners)
     cache.prune()
+    _say(cache)
+
+
+def _fill(layer: LoraLayer, adapter_name: str, a: Tensor, b: Tensor) -> None:
+    """Copies A0 (r, in) and B0 (out, r) into a layer, or those of experts, (E, r, in) and (E, out, r)."""
+    if a.ndim == 3:  # into PEFT's layout
+        a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
+    layer.frozen_A[adapter_name].weight.copy_(a)
+    layer.frozen_B[adapter_name].weight.copy_(b)
+
+
+def _send(layers: list[tuple[str, LoraLayer]], adapter_name: str, owners: list[int]) -> None:
+    """Gives every rank the factors of each layer from the rank that has made them; all ranks must call this."""
+    for (_, layer), owner in zip(layers, owners, strict=True):
+        for factor in (layer.frozen_A[adapter_name].weight, layer.frozen_B[adapter_name].weight):
+            there = factor.device.type != "meta"  # else the host fills it later, but the ranks must keep step
+            device = collective_device(factor.device if there else torch.device("cpu"))
+            on_wire = factor.to(device) if there else torch.empty_like(factor, device=device)
+            dist.broadcast(on_wire, src=owner)
+            if there:
+                factor.copy_(on_wire)
+
+
+def _say(cache: StartCache) -> None:
+    """Logs how many matrices were read from the disk, where any are kept there."""
     if cache.found or (cache.directory is not None and cache.computed):
         logger.info(
             f"BA-LoRA: A0 and B0 of {cache.found} matrices read from {cache_directory()}, {cache.computed} factorised."
