@@ -204,8 +204,8 @@ class RegularizerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, known in settings_of(self).items():
-            setattr(self, name, known.checked(name, getattr(self, name)))
+        for name, known in sorted(settings_of(self).items(), key=lambda item: item[1].kind != "choice"):
+            setattr(self, name, known.checked(name, getattr(self, name)))  # names first: what they say may matter more
         if self.diversity_top_k == 1:
             raise ValueError("diversity_top_k=1 makes the entropy 0 by definition: write 0 (full vocabulary) or >= 2.")
         if self.teacher_cache_top_k and self.teacher_cache is None:

@@ -117,11 +117,16 @@ def test_an_earlier_adapter_verifies(kind, earlier, capsys):
 
 @kinds
 def test_an_earlier_run_resumes_where_it_would_have_gone(kind, earlier):
-    """To rounding: the files come from another processor. Where both are one the bits are the same."""
-    resumed = trainer(kind, earlier(kind))
-    resumed.train(resume_from_checkpoint="checkpoint-2")
-    assert resumed.state.global_step == 4
-    found, expected = adapter_tensors("run/checkpoint-4"), adapter_tensors("checkpoint-4")
+    """To rounding, as the files come from another processor; twice on this one it is the same bits."""
+    found, again = {}, {}
+    for tensors in (again, found):
+        shutil.rmtree("run", ignore_errors=True)
+        resumed = trainer(kind, earlier(kind))
+        resumed.train(resume_from_checkpoint="checkpoint-2")
+        assert resumed.state.global_step == 4
+        tensors.update(adapter_tensors("run/checkpoint-4"))
+    assert all(torch.equal(value, again[name]) for name, value in found.items())
+    expected = adapter_tensors("checkpoint-4")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(

@@ -206,9 +206,14 @@ def test_a_run_has_one_state(tmp_path, tokenizer):
     assert trainer.ba_lora is run.config and trainer.ba_lora_metrics is run.metrics
     assert run.config.temperature is not None  # resolved
     assert run.ours and run.model is trainer.model.get_base_model()
-    assert {name for name in vars(trainer) if "ba_lora" in name} == {"ba_lora_run", "ba_lora_requests"} | (
-        {"ba_lora_head_checked"} & vars(trainer).keys()
-    )
+    trainer.model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.model.set_adapter("other")
+    assert not run.ours and run.adapter.r == 2  # what is active now
+    trainer.extend_ba_lora_inputs = lambda inputs: {**inputs, "later": True}
+    assert run.inputs({"input_ids": torch.ones(1, 2), "_note": 1}).keys() == {"input_ids", "later"}
+    plain = Trainer(model=tiny_llama(), args=trainer.args)
+    ours = {"ba_lora_run", "ba_lora_requests", "ba_lora_head_checked", "_frozen_factors", "model_accepts_loss_kwargs"}
+    assert vars(trainer).keys() - vars(plain).keys() <= ours
     without = build(tmp_path, tokenizer, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
     assert without.ba_lora_run is None and without.ba_lora is None
     with pytest.raises(AttributeError, match="no BA-LoRA terms"):

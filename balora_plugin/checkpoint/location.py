@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_HUB_OPTIONS = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder"}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class AdapterFiles:
     Args:
         model_id: A directory, or a repository of the hub.
         subfolder: A folder inside it.
-        options: What `hf_hub_download` takes beside: revision, cache_dir, token, local_files_only, force_download.
+        options: What `hf_hub_download` takes beside: revision, cache_dir, token, local_files_only ...
     """
 
     model_id: str
@@ -30,8 +31,8 @@ class AdapterFiles:
     @classmethod
     def from_arguments(cls, model_id: str | os.PathLike[str], arguments: Mapping[str, Any]) -> AdapterFiles:
         """Takes of the arguments of PEFT's `from_pretrained` or `load_adapter` what says where an adapter is."""
-        given = {key: arguments[key] for key in _HUB_OPTIONS if arguments.get(key) is not None}
-        return cls(os.fspath(model_id), arguments.get("subfolder"), given)
+        given = {key: value for key, value in arguments.items() if key in _HUB_OPTIONS and value is not None}
+        return cls(str(model_id), arguments.get("subfolder"), given)
 
     def find(self, name: str) -> str | None:
         """Returns the local path of the file `name`, downloaded if need be, or None where the adapter has none.

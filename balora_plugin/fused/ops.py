@@ -39,7 +39,7 @@ def compute_token_terms(
     dtype: torch.dtype,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[`ChunkLoop`] of flat arguments, as torch.library takes them: see [`flat`].
+    """Runs [`ChunkLoop`] on flat arguments, as torch.library takes them: see [`flat`].
 
     Returns: the sums (6,): loss, task, consistency, -H_k, H, top-1 hits; and the loss's gradients by hidden, weight and
     bias, empty where not wanted. That by float16 hidden states is float32: it is scaled later.
@@ -55,7 +55,7 @@ def compute_token_terms(
 
 
 def flat(hidden: Tensor, labels: Tensor, loss: TokenLoss, execution: Execution) -> tuple[Any, ...]:
-    """The operator's arguments, in its order; of the teacher without a graph."""
+    """Returns the operator's arguments, in its order; the teacher's tensors without a graph."""
     head, teacher = loss.head, loss.teacher
     states: Tensor | None = None
     own: tuple[Tensor | None, ...] = (None, None)
@@ -65,7 +65,8 @@ def flat(hidden: Tensor, labels: Tensor, loss: TokenLoss, execution: Execution) 
     elif teacher is not None:
         states = teacher.hidden.detach()
         if teacher.head is not None:
-            own = tuple(None if x is None else x.detach() for x in teacher.head[:2])
+            bias = teacher.head.bias
+            own = (teacher.head.weight.detach(), None if bias is None else bias.detach())
     name, temperature, top_k = loss.form
     form = (name, float(temperature), top_k, float(head.scale), head.softcap)
     how = (loss.compiled, execution.chunk_size, execution.dtype, list(execution.wants))

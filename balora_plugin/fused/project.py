@@ -25,7 +25,7 @@ def project(hidden: Tensor, head: Head) -> Tensor:
 
     hidden (M, d), a head of V tokens -> (M, V). The product runs in `product_dtype`; only its result is widened.
     """
-    weight, bias, scale, softcap = head[:4]
+    weight, bias, scale, softcap = head.weight, head.bias, head.scale, head.softcap
     dtype = product_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -6,26 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from ..objective.classification import features
+from ..training.host import State
 from .data import SampleTable
 
 SAMPLES = 1000  # the first of a split: t-SNE's cost grows faster than their number
-
-
-@runtime_checkable
-class Progress(Protocol):
-    """What is read of a TrainerState: optimizer steps so far, and in all."""
-
-    @property
-    def global_step(self) -> int: ...
-    @property
-    def max_steps(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -44,11 +35,11 @@ class FeatureTap(TrainerCallback):
         self.steps, self.rows, self.collate = set(steps), rows.select(range(min(len(rows), SAMPLES))), collate
         self.found: dict[int, Snapshot] = {}
 
-    def on_train_begin(self, args: Any, state: Progress, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: State, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Takes the features before the first step, if they are asked for."""
         self._take(0, args, model)
 
-    def on_step_end(self, args: Any, state: Progress, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: State, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Takes the features after the steps that were asked for, and after the last one."""
         if state.global_step >= state.max_steps:
             self.steps.add(state.global_step)

@@ -1,6 +1,6 @@
 """One micro-batch of the NLU objective inside the classifier's own forward: teacher pass, student pass, terms.
 
-The twin of [`balora_plugin.objective`] for sequence classification: it answers the same [`StepRequest`] with the same
+The twin of `causal_lm` for sequence classification: it answers the same [`StepRequest`] with the same
 [`StepOutput`]. Everything is a sum over samples, so that a micro-batch, a rank and a partial last batch weigh as many
 samples as they hold; the statistics of a batch (covariance, spectrum) count once for each of its samples.
 """

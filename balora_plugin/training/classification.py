@@ -41,7 +41,7 @@ def set_up(run: RunState, host: HostTrainer, *, compiled: bool | str) -> None:
         fsdp=bool(host.is_fsdp_enabled),
         deepspeed=bool(host.is_deepspeed_enabled),
     )
-    check_tokenizer(classifier, getattr(host, "processing_class", None))
+    check_tokenizer(classifier, host.processing_class)
     if run.teacher is not None and config.lambda_consistency:
         check_same_head(classifier, run.teacher)
     if config.lambda_consistency and (

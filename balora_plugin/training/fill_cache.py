@@ -61,7 +61,7 @@ def open_run_cache(run: RunState, host: HostTrainer) -> None:
         run.model if teacher is None else teacher,
         config,
         own=teacher is not None,
-        tokenizer=getattr(host, "processing_class", None),
+        tokenizer=host.processing_class,
         mixed_precision=str(host.accelerator.mixed_precision),
         base=provenance.base_sha256(host.model) if teacher is None else None,
     )

@@ -1,4 +1,4 @@
-"""What this package uses of a transformers Trainer: public names alone, so that type checks see a renamed one."""
+"""What the parts of a run use of a transformers Trainer, so that type checks and a test see a renamed name."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..pretrained.attention import RunArguments
 
-class Arguments(Protocol):
-    """What is used of TrainingArguments; what a host may lack is asked for by getattr where it is needed."""
+
+class Arguments(RunArguments, Protocol):
+    """What is used of TrainingArguments; what only some hosts have is asked for by getattr where it is needed."""
 
     output_dir: str | None
-    device: torch.device
-    bf16: bool
-    fp16: bool
     bf16_full_eval: bool
     fp16_full_eval: bool
     max_steps: int
@@ -29,7 +27,6 @@ class Arguments(Protocol):
     dataloader_num_workers: int
     disable_tqdm: bool
     should_save: bool
-    load_best_model_at_end: bool
     average_tokens_across_devices: bool
 
 
@@ -39,7 +36,6 @@ class State(Protocol):
     global_step: int
     max_steps: int
     epoch: float | None
-    best_model_checkpoint: str | None
 
 
 class Accelerator(Protocol):
@@ -50,7 +46,6 @@ class Accelerator(Protocol):
     is_main_process: bool
     mixed_precision: str
     state: Any
-    gradient_state: Any
     gather: Callable[[Tensor], Tensor]
     reduce: Callable[[Tensor, str], Tensor]
 
@@ -68,6 +63,7 @@ class HostTrainer(Protocol):
     accelerator: Accelerator
     train_dataset: Any
     eval_dataset: Any
+    processing_class: Any
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,11 +49,11 @@ class RunState:
 
     Attributes:
         config: The settings in force, every one resolved.
-        adapter: The active adapter's config; None in full fine-tuning.
         model: The model inside any adapter, whose forward takes the objective.
         switch: Turns the adapters off, which gives the teacher.
         metrics: The sums behind the log keys.
         warn: Says a warning once, by its key.
+        wrapped: The model as the trainer has it, with any adapter.
         extend: The host's keywords for a forward pass, added to a batch (`extend_ba_lora_inputs`).
         to_device: The host's own way to bring a batch to its device.
         teacher: A second model as teacher.
@@ -66,7 +66,7 @@ class RunState:
     """
 
     config: RegularizerConfig
-    adapter: Any
+    wrapped: nn.Module
     model: PreTrainedModel
     switch: TeacherSwitch
     metrics: TermMetrics
@@ -78,12 +78,17 @@ class RunState:
     cache: TeacherCache | None = None
     initial_head: Head | None = None
     meter: CostMeter | None = None
-    wants_logits: bool = field(default=False)
-    counts: bool = field(default=True)
+    wants_logits: bool = False
+    counts: bool = True
+
+    @property
+    def adapter(self) -> Any:
+        """The config of the adapter that is active now; None in full fine-tuning."""
+        return active_config(self.wrapped)
 
     @property
     def ours(self) -> bool:
-        """True where the active adapter is a BA-LoRA adapter."""
+        """Whether the active adapter is a BA-LoRA adapter."""
         return isinstance(self.adapter, BaLoraConfig)
 
     def inputs(self, batch: Inputs) -> Inputs:

@@ -77,13 +77,14 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     install(bare, classification_step if config.task == "nlu" else None)
     run = RunState(
         config=config,
-        adapter=adapter,
+        wrapped=host.model,
         model=bare,
         switch=TeacherSwitch(bare),
         metrics=TermMetrics(config, warn),
         warn=warn,
-        extend=host.extend_ba_lora_inputs,
-        to_device=host._prepare_inputs,
+        # at every batch, so that a method given to the instance later counts too
+        extend=lambda batch: host.extend_ba_lora_inputs(batch),
+        to_device=lambda batch: host._prepare_inputs(batch),
         teacher=_ready_teacher(host, bare, config, given.teacher_model),
     )
     if run.ours:

@@ -65,12 +65,12 @@ def restore(
         ValueError: the files are not those of this adapter.
     """
     values = _tensors(model, adapter_name, directory)
-    whole = (
+    gathered = (
         FullyShardedDataParallel.summon_full_params(wrapped, writeback=True)
         if isinstance(wrapped, FullyShardedDataParallel)
         else nullcontext()
     )
-    with whole:
+    with gathered:
         parameters = {name.replace(_FSDP1, ""): parameter for name, parameter in model.named_parameters()}
         for name, value in values.items():
             if not frozen_alone or any(f".{attribute}." in name for attribute in FROZEN):

@@ -26,7 +26,10 @@ class StepRequests:
         self._measured_at = 0
 
     def step(self, training: bool) -> StepRequest:
-        """The weights in force now: schedule by optimizer step, teacher by micro-batch."""
+        """Returns the request of the next micro-batch: weights by schedule, the teacher where it is due.
+
+        In evaluation every configured term has its full weight.
+        """
         run, state, args = self._run, self._host.state, self._host.args
         config = run.config
         lambdas = lambdas_at(config, state.global_step / max(state.max_steps, 1))
@@ -67,7 +70,7 @@ class StepRequests:
         )
 
     def may_judge(self) -> bool:
-        """Whether the shares measured last say something: in warm-up the student still is the teacher."""
+        """Returns whether the shares measured last say something: in warm-up the student still is the teacher."""
         return self._measured_at >= self._judging_step()
 
     def _judging_step(self) -> int:

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from balora_plugin import regularizers as reg
+from balora_plugin.consistency import NAMES
 from balora_plugin.fused import chunk, chunk_loop, ops, token_terms, tokens
 from balora_plugin.fused.head import Head
 from balora_plugin.fused.loss import Execution, TeacherStates, TermForm, TokenLoss, Wants
 from balora_plugin.fused.project import Projection, default_chunk, project
 
-FORMS = ("kl", "reverse_kl", "jsd", "mse")
+FORMS = NAMES
 SUMS = ("task", "consistency", "diversity", "entropy", "correct", "count")
 
 
@@ -489,7 +490,7 @@ def small_blocks(monkeypatch):
     chunk.compiled_chunk.cache_clear()
 
 
-@pytest.mark.parametrize("form", ["kl", "reverse_kl", "jsd", "mse"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("temperature", "top_k", "softcap", "diversity"), [(1.0, 0, None, 0.3), (2.0, 4, 3.0, 0.3), (1.0, 4, None, 0.0)]
 )

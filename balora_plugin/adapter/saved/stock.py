@@ -1,9 +1,6 @@
-"""Format version 1: what a saved BA-LoRA adapter is, how it is written and read back exactly.
+"""The stock pair of a saved adapter: the config and the tensors that unmodified PEFT reads (docs/file-format.md).
 
-A directory holds a stock LoRA of rank 2r for the original base (adapter_config.json, adapter_model.safetensors, with
-A = [dA; A0 + dA] and B = [B0, dB]) and side files: ba_lora_init.safetensors (A0; dA, dB and B0 stand exactly in the
-stock file), for a classifier ba_lora_head.safetensors (the teacher's head), and ba_lora.json (format version, settings,
-hashes), written last. Unmodified PEFT reads the first two.
+It is a LoRA of rank 2r for the original base, A = [dA; A0 + dA] and B = [B0, dB], with the same scaling.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_
     origin, files = provenance.write(directory, model, adapter_name)
     names += files
     hashes = {name: file_digest(os.path.join(directory, name)) for name in names}
-    write_settings(directory, {**config.to_settings(), **origin}, hashes)
+    write_settings(directory, {**origin, **config.to_settings()}, hashes)
 
 
 def write_init_file(directory: str, model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

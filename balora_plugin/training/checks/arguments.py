@@ -18,7 +18,7 @@ from ...distributed import is_sharded
 
 
 def check_arguments(args: Any) -> None:
-    """Training arguments that would replace or bypass the loss, refused by name.
+    """Refuses training arguments that would replace or bypass the loss.
 
     Raises:
         ValueError: names the argument, its value and what to write.
@@ -45,7 +45,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_saving(accelerator: Any) -> None:
-    """Ways to save under FSDP that leave no adapter behind, and say nothing.
+    """Refuses ways to save under FSDP that leave no adapter behind, and say nothing.
 
     Raises:
         ValueError: names the key and what to write.
@@ -116,7 +116,7 @@ def check_checkpoint(adapter: Any, directory: str) -> None:
 def check_classifier_run(
     model: PreTrainedModel, config: RegularizerConfig, args: Any, *, compiled: bool | str, fsdp: bool, deepspeed: bool
 ) -> None:
-    """What does not go together in a classification run. `fsdp`, `deepspeed`: the engine that the host runs on.
+    """Refuses what does not go together in a classification run. `fsdp`, `deepspeed`: the engine that the host runs on.
 
     Raises:
         ValueError: names the key, its value and what to write.

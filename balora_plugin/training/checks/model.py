@@ -1,4 +1,4 @@
-"""What BA-LoRA cannot train with, refused by name before any training: arguments, model, teacher."""
+"""Refusals of a model, or of its tokenizer, that the terms cannot work with."""
 
 from __future__ import annotations
 

@@ -20,8 +20,10 @@ MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def check_teacher(
     adapter: Any, teacher_model: nn.Module | None, *, cached: bool = False, model: nn.Module | None = None
 ) -> None:
-    """`cached`: a teacher_cache is filled before the weights move, which is enough in full fine-tuning. `model`: the
-    base model with its adapters, where there is one already.
+    """Refuses a consistency term whose teacher would not be the pre-trained model.
+
+    `cached`: a teacher_cache is filled before the weights move, which is enough in full fine-tuning. `model`: the base
+    model with its adapters, where there is one already.
 
     Raises:
         ValueError: there is no pre-trained model to be had; names the setting and what to pass.
