@@ -66,13 +66,13 @@ class Rounded:
         original = objective._teacher_pass
 
         def rounded(model, request, *args):
-            hidden, head = original(model, request, *args)
+            hidden, head = teacher = original(model, request, *args)
             if not top_k:
-                return hidden.to(torch.bfloat16).to(hidden.dtype), head
+                return teacher._replace(hidden=hidden.to(torch.bfloat16).to(hidden.dtype))
             rows = hidden.flatten(0, 1)
             top = top_log_probs(rows, head.weight, k=top_k, temperature=temperature, bias=head.bias)
             top = top._replace(log_probs=top.log_probs.half(), log_tail=top.log_tail.float())
-            return TopLogProbs(*(x.unflatten(0, hidden.shape[:2]) for x in top)), None
+            return TopLogProbs(*(x.unflatten(0, hidden.shape[:2]) for x in top))
 
         monkeypatch.setattr(objective, "_teacher_pass", rounded)
 
