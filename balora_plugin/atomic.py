@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+ABANDONED = 3600.0  # seconds after which nobody writes a temporary file any more
 
 
 @contextmanager
@@ -33,6 +37,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a UTF-8 file whole or not at all."""
+    remove_abandoned(path)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -56,9 +61,21 @@ def create_text(path: str | os.PathLike[str], text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def remove_abandoned(path: str | os.PathLike[str]) -> None:
+    """Removes what processes that were killed left of writing `path`; a young file may still be being written."""
+    path = Path(path)
+    for left in (path.with_name(f"{path.name}.tmp"), *path.parent.glob(f"{glob.escape(path.name)}.*.tmp")):
+        with suppress(OSError):  # another process removes as well
+            if left.stat().st_mtime < time.time() - ABANDONED:
+                left.unlink()
+
+
 @contextmanager
-def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a new directory beside `path`, which takes its place, whatever was there, once the block has ended."""
+def replacing_directory(path: str | os.PathLike[str], last_look: Callable[[], None]) -> Iterator[Path]:
+    """Gives a new directory beside `path`, which takes its place, whatever is there, once the block has ended.
+
+    `last_look` is called right before, after what takes time; where it raises, `path` stays as it is.
+    """
     path = Path(path)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -69,6 +86,7 @@ def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _flush(Path(directory, name))
             _flush_names(Path(directory))
         old = None
+        last_look()
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             path.replace(old / path.name)

@@ -129,8 +129,27 @@ def setting(kind: Kind, default: Any, **known: Any) -> Any:
 
 
 def settings_of(config: Any) -> dict[str, Setting]:
-    """Returns {name: Setting} of a dataclass or an instance: of its fields those that were made by [`setting`]."""
-    return {each.name: each.metadata["setting"] for each in dataclasses.fields(config) if "setting" in each.metadata}
+    """Returns {name: Setting} of a dataclass or an instance: of its fields those that were made by [`setting`].
+
+    A subclass may give such a field another default: it stays the same setting.
+    """
+    found = {}
+    for each in dataclasses.fields(config):
+        known = each.metadata.get("setting") or _inherited(config, each.name)
+        if known is not None:
+            found[each.name] = (
+                known if known.default == each.default else dataclasses.replace(known, default=each.default)
+            )
+    return found
+
+
+def _inherited(config: Any, name: str) -> Setting | None:
+    """The setting that the nearest base class declares by this name."""
+    for base in (config if isinstance(config, type) else type(config)).__mro__:
+        declared = getattr(base, "__dataclass_fields__", {}).get(name)
+        if declared is not None and "setting" in declared.metadata:
+            return declared.metadata["setting"]
+    return None
 
 
 def documented(config: type[_T]) -> type[_T]:

@@ -200,6 +200,13 @@ def test_a_subclass_with_the_hooks(tmp_path, tokenizer):
         build(tmp_path, tokenizer, cls=Custom, peft_config=adapter(regularizers=RegularizerConfig(consistency="mse")))
 
 
+@pytest.mark.parametrize("name", ["_extend_inputs", "_record_host_metrics", "_ba_lora_check_task"])
+def test_a_hook_under_an_earlier_name_is_refused(name, tmp_path, tokenizer):
+    earlier = type("Earlier", (BaLoraTrainer,), {name: lambda self, *args: None})
+    with pytest.raises(TypeError, match=rf"Earlier.{name} is not called any more: name it \w*ba_lora"):
+        build(tmp_path, tokenizer, cls=earlier, peft_config=adapter())
+
+
 def test_a_run_has_one_state(tmp_path, tokenizer):
     trainer = build(tmp_path, tokenizer, peft_config=adapter())
     run = trainer.ba_lora_run

@@ -130,7 +130,7 @@ def test_a_directory_takes_the_place_of_the_one_before_whole(tmp_path, before):
     if before is not None:
         path.mkdir()
         (path / before).write_text("old")
-    with atomic.replacing_directory(path) as fresh:
+    with atomic.replacing_directory(path, lambda: None) as fresh:
         (fresh / "sub").mkdir()
         (fresh / "sub" / "a").write_text("new")
         assert path.exists() is (before is not None)
@@ -139,8 +139,38 @@ def test_a_directory_takes_the_place_of_the_one_before_whole(tmp_path, before):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="modes")
+def test_the_last_look_comes_after_all_that_takes_time(tmp_path, monkeypatch):
+    """Somebody else's files that appear while a large directory is flushed are not replaced unseen."""
+    path, flush = tmp_path / "out", atomic._flush
+
+    def slowly(file):
+        path.mkdir(exist_ok=True)
+        (path / "precious").write_text("somebody else's")
+        flush(file)
+
+    def look():
+        if path.exists():
+            raise ValueError("not empty")
+
+    monkeypatch.setattr(atomic, "_flush", slowly)
+    with pytest.raises(ValueError, match="not empty"), atomic.replacing_directory(path, look) as fresh:
+        (fresh / "file").write_text("ours")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
+    old = [tmp_path / "a.json.tmp", tmp_path / "a.json.0123.tmp"]
+    young, other = tmp_path / "a.json.4567.tmp", tmp_path / "b.json.0123.tmp"
+    for path in (*old, young, other):
+        path.write_text("half")
+    for path in (*old, other):
+        os.utime(path, (0, 0))
+    atomic.write_text(tmp_path / "a.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", young.name, other.name]
+
+
 def test_a_directory_is_as_open_as_any_that_is_made(tmp_path):
-    with atomic.replacing_directory(tmp_path / "out"):
+    with atomic.replacing_directory(tmp_path / "out", lambda: None):
         pass
     (tmp_path / "usual").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
@@ -152,7 +182,7 @@ def test_a_directory_whose_block_raises_leaves_the_one_before(tmp_path):
     (path / "old").write_text("old")
 
     def die_half_way():
-        with atomic.replacing_directory(path) as fresh:
+        with atomic.replacing_directory(path, lambda: None) as fresh:
             (fresh / "new").write_text("half")
             raise RuntimeError("half")
 
@@ -165,7 +195,7 @@ def test_a_directory_on_a_full_disk_is_said_and_leaves_the_one_before(tmp_path, 
     path = tmp_path / "out"
     path.mkdir()
     monkeypatch.setattr(os, "fsync", failing_fsync(errno.ENOSPC))
-    with pytest.raises(OSError, match="No space"), atomic.replacing_directory(path) as fresh:
+    with pytest.raises(OSError, match="No space"), atomic.replacing_directory(path, lambda: None) as fresh:
         (fresh / "new").write_text("text")
     assert names(tmp_path) == ["out"] and names(path) == []
 

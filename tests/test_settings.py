@@ -191,3 +191,20 @@ def test_the_docstring_lists_the_settings_before_what_is_raised():
         "    count (whole number > 1): Classifiers only. Also needed.\n    free (number): Any number.\n\n"
         "Raises:\n    ValueError: out of range."
     )
+
+
+def test_a_subclass_may_give_a_setting_another_default():
+    @dataclass
+    class Mine(RegularizerConfig):
+        lambda_svd: float | None = 0.5
+        svd_norm: str | None = None
+        preset: str = "iclr2026"
+
+    assert settings_of(Mine).keys() == settings_of(RegularizerConfig).keys()
+    assert settings_of(Mine)["lambda_svd"].default == 0.5
+    assert Mine().resolved("nlg").svd_norm == "frobenius"
+    assert Mine(lambda_svd=None).resolved("nlg").lambda_svd == 0.005
+    with pytest.raises(ValueError, match=r"lambda_svd=-1 must be a finite number >= 0"):
+        Mine(lambda_svd=-1)
+    with pytest.raises(ValueError, match=r"preset='x' is not known"):
+        Mine(preset="x")

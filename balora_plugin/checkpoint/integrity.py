@@ -62,9 +62,6 @@ def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool
     Else a save that a crash cuts short would leave this run's adapter beside that run's optimizer, and count as whole.
     Every rank calls it and removes its own random state; `first`, the one that saves, what is written once.
     """
-    for name in (INIT_FILE, SETTINGS_FILE) if first else ():  # what a killed save has left half-written
-        for left in Path(directory).glob(f"{name}.*.tmp"):
-            left.unlink(missing_ok=True)
     if re.fullmatch(r"checkpoint-\d+", Path(os.path.abspath(directory)).name):
         once = (STATE_FILE, *_ARCHIVES) if first else ()  # save_only_model would leave another run's optimizer
         for name in (*once, *_random_states([rank] if processes > 1 else [])):

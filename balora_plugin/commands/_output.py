@@ -34,7 +34,10 @@ def writing(output: str, *, overwrite: bool) -> Iterator[str]:
     """Gives a new directory that takes the place of `output` when everything in it has been written."""
     path = Path(output).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_directory(path) as fresh:
-        yield str(fresh)
+
+    def last_look() -> None:  # has somebody else written there meanwhile?
         if path.exists():
-            check_output(output, [], overwrite=overwrite)  # written by somebody else meanwhile?
+            check_output(output, [], overwrite=overwrite)
+
+    with replacing_directory(path, last_look) as fresh:
+        yield str(fresh)

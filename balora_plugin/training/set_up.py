@@ -31,6 +31,12 @@ from .run_state import Inputs, RunState, WarnOnce, active_config
 
 logger = logging.get_logger(__name__)
 
+_RENAMED = {  # hooks of earlier releases
+    "_extend_inputs": "extend_ba_lora_inputs",
+    "_record_host_metrics": "record_ba_lora_metrics",
+    "_ba_lora_check_task": "check_ba_lora_task",
+}
+
 
 class BaLoraHost(HostTrainer, Protocol):
     """A Trainer with the mixin: what its class says of BA-LoRA."""
@@ -62,8 +68,11 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     Raises:
         ValueError: settings that do not go together, a model or a head that the terms cannot work with; names the key,
             its value and what to write.
-        TypeError: regularizers or teacher_model of another type.
+        TypeError: regularizers or teacher_model of another type; a hook under a name that it had earlier.
     """
+    for old, new in _RENAMED.items():
+        if hasattr(type(host), old):
+            raise TypeError(f"{type(host).__name__}.{old} is not called any more: name it {new}.")
     adapter = active_config(host.model)
     regularizers = _terms_of(adapter, given)
     if regularizers is None:

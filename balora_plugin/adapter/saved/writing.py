@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...atomic import replacing
+from ...atomic import remove_abandoned, replacing
 from ...checkpoint.names import CONFIG_FILE, HEAD_FILE, INIT_FILE, WEIGHTS_FILE
 from ...checkpoint.settings import file_digest, write_settings
 from ...pretrained.classifier_head import write_teacher_head
@@ -58,6 +58,7 @@ def write_init_file(directory: str, model: PeftModel, adapter_name: str, state_d
     target = Path(directory, INIT_FILE)
     shared = init_files(model)
     source = shared.get(adapter_name)
+    remove_abandoned(target)
     with replacing(target) as temporary:
         linked = False
         if source is not None and _holds(source, tensors):
