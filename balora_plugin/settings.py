@@ -131,15 +131,13 @@ def setting(kind: Kind, default: Any, **known: Any) -> Any:
 def settings_of(config: Any) -> dict[str, Setting]:
     """Returns {name: Setting} of a dataclass or an instance: of its fields those that were made by [`setting`].
 
-    A subclass may give such a field another default: it stays the same setting.
+    A subclass may give such a field another default: it stays the setting that was declared.
     """
     found = {}
     for each in dataclasses.fields(config):
         known = each.metadata.get("setting") or _inherited(config, each.name)
         if known is not None:
-            found[each.name] = (
-                known if known.default == each.default else dataclasses.replace(known, default=each.default)
-            )
+            found[each.name] = known
     return found
 
 

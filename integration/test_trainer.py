@@ -219,6 +219,7 @@ def test_a_run_has_one_state(tmp_path, tokenizer):
     trainer.extend_ba_lora_inputs = lambda inputs: {**inputs, "later": True}
     assert run.inputs({"input_ids": torch.ones(1, 2), "_note": 1}).keys() == {"input_ids", "later"}
     plain = Trainer(model=tiny_llama(), args=trainer.args)
+    del trainer.extend_ba_lora_inputs
     ours = {"ba_lora_run", "ba_lora_requests", "ba_lora_head_checked", "_frozen_factors", "model_accepts_loss_kwargs"}
     assert vars(trainer).keys() - vars(plain).keys() <= ours
     without = build(tmp_path, tokenizer, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
