@@ -26,7 +26,7 @@ from .delta import FROZEN, attach_delta, check_peft_version, is_delta
 from .saved import card
 from .saved.reading import LoadOptions, SavedAdapter, check_same_base, load_delta, restore_teacher_head
 from .saved.stock import stock_config, to_stock_state_dict
-from .saved.writing import write_side_files
+from .saved.writing import check_finite, write_side_files
 from .start.layers import start_layers
 from .targets import check_targets, fill_default_targets, injected_layers
 
@@ -103,6 +103,7 @@ class BaLoraModelMixin(_Base):
         Raises:
             ValueError: safe_serialization=False, a conversion path (nothing is left to convert), or a state dict that
                 lacks the adapter's tensors.
+            FloatingPointError: a tensor of an adapter holds NaN or inf: nothing is written.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not supported: BA-LoRA adapters are safetensors only.")
@@ -120,7 +121,10 @@ class BaLoraModelMixin(_Base):
                 save_directory, selected_adapters=selected_adapters, is_main_process=False, state_dict=state_dict
             )
             return
-        for name in list(configs) if selected_adapters is None else selected_adapters:
+        names = list(configs) if selected_adapters is None else selected_adapters
+        for name in names:  # before the first of them is written
+            check_finite(name, state_dict)
+        for name in names:
             config = configs.get(name)
             ours = isinstance(config, BaLoraConfig)
             rewritten = state_dict
