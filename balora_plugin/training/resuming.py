@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from transformers import TrainerCallback
@@ -60,7 +59,7 @@ class NothingLeft(TrainerCallback):
         if self._run.finished:
             self._run.warn(
                 "finished",
-                f"{os.fspath(self._resumed or '')} is at step {state.global_step} of {state.max_steps}: this run has "
+                f"{self._resumed} is at step {state.global_step} of {state.max_steps}: this run has "
                 "ended, and nothing is trained. To go on, raise max_steps or num_train_epochs.",
             )
             control.should_training_stop = True

@@ -20,6 +20,7 @@ from ..objective.classification import samples_of
 from ..objective.request import StepOutput
 from ..pretrained.quantised import quantised_layers_stay_in_training_mode
 from ..schedules import Lambdas
+from ..settings import as_path
 from .checkpoints import Sealing, alone_in
 from .checks.arguments import check_counted
 from .classification import save_head
@@ -261,14 +262,15 @@ class BaLoraTrainerMixin(_Base):
         if self.is_world_process_zero() and isinstance(active_config(self.model), BaLoraConfig):
             card.update(self.args.output_dir, self.model)
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves as the host does, on every process; under ZeRO-3 with A0 and B0, which its state dict leaves out.
 
         Raises:
             FloatingPointError: something that trains holds NaN or inf: nothing is written.
         """
+        output_dir = as_path("output_dir", output_dir)
         if self._is_ours():
-            self._sealing.begin(os.fspath(output_dir or str(self.args.output_dir)), saved_weight(self))
+            self._sealing.begin(output_dir or str(self.args.output_dir), saved_weight(self))
         self._frozen_factors = frozen_factors(self.model, keep=self.args.should_save)
         try:
             super().save_model(output_dir, *args, **kwargs)
