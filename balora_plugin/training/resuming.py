@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from ..adapter.config import our_adapters
 from ..checkpoint.integrity import check_whole, unchecked
+from ..checkpoint.names import STATE_FILE
 from ..settings import as_path
 from .checks.arguments import check_checkpoint
 from .classification import restore_head
@@ -43,6 +46,24 @@ def check_resumable(host: HostTrainer, run: RunState | None, checkpoint: str) ->
     note = unchecked(checkpoint)
     if note is not None:
         run.warn("unchecked", note)
+
+
+def position(host: HostTrainer, checkpoint: str | None, trained: tuple[int, int]) -> tuple[int, int]:
+    """Returns the passes over the data that a run has ended, and the micro-batches of the one that it is in.
+
+    `trained`: the host's own answer, which takes a stream (data without a length) for one pass that never ends; after
+    its first it would skip what is not there, and begin the pass at hand anew. The epoch that a checkpoint keeps says
+    where it was: whole passes, and the part of the longest that there could be, max_steps steps.
+    """
+    args = host.args
+    if checkpoint is None or has_length(host.train_dataset) or getattr(args, "ignore_data_skip", False):
+        return trained
+    state = json.loads(Path(checkpoint, STATE_FILE).read_text(encoding="utf-8"))
+    epoch = state.get("epoch") or 0.0
+    if epoch <= 1.0:  # in the first
+        return trained
+    passes = int(epoch)
+    return passes, round((epoch - passes) * state["max_steps"] * args.gradient_accumulation_steps)
 
 
 class NothingLeft(TrainerCallback):

@@ -29,7 +29,7 @@ from .cost import CostCallback, CostMeter, format_report, write_report
 from .finite_guard import saved_weight
 from .metrics import TermMetrics
 from .repeated_samples import drop_rows, refill, repeated_rows
-from .resuming import NothingLeft, asked_for, check_resumable
+from .resuming import NothingLeft, asked_for, check_resumable, position
 from .run_state import RunState, active_config
 from .set_up import Given, open_run
 from .sharded_adapter import RestoreAdapter, frozen_factors
@@ -77,6 +77,7 @@ class BaLoraTrainerMixin(_Base):
     ) -> None:
         self._frozen_factors: dict[str, Tensor] = {}  # A0 and B0 while they are saved under ZeRO-3
         self._sealing = Sealing(self)
+        self._resumed: str | None = None  # the checkpoint that this call of `train` goes on from
         args, kwargs, backend = take_backend(args, kwargs)
         super().__init__(*args, **kwargs)
         self.ba_lora_run = open_run(self, Given(regularizers, teacher_model, backend))
@@ -136,7 +137,7 @@ class BaLoraTrainerMixin(_Base):
         The output directory belongs to this run alone until it ends. A run that is resumed after its last step does
         nothing, and says so.
         """
-        checkpoint = asked_for(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = self._resumed = asked_for(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_resumable(self, self.ba_lora_run, checkpoint)
             resume_from_checkpoint = checkpoint
@@ -186,6 +187,11 @@ class BaLoraTrainerMixin(_Base):
         write_report(report, self.args.output_dir)
         if not self.args.disable_tqdm:
             print(format_report(report))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Begins or restores the host's state; of streamed data the place where the checkpoint's run was."""
+        trained = super()._init_training_state(*args, **kwargs)
+        return trained if self.ba_lora_run is None else position(self, self._resumed, trained)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the host's step, its time counted."""
