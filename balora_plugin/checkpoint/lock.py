@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import socket
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,7 +74,7 @@ def _acquire(path: Path) -> int | None:
             return None
         if current:
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
             _HELD.add(handle)
             return handle
         os.close(handle)  # its holder has ended and removed it meanwhile
