@@ -16,7 +16,7 @@ from .axolotl_run import history, run
 from .ranks import ROOT
 from .workers.crash import KILL_AT, STEPS
 
-MOMENTS = ("in_step", "in_weights", "in_optimizer", "in_state")
+MOMENTS = ("in_step", "in_weights", "in_optimizer", "in_state", "before_seal")
 RUN = {
     "max_steps": STEPS,
     "num_epochs": 9,
@@ -40,7 +40,7 @@ def one_thread():
 
 
 @pytest.mark.slow
-def test_a_run_killed_inside_a_step_or_a_save_resumes_to_the_uninterrupted_one(written, tmp_path, one_thread):
+def test_a_run_killed_inside_a_step_or_a_save_resumes_to_the_uninterrupted_one(written, tmp_path, one_thread, caplog):
     def yaml(moment, name, **changes):
         return written(f"{moment}-{name}.yml", **RUN, ba_lora=TERMS, output_dir=str(tmp_path / moment), **changes)
 
@@ -61,17 +61,35 @@ def test_a_run_killed_inside_a_step_or_a_save_resumes_to_the_uninterrupted_one(w
     for moment in MOMENTS:
         newest, before = (tmp_path / moment / f"checkpoint-{KILL_AT - n}" for n in (0, 1))
         assert before.exists() and newest.exists() == (moment != "in_step"), moment
-        automatic = yaml(moment, "automatic", auto_resume_from_checkpoints=True)
-        if moment == "in_step":
-            resumed = run(automatic)
-        else:
+        if moment == "in_state":  # named by hand
             with pytest.raises(ValueError, match="cannot resume") as caught:
-                run(automatic)
+                run(yaml(moment, "cut", resume_from_checkpoint=str(newest)))
             assert str(before) in str(caught.value)
-            resumed = run(yaml(moment, "second", resume_from_checkpoint=str(before)))
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="axolotl.balora_plugin"):
+            resumed = run(yaml(moment, "automatic", auto_resume_from_checkpoints=True))
+        said = [line for line in caplog.messages if str(newest) in line and str(before) in line]
+        assert len(said) == (moment != "in_step"), moment
         assert resumed.state.global_step == STEPS
         for key in ("loss", "grad_norm", "learning_rate", "balora/task", "balora/consistency", "balora/loss"):
             assert history(resumed, key) == history(whole, key), (moment, key)
         found = load_file(tmp_path / moment / "adapter_model.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items()), moment
+
+    # a finished run that is resumed, and resumed again, does nothing
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "in_step").glob("checkpoint-*/*")}
+    again = run(yaml("in_step", "again", auto_resume_from_checkpoints=True))
+    assert again.state.global_step == STEPS and not history(again, "loss")[STEPS:]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "in_step").glob("checkpoint-*/*")} == files
+    found = load_file(tmp_path / "in_step" / "adapter_model.safetensors")
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_its_first_save_begins_again(written, tmp_path, one_thread):
+    out = tmp_path / "out"
+    (out / "checkpoint-1").mkdir(parents=True)
+    (out / "checkpoint-1" / "adapter_config.json").write_text("{")
+    trained = run(written(max_steps=2, auto_resume_from_checkpoints=True, output_dir=str(out)))
+    assert trained.state.global_step == 2 and len(history(trained, "loss")) == 2

@@ -116,14 +116,16 @@ def test_an_earlier_adapter_verifies(kind, earlier, capsys):
 
 
 @kinds
-def test_an_earlier_run_resumes_where_it_would_have_gone(kind, earlier):
+def test_an_earlier_run_resumes_where_it_would_have_gone(kind, earlier, caplog):
     """To rounding, as the files come from another processor; twice on this one it is the same bits."""
     found, again = {}, {}
     for tensors in (again, found):
+        caplog.clear()
         shutil.rmtree("run", ignore_errors=True)
         resumed = trainer(kind, earlier(kind))
         resumed.train(resume_from_checkpoint="checkpoint-2")
         assert resumed.state.global_step == 4
+        assert sum("checkpoint-2 has no ba_lora_checkpoint.json" in line for line in caplog.messages) == 1
         tensors.update(adapter_tensors("run/checkpoint-4"))
     assert all(torch.equal(value, again[name]) for name, value in found.items())
     expected = adapter_tensors("checkpoint-4")

@@ -171,6 +171,9 @@ def test_resuming_is_exact_with_another_random_head(adapter, tmp_path):
     assert not torch.equal(whole.model.state_dict()[_teacher_key(adapter)], initial)
     if adapter == "lora":
         (tmp_path / "checkpoint-3" / HEAD_FILE).unlink()
+        with pytest.raises(ValueError, match=rf"cannot resume.*{HEAD_FILE} is missing.*checkpoint-6"):
+            run(4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        (tmp_path / "checkpoint-3" / "ba_lora_checkpoint.json").unlink()  # as an earlier release wrote it
         with pytest.raises(ValueError, match=f"holds no {HEAD_FILE}"):
             run(4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 

@@ -14,7 +14,7 @@ import balora_plugin
 ROOT = Path(__file__).parents[1]
 # each may import what stands above it, and itself; docs/design/ says what each is for
 LAYERS = (
-    ("_version", "atomic", "distributed", "settings"),
+    ("_version", "atomic", "distributed", "finite", "settings"),
     ("consistency",),
     ("config", "schedules", "regularizers"),
     ("fused",),
@@ -43,6 +43,7 @@ ALONE = {
     "schedules": set(),
     "regularizers": {"torch"},
     "distributed": {"torch", "deepspeed"},
+    "finite": {"torch"},
     "fused": {"torch"},
     "compile": {"torch"},
     "checkpoint": {"huggingface_hub"},

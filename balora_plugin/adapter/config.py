@@ -94,7 +94,7 @@ class BaLoraConfig(LoraConfig):
         default_factory=RegularizerConfig, metadata={"help": "Settings of the three regularisers."}
     )
     compile: bool | str = field(default=False, metadata={"help": "Compile teacher and student: true or 'layers'."})
-    start_from: str | None = field(
+    start_from: str | os.PathLike[str] | None = field(
         default=None, metadata={"help": "The full-precision model that a quantised base takes A0 and B0 from."}
     )
 
@@ -228,7 +228,7 @@ class BaLoraConfig(LoraConfig):
             config.regularizers = dataclasses.replace(config.regularizers, teacher_cache=None, teacher_cache_top_k=None)
         return config
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes what a saved adapter carries: the *stock* config (rank 2r in delta form) and `ba_lora.json`.
 
         Not over a finished adapter, whose weights these would not describe: Axolotl saves a config before the first
@@ -244,7 +244,7 @@ class BaLoraConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> BaLoraConfig:
         """Reads the settings a BA-LoRA adapter was saved with.
 

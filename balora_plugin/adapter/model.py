@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -26,7 +27,7 @@ from .delta import FROZEN, attach_delta, check_peft_version, is_delta
 from .saved import card
 from .saved.reading import LoadOptions, SavedAdapter, check_same_base, load_delta, restore_teacher_head
 from .saved.stock import stock_config, to_stock_state_dict
-from .saved.writing import write_side_files
+from .saved.writing import check_finite, write_side_files
 from .start.layers import start_layers
 from .targets import check_targets, fill_default_targets, injected_layers
 
@@ -84,13 +85,13 @@ class BaLoraModelMixin(_Base):
             )
         from .start.full_precision import FullPrecisionWeights
 
-        return FullPrecisionWeights(config.start_from, self.get_base_model(), quantised)
+        return FullPrecisionWeights(os.fspath(config.start_from), self.get_base_model(), quantised)
 
     # --- saving
 
     def save_pretrained(
         self,
-        save_directory: str,
+        save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
         save_embedding_layers: str | bool = "auto",
@@ -103,6 +104,7 @@ class BaLoraModelMixin(_Base):
         Raises:
             ValueError: safe_serialization=False, a conversion path (nothing is left to convert), or a state dict that
                 lacks the adapter's tensors.
+            FloatingPointError: a tensor of an adapter holds NaN or inf: nothing is written.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False is not supported: BA-LoRA adapters are safetensors only.")
@@ -111,6 +113,7 @@ class BaLoraModelMixin(_Base):
                 "path_initial_model_for_weight_conversion is not needed: BA-LoRA already saves a plain LoRA for the "
                 "original base. Remove it."
             )
+        save_directory = os.fspath(save_directory)
         state_dict = kwargs.pop("state_dict", None)
         if state_dict is None:
             state_dict = self.state_dict()
@@ -120,7 +123,9 @@ class BaLoraModelMixin(_Base):
                 save_directory, selected_adapters=selected_adapters, is_main_process=False, state_dict=state_dict
             )
             return
-        for name in list(configs) if selected_adapters is None else selected_adapters:
+        names = list(configs) if selected_adapters is None else selected_adapters
+        check_finite(names, state_dict)  # before the first of them is written
+        for name in names:
             config = configs.get(name)
             ours = isinstance(config, BaLoraConfig)
             rewritten = state_dict
@@ -140,12 +145,13 @@ class BaLoraModelMixin(_Base):
                 if config is not None:
                     configs[name] = config
             if ours:
-                directory = str(save_directory) if name == "default" else f"{save_directory}/{name}"
+                directory = save_directory if name == "default" else f"{save_directory}/{name}"
                 write_side_files(directory, self, name, state_dict)
-        card.update(str(save_directory), self)
+        card.update(save_directory, self)
 
-    def create_or_update_model_card(self, output_dir: str) -> None:
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Writes PEFT's card with our section in it; hosts that write a card of their own call it after that."""
+        output_dir = os.fspath(output_dir)
         tags = card.tags_of(output_dir)
         super().create_or_update_model_card(output_dir)
         card.add_tags(output_dir, tags)
@@ -157,7 +163,7 @@ class BaLoraModelMixin(_Base):
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: str,
+        model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
@@ -198,7 +204,7 @@ class BaLoraModelMixin(_Base):
 
     def load_adapter(
         self,
-        model_id: str,
+        model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
         torch_device: str | None = None,
@@ -211,6 +217,7 @@ class BaLoraModelMixin(_Base):
         Also the path of `resume_from_checkpoint` and `load_best_model_at_end`: A0 and B0 come from the checkpoint, they
         are never recomputed.
         """
+        model_id = os.fspath(model_id)
         saved = SavedAdapter.open(model_id, kwargs)
         existing = self.peft_config.get(adapter_name)
         delta = isinstance(existing, BaLoraConfig) and existing.delta

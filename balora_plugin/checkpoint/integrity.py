@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .location import AdapterFiles
-from .names import CONFIG_FILE, HEAD_FILE, INIT_FILE, SETTINGS_FILE, STATE_FILE, WEIGHTS_FILE
+from .manifest import LARGEST, Manifest, manifest_flaw, open_manifest, random_states, read_manifest
+from .names import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    INIT_FILE,
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    SCALER_FILE,
+    SCHEDULER_FILE,
+    SETTINGS_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+)
 from .settings import changed_files, read_settings
 
-_ARCHIVES = ("optimizer.pt", "scheduler.pt", "scaler.pt")  # zip files: their directory stands at their end
+_ARCHIVES = (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE)  # zip files: their directory stands at their end
+_STARTS_ANEW = {OPTIMIZER_FILE: "the optimizer", SCHEDULER_FILE: "the learning rate's schedule"}
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _DEFAULT = ("default",)  # PEFT saves an adapter of this name in the directory itself, others below it
 _SHARDED = ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin", "global_step*", "zero_to_fp32.py")
 
@@ -56,21 +73,25 @@ def check_adapter(settings: dict[str, Any], files: AdapterFiles) -> None:
         )
 
 
-def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool = True) -> None:
+def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Returns whether a directory has the name that a Trainer gives its checkpoints."""
+    return _CHECKPOINT.fullmatch(Path(os.path.abspath(directory)).name) is not None
+
+
+def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool = True, sealed: bool = False) -> None:
     """Makes an earlier checkpoint in `directory` one that is not whole, before a new one is written over it.
 
     Else a save that a crash cuts short would leave this run's adapter beside that run's optimizer, and count as whole.
-    Every rank calls it and removes its own random state; `first`, the one that saves, what is written once.
+    Every rank calls it and removes its own random state; `first`, the one that saves, what is written once. `sealed`:
+    a manifest will be written last, so that there is an open one until then.
     """
-    if re.fullmatch(r"checkpoint-\d+", Path(os.path.abspath(directory)).name):
-        once = (STATE_FILE, *_ARCHIVES) if first else ()  # save_only_model would leave another run's optimizer
-        for name in (*once, *_random_states([rank] if processes > 1 else [])):
-            Path(directory, name).unlink(missing_ok=True)
-
-
-def _random_states(ranks: Sequence[int]) -> list[str]:
-    """Returns a Trainer's files of random states; of no ranks: those of a single process."""
-    return [f"rng_state_{rank}.pth" for rank in ranks] or ["rng_state.pth"]
+    if not is_checkpoint(directory):
+        return
+    once = (STATE_FILE, MANIFEST_FILE, *_ARCHIVES) if first else ()  # save_only_model would leave another's optimizer
+    for name in (*once, *random_states([rank] if processes > 1 else [])):
+        Path(directory, name).unlink(missing_ok=True)
+    if first and sealed:
+        open_manifest(directory)
 
 
 def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str | None:
@@ -83,13 +104,29 @@ def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str |
     if not path.is_dir():
         return "there is no such directory"
     sharded = any(next(path.glob(pattern), None) is not None for pattern in _SHARDED)
-    flaw = _trainers_flaw(path, sharded=sharded)
+    try:
+        manifest = read_manifest(directory)
+    except ValueError as error:
+        return str(error)
+    flaw = _trainers_flaw(path, manifest, sharded=sharded)
     for name in adapters:
         flaw = flaw or _saved_flaw(directory, name, sharded=sharded)
+    if manifest is not None:
+        flaw = flaw or manifest_flaw(directory, manifest, adapters, sharded=sharded)
     return flaw
 
 
-def _trainers_flaw(path: Path, *, sharded: bool) -> str | None:
+def unchecked(directory: str) -> str | None:
+    """Returns what could not be checked of a whole checkpoint, in words; None if nothing."""
+    if read_manifest(directory) is not None:
+        return None
+    return (
+        f"{directory} has no {MANIFEST_FILE} (an earlier release wrote it): whether optimizer, scheduler, random "
+        f"states and {STATE_FILE} are those that were saved with its weights could not be checked."
+    )
+
+
+def _trainers_flaw(path: Path, manifest: Manifest | None, *, sharded: bool) -> str | None:
     """Returns what is wrong with a Trainer's own files in a checkpoint: its state, optimizer and scheduler."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -100,12 +137,28 @@ def _trainers_flaw(path: Path, *, sharded: bool) -> str | None:
     if not isinstance(state, dict):
         return f"{STATE_FILE} is cut short"
     for name in _ARCHIVES:
-        archive = path / name
-        if archive.exists() and not zipfile.is_zipfile(archive):
-            return f"{name} is cut short"
-        if not archive.exists() and name == "optimizer.pt" and not sharded:
-            return f"{name} is missing (save_only_model=True leaves it out), so the optimizer would start anew"
-    return None
+        if not (path / name).exists():
+            if name in _STARTS_ANEW and not sharded:
+                cause = " (save_only_model=True leaves it out)" if manifest is None or manifest.save_only_model else ""
+                return f"{name} is missing{cause}, so {_STARTS_ANEW[name]} would start anew"
+        elif flaw := _archive_flaw(path / name, thorough=manifest is None):
+            return flaw
+    others = sorted(path.glob("rng_state*.pth")) if manifest is None else ()  # a manifest has their hashes
+    return next((flaw for file in others if (flaw := _archive_flaw(file, thorough=True))), None)
+
+
+def _archive_flaw(path: Path, *, thorough: bool) -> str | None:
+    """Returns what is wrong with a file of torch.save, a zip file; `thorough`: its records have their checksums too."""
+    if not zipfile.is_zipfile(path):
+        return f"{path.name} is cut short"
+    if not thorough:
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError):
+        bad = "all of it"
+    return None if bad is None else f"{path.name} is damaged ({bad})"
 
 
 def _saved_flaw(directory: str, name: str, *, sharded: bool) -> str | None:
@@ -117,7 +170,7 @@ def _saved_flaw(directory: str, name: str, *, sharded: bool) -> str | None:
         return str(error)
     if settings is None and sharded:  # its tensors stand in the engine's own files
         return None
-    for file in _random_states(settings["ranks"]) if settings is not None and "ranks" in settings else ():
+    for file in random_states(settings["ranks"]) if settings is not None and "ranks" in settings else ():
         path = Path(directory, file)
         if not zipfile.is_zipfile(path):  # ranks write theirs when they get to it
             return f"{file} is {'cut short' if path.exists() else 'missing'}"
@@ -136,24 +189,60 @@ def check_whole(directory: str, adapters: Sequence[str] = _DEFAULT) -> None:
         raise ValueError(f"cannot resume from {directory}: {flaw}. {_remedy(directory, adapters)}")
 
 
-def last_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str | None = None) -> str | None:
-    """Returns the newest whole `checkpoint-N` in `directory` but `but`; `adapters` as for [`checkpoint_flaw`]."""
-    found = []
+@dataclass(frozen=True)
+class Recommended:
+    """The checkpoint to go on from, None if there is none, and the newer whole ones that were passed over."""
+
+    path: str | None
+    passed_over: tuple[str, ...]
+
+    def in_words(self) -> str:
+        """Returns why checkpoints were passed over, as sentences that follow others; empty if none were."""
+        return "".join(
+            f" ({name} is whole, but holds weights beyond {LARGEST:g}, as a learning rate far too high gives.)"
+            for name in self.passed_over
+        )
+
+
+def recommended(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str | None = None) -> Recommended:
+    """Finds the newest `checkpoint-N` in `directory`, but `but`, that is whole and whose weights are plausible.
+
+    Weights beyond [`LARGEST`] are not: none that can be used in half precision are. What a manifest says of them is
+    asked, and the weights that it was written for are those that the hashes name.
+    """
+    found: list[tuple[int, str]] = []
     for entry in os.scandir(directory) if os.path.isdir(directory) else ():
-        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+        match = _CHECKPOINT.fullmatch(entry.name)
         if match and entry.is_dir() and entry.name != but:
             found.append((int(match[1]), entry.path))
-    return next((path for _, path in sorted(found, reverse=True) if checkpoint_flaw(path, adapters) is None), None)
+    passed_over: list[str] = []
+    for _, path in sorted(found, reverse=True):
+        if checkpoint_flaw(path, adapters) is None:
+            if _plausible(path):
+                return Recommended(path, tuple(passed_over))
+            passed_over.append(path)
+    return Recommended(None, tuple(passed_over))
+
+
+def _plausible(path: str) -> bool:
+    manifest = read_manifest(path)
+    largest = None if manifest is None else manifest.largest
+    return largest is None or (math.isfinite(largest) and largest <= LARGEST)
+
+
+def last_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str | None = None) -> str | None:
+    """Returns the path of [`recommended`], None where there is none; `adapters` as for [`checkpoint_flaw`]."""
+    return recommended(directory, adapters, but=but).path
 
 
 def _remedy(directory: str, adapters: Sequence[str] = _DEFAULT) -> str:
     path = Path(os.path.abspath(directory))
-    if re.fullmatch(r"checkpoint-\d+", path.parent.name):  # the directory of an adapter of another name
+    if is_checkpoint(path.parent):  # the directory of an adapter of another name
         path, adapters = path.parent, (path.name,)
-    if not re.fullmatch(r"checkpoint-\d+", path.name):
+    if not is_checkpoint(path):
         return "Use the last whole checkpoint of that run."
-    whole = last_whole(str(path.parent), adapters, but=path.name)
-    if whole is None:
-        return f"There is no whole checkpoint in {path.parent}: start again without resuming."
+    found = recommended(str(path.parent), adapters, but=path.name)
+    if found.path is None:
+        return f"There is no whole checkpoint in {path.parent}: start again without resuming.{found.in_words()}"
     automatically = f" (to do so automatically, remove {path})" if path.exists() else ""
-    return f"The last whole checkpoint is {whole}: resume from it{automatically}."
+    return f"The last whole checkpoint is {found.path}: resume from it{automatically}.{found.in_words()}"

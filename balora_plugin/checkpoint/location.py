@@ -28,6 +28,9 @@ class AdapterFiles:
     subfolder: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_id", os.fspath(self.model_id))  # a pathlib.Path too
+
     @classmethod
     def from_arguments(cls, model_id: str | os.PathLike[str], arguments: Mapping[str, Any]) -> AdapterFiles:
         """Takes of the arguments of PEFT's `from_pretrained` or `load_adapter` what says where an adapter is."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 
@@ -45,9 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str | os.PathLike[str]] | None = None) -> int:
     """Runs a subcommand; what its user got wrong is one line on stderr and exit code 2."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(None if argv is None else [os.fspath(word) for word in argv])
     try:
         code: int = args.run(args)
     except (ValueError, OSError, ImportError) as error:

@@ -108,12 +108,13 @@ class Errors:
         return sorted(self.by_layer.items(), key=lambda item: -item[1])[:count]
 
 
-def read_adapter(directory: str) -> Adapter:
+def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
     """Reads a LoRA adapter, from a directory or the hub's cache; nothing is unpickled.
 
     Raises:
         ValueError: what is there is no LoRA, or one whose update is not scaling * B A; names the setting or the file.
     """
+    directory = os.fspath(directory)
     files = AdapterFiles(directory)
     config, settings = read_lora_config(files)
     path = files.find(WEIGHTS_FILE)
@@ -355,7 +356,7 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def write_adapter(adapter: Adapter, directory: str, metadata: dict[str, str]) -> None:
+def write_adapter(adapter: Adapter, directory: str | os.PathLike[str], metadata: dict[str, str]) -> None:
     """Writes a stock LoRA: adapter_config.json, and adapter_model.safetensors with `metadata` in its header."""
     os.makedirs(directory, exist_ok=True)
     adapter.config.save_pretrained(directory)

@@ -19,6 +19,7 @@ from ..config import RegularizerConfig, as_regularizers
 from ..objective.request import StepOutput
 from ..pretrained.attention import check_attention, check_flash
 from ..pretrained.lm_head import check_head
+from ..settings import as_path
 from ..training.checks.arguments import check_arguments
 from ..training.checks.model import resolve
 from ..training.checks.teacher import check_teacher
@@ -38,12 +39,14 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | os.PathLike[str] | nn.Module,
         args: SFTConfig | TrainingArguments | None = None,
         *positional: Any,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
         regularizers = kwargs.get("regularizers") or getattr(peft_config, "regularizers", None)
         if regularizers is not None:
             regularizers = as_regularizers(regularizers)
@@ -109,7 +112,9 @@ def _check_settings(
         check_arguments(args)
         attention = (getattr(args, "model_init_kwargs", None) or {}).get("attn_implementation")
         check_flash(attention, f"attn_implementation={attention!r} in model_init_kwargs", "'sdpa' there")
-        path = getattr(args, "chat_template_path", None)
+        path = as_path("chat_template_path", getattr(args, "chat_template_path", None))
+        if path is not None:
+            args.chat_template_path = path  # TRL takes text alone
         if path is not None and not (os.path.isfile(path) and path.endswith((".jinja", ".j2"))):
             raise ValueError(
                 f"chat_template_path={path!r} clones another tokenizer's template and resizes the embeddings, which "

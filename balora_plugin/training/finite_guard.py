@@ -1,22 +1,30 @@
-"""Stops training at a term that is NaN or inf, before anything of it is logged or saved."""
+"""Stops training at a term or a weight that is NaN or inf, before anything of it is logged or saved."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback
 
 from ..adapter.config import our_adapters
-from ..checkpoint.integrity import last_whole
+from ..checkpoint.integrity import recommended
+from ..checkpoint.manifest import LARGEST
+from ..distributed import is_sharded
+from ..finite import largest_values
 from .host import HostTrainer
 from .run_state import RunState
 
+_REMEDY = "with a lower learning_rate or max_grad_norm; if it comes back at the same step, look at that batch."
+
 
 class FiniteGuard(TrainerCallback):
-    """Looks where the device is waited for anyhow: before a log, an evaluation or a checkpoint.
+    """Looks at the terms where the device is waited for anyhow (a log, an evaluation, a checkpoint, the last step).
+
+    At the last three it looks at everything that trains too: a gradient may overflow after a finite loss.
 
     Raises:
-        FloatingPointError: names the term, the step and the last whole checkpoint; on every rank at once.
+        FloatingPointError: names the term or the tensor, the step and the last whole checkpoint; on every rank at once.
     """
 
     def __init__(self, run: RunState, host: HostTrainer) -> None:
@@ -25,21 +33,69 @@ class FiniteGuard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
         if last or control.should_log or control.should_save or control.should_evaluate:
-            self._look()
+            self._look_at_terms()
+        if last or control.should_save or control.should_evaluate:
+            self._look_at_weights()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_log or control.should_save or control.should_evaluate:
-            self._look()
+            self._look_at_terms()
+        if control.should_save or control.should_evaluate:
+            self._look_at_weights()
 
-    def _look(self) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the run leaves, also where it ended early or went back to its best checkpoint."""
+        self._look_at_terms()
+        largest = self._look_at_weights()
+        if largest > LARGEST:
+            self._run.warn(
+                "largest",
+                f"the largest weight that was trained is {largest:.3g}, beyond what half precision holds "
+                f"({LARGEST:g}): the learning_rate was far too high.",
+            )
+
+    def _look_at_terms(self) -> None:
         found = self._run.metrics.first_bad(self._host.accelerator.gather)
         if found is None:
             return
         name, step = found
-        whole = last_whole(str(self._host.args.output_dir), our_adapters(self._host.model))
         what = "the task loss" if name == "task" else f"the {name} term (lambda_{name})"
         raise FloatingPointError(
             f"balora/{name}: {what} was NaN or inf at step {step}. Training was stopped, nothing was saved after it. "
-            + (f"Resume from {whole}" if whole else "Start again")
-            + " with a lower learning_rate or max_grad_norm; if it comes back at the same step, look at that batch."
+            + _go_on(self._host)
         )
+
+    def _look_at_weights(self) -> float:
+        return largest_weight(self._host, f"after step {self._host.state.global_step}", together=True)
+
+
+def largest_weight(host: HostTrainer, when: str, *, together: bool) -> float:
+    """Returns the largest magnitude of everything that trains: one fused reduction, one wait for the device.
+
+    `together`: every rank calls it, and all have one verdict; else each has its own, which of DDP's copies is the same.
+
+    Raises:
+        FloatingPointError: a tensor holds NaN or inf; names it, `when`, and the last whole checkpoint.
+    """
+    trained = {name: value for name, value in host.model.named_parameters() if value.requires_grad}
+    values = largest_values(list(trained.values()))
+    if trained and together and host.accelerator.num_processes > 1:
+        values = host.accelerator.gather(values.to(host.args.device).unsqueeze(0)).amax(dim=0)
+    found = values.tolist()
+    for name, value in zip(trained, found, strict=True):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} holds NaN or inf {when}, of a gradient that overflowed or a step too large. Training was "
+                f"stopped, nothing was saved after it. {_go_on(host)}"
+            )
+    return max(found, default=0.0)
+
+
+def saved_weight(host: HostTrainer) -> float:
+    """[`largest_weight`] before a save, which the first rank alone may ask for, except of a model that is split."""
+    return largest_weight(host, "and cannot be saved", together=is_sharded(host.model))
+
+
+def _go_on(host: HostTrainer) -> str:
+    found = recommended(str(host.args.output_dir), our_adapters(host.model))
+    return f"{f'Resume from {found.path}' if found.path else 'Start again'} {_REMEDY}{found.in_words()}"

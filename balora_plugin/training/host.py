@@ -27,6 +27,7 @@ class Arguments(RunArguments, Protocol):
     dataloader_num_workers: int
     disable_tqdm: bool
     should_save: bool
+    save_only_model: bool
     average_tokens_across_devices: bool
 
 

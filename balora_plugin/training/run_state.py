@@ -62,6 +62,7 @@ class RunState:
         initial_head: The LM head that full fine-tuning with a cache began with, which is the teacher's.
         meter: What counts the run's cost; there from the start of training.
         wants_logits: Whether the evaluation at hand asks for logits.
+        finished: The run was resumed after its last step, so that it has nothing to do.
         counts: False while a classifier's batch holds nothing but samples that were evaluated before.
     """
 
@@ -80,6 +81,7 @@ class RunState:
     meter: CostMeter | None = None
     wants_logits: bool = False
     counts: bool = True
+    finished: bool = False
 
     @property
     def adapter(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -122,10 +123,10 @@ def _terms_of(adapter: Any, given: Given) -> RegularizerConfig | None:
             raise ValueError("teacher_model is given, but no terms: pass regularizers=RegularizerConfig(...) too.")
         return None
     regularizers = as_regularizers(regularizers)
-    if isinstance(given.teacher_model, str):
+    if isinstance(given.teacher_model, (str, os.PathLike)):
         raise TypeError(
             f"teacher_model={given.teacher_model!r} must be a loaded model: pass "
-            f"AutoModelForCausalLM.from_pretrained({given.teacher_model!r})."
+            f"AutoModelForCausalLM.from_pretrained({os.fspath(given.teacher_model)!r})."
         )
     return regularizers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -9,24 +10,26 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig, our_adapters
 from ..adapter.saved import card
-from ..checkpoint.integrity import begin_save, check_whole
 from ..config import RegularizerConfig
 from ..objective.batches import without_crossings
 from ..objective.classification import samples_of
 from ..objective.request import StepOutput
 from ..pretrained.quantised import quantised_layers_stay_in_training_mode
 from ..schedules import Lambdas
-from .checks.arguments import check_checkpoint, check_counted
-from .classification import restore_head, save_head
+from ..settings import as_path
+from .checkpoints import Sealing, alone_in
+from .checks.arguments import check_counted
+from .classification import save_head
 from .compiling import BACKEND, Asked, take_backend
 from .cost import CostCallback, CostMeter, format_report, write_report
+from .finite_guard import saved_weight
 from .metrics import TermMetrics
 from .repeated_samples import drop_rows, refill, repeated_rows
+from .resuming import NothingLeft, asked_for, check_resumable, position
 from .run_state import RunState, active_config
 from .set_up import Given, open_run
 from .sharded_adapter import RestoreAdapter, frozen_factors
@@ -73,6 +76,8 @@ class BaLoraTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self._frozen_factors: dict[str, Tensor] = {}  # A0 and B0 while they are saved under ZeRO-3
+        self._sealing = Sealing(self)
+        self._resumed: str | None = None  # the checkpoint that this call of `train` goes on from
         args, kwargs, backend = take_backend(args, kwargs)
         super().__init__(*args, **kwargs)
         self.ba_lora_run = open_run(self, Given(regularizers, teacher_model, backend))
@@ -120,42 +125,53 @@ class BaLoraTrainerMixin(_Base):
 
     # --- training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as the host does; refuses a checkpoint that is not whole, or of another kind of adapter."""
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-        if isinstance(checkpoint, str):
-            self._check_resumed(checkpoint)
-        run = self.ba_lora_run
-        if run is None:
+    def _is_ours(self) -> bool:
+        """Whether what is saved is of BA-LoRA: a run with terms, or a model with such an adapter."""
+        return self.ba_lora_run is not None or bool(our_adapters(self.model))
+
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trains as the host does; refuses a checkpoint that is not whole, or of another kind of adapter.
+
+        The output directory belongs to this run alone until it ends. A run that is resumed after its last step does
+        nothing, and says so.
+        """
+        checkpoint = self._resumed = asked_for(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            check_resumable(self, self.ba_lora_run, checkpoint)
+            resume_from_checkpoint = checkpoint
+        if not self._is_ours():
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        callbacks: list[TrainerCallback] = [self._sealing]
+        run = self.ba_lora_run
+        if run is not None:
+            callbacks += self._run_callbacks(run, checkpoint)
+        for callback in callbacks:
+            self.add_callback(callback)
+        try:
+            with alone_in(self):
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._sealing.end()
+            for callback in callbacks:
+                self.remove_callback(callback)
+            if run is not None and run.compiled is not None and run.compiled.layers is not None:
+                run.compiled.layers.remove()
+        if run is not None:
+            self._report_cost(run)
+        return result
+
+    def _run_callbacks(self, run: RunState, checkpoint: str | None) -> list[TrainerCallback]:
+        """What acts in this call of `train` alone."""
         if checkpoint and run.initial_head is not None and run.cache is not None:
             run.cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
         check_counted(self.train_dataset)
         run.meter = CostMeter(self.args.device)
-        callbacks: list[TrainerCallback] = [CostCallback(run.meter)]
+        callbacks: list[TrainerCallback] = [CostCallback(run.meter), NothingLeft(run, checkpoint)]
         if run.ours:
-            callbacks.append(RestoreAdapter(self, checkpoint if isinstance(checkpoint, str) else None))
-        for callback in callbacks:
-            self.add_callback(callback)
-        try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            for callback in callbacks:
-                self.remove_callback(callback)
-            if run.compiled is not None and run.compiled.layers is not None:
-                run.compiled.layers.remove()
-        self._report_cost(run)
-        return result
-
-    def _check_resumed(self, checkpoint: str) -> None:
-        adapter = active_config(self.model)
-        check_checkpoint(adapter, checkpoint)
-        if isinstance(adapter, BaLoraConfig):
-            check_whole(checkpoint, our_adapters(self.model))
-        if self.ba_lora_run is not None:
-            restore_head(self.ba_lora_run, checkpoint)
+            callbacks.append(RestoreAdapter(self, checkpoint))
+        return callbacks
 
     def _report_cost(self, run: RunState) -> None:
         """One table at the end of training, and `ba_lora_cost.json` in the output directory."""
@@ -172,6 +188,11 @@ class BaLoraTrainerMixin(_Base):
         if not self.args.disable_tqdm:
             print(format_report(report))
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Begins or restores the host's state; of streamed data the place where the checkpoint's run was."""
+        trained = super()._init_training_state(*args, **kwargs)
+        return trained if self.ba_lora_run is None else position(self, self._resumed, trained)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the host's step, its time counted."""
         run = self.ba_lora_run
@@ -183,6 +204,8 @@ class BaLoraTrainerMixin(_Base):
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns the host's batches, whose tokens it counts here, without labels that cross documents."""
         if self.ba_lora_run is not None:
+            if self.ba_lora_run.finished:
+                return [], None
             epoch_iterator = map(without_crossings, epoch_iterator)
         return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 
@@ -245,20 +268,26 @@ class BaLoraTrainerMixin(_Base):
         if self.is_world_process_zero() and isinstance(active_config(self.model), BaLoraConfig):
             card.update(self.args.output_dir, self.model)
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Saves as the host does, on every process; under ZeRO-3 with A0 and B0, which its state dict leaves out."""
-        if our_adapters(self.model):
-            begin_save(
-                output_dir or str(self.args.output_dir),
-                rank=self.args.process_index,
-                processes=self.args.world_size,
-                first=self.args.should_save,
-            )
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        """Saves as the host does, on every process; under ZeRO-3 with A0 and B0, which its state dict leaves out.
+
+        Raises:
+            FloatingPointError: something that trains holds NaN or inf: nothing is written.
+        """
+        output_dir = as_path("output_dir", output_dir)
+        if self._is_ours():
+            self._sealing.begin(output_dir or str(self.args.output_dir), saved_weight(self))
         self._frozen_factors = frozen_factors(self.model, keep=self.args.should_save)
         try:
             super().save_model(output_dir, *args, **kwargs)
         finally:
             self._frozen_factors = {}
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Writes this process's random states as the host does, and waits for those of the others: all are sealed."""
+        super()._save_rng_state(output_dir)
+        if self._is_ours():
+            self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes what the host does, and beside any adapter the head of a classifier's teacher, for a resumed run."""

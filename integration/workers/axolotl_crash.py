@@ -37,7 +37,7 @@ if __name__ == "__main__":
             if moment == "in_step":
                 die_in_step()
             else:
-                die_while_writing(moment.removeprefix("in_"), path)
+                die_while_writing(moment.split("_")[1], path)
             run(path)
             os._exit(0)  # it should have died
         _, status = os.waitpid(child, 0)

@@ -22,7 +22,7 @@ from tests.models import character_tokenizer, tiny_llama
 STEPS = 6
 ROWS = [{"text": f"The number {i} comes before {i + 1}" + " and so on" * (i % 3)} for i in range(10)]
 KILL_AT = 4  # optimizer step
-MOMENTS = ("in_step", "in_weights", "in_settings", "in_optimizer", "in_state", "over_another")
+MOMENTS = ("in_step", "in_weights", "in_settings", "in_optimizer", "in_state", "before_seal", "over_another")
 
 
 def trainer(host: str, directory: Path, **changes: Any) -> Trainer:
@@ -122,6 +122,17 @@ def die_while_writing(part: str, directory: Path) -> None:
         writing.write_settings = writing_settings
     elif part == "optimizer":
         wrap(torch, "save", 1)
+    elif part == "seal":
+        from balora_plugin.training import checkpoints
+
+        sealing = checkpoints.seal
+
+        def dying(target: str, *args: Any, **kwargs: Any) -> None:
+            if marker in str(target):
+                die()
+            sealing(target, *args, **kwargs)
+
+        checkpoints.seal = dying
     else:
         from transformers import TrainerState
 

@@ -59,7 +59,6 @@ def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[st
 
     Raises:
         ValueError: names the tensor that is missing or of another shape.
-        FloatingPointError: a factor holds NaN or inf.
     """
     stock = {key: value for key, value in state_dict.items() if not any(f".{name}." in key for name in FROZEN)}
     for name, layer in delta_layers(model, adapter_name):
@@ -79,11 +78,6 @@ def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[st
                     "stage3_gather_16bit_weights_on_model_save)."
                 )
             tensors[attribute] = value.detach()
-            if not bool(torch.isfinite(value).all()):
-                raise FloatingPointError(
-                    f"cannot save BA-LoRA adapter {adapter_name!r}: {key} holds NaN or inf. Nothing was written: go on "
-                    "from the last checkpoint, with a lower learning_rate."
-                )
         a, b = stack_factors(
             tensors["lora_A"], tensors["lora_B"], tensors["frozen_A"], tensors["frozen_B"], num_experts(layer)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,9 +16,25 @@ from torch import Tensor
 from ...atomic import remove_abandoned, replacing
 from ...checkpoint.names import CONFIG_FILE, HEAD_FILE, INIT_FILE, WEIGHTS_FILE
 from ...checkpoint.settings import file_digest, write_settings
+from ...finite import first_not_finite
 from ...pretrained.classifier_head import write_teacher_head
 from . import provenance
 from .stock import check_stock_file, delta_layers
+
+
+def check_finite(adapters: Sequence[str], state_dict: Mapping[str, Tensor]) -> None:
+    """Refuses to save adapters of which any tensor holds NaN or inf: factors, and modules_to_save.
+
+    Raises:
+        FloatingPointError: names the adapter and the tensor.
+    """
+    for name in adapters:
+        bad = first_not_finite({key: value for key, value in state_dict.items() if f".{name}." in f"{key}."})
+        if bad is not None:
+            raise FloatingPointError(
+                f"cannot save adapter {name!r}: {bad} holds NaN or inf. Nothing was written: go on from the last "
+                "checkpoint, with a lower learning_rate."
+            )
 
 
 def init_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

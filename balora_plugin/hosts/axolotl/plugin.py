@@ -17,8 +17,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from ...adapter.build import get_ba_lora_model
 from ...adapter.config import DELTA_STARTS, BaLoraConfig
 from ...adapter.model import BaLoraModel
-from ...checkpoint.integrity import check_whole
+from ...checkpoint.integrity import check_whole, checkpoint_flaw, is_checkpoint, recommended
 from ...checkpoint.location import AdapterFiles
+from ...checkpoint.lock import only_run
 from ...checkpoint.names import STATE_FILE
 from ...checkpoint.settings import read_settings
 from ...config import RegularizerConfig
@@ -101,7 +102,8 @@ class BaLoraPlugin(BasePlugin):
             if active(cfg):
                 check_refused(cfg)
                 check_attention_here(cfg, self._attention or attention_setting(cfg))
-            if cfg.adapter:
+                check_alone(cfg)
+            if cfg.adapter or active(cfg):
                 check_resumed(cfg)
             if cfg.adapter == ADAPTER:
                 kbit.configure(cfg, inference=self._inference)
@@ -208,23 +210,49 @@ def keep_on_cpu(cfg: Any) -> None:
         cfg.device_map = {"": "cpu"}
 
 
+def check_alone(cfg: Any) -> None:
+    """Refuses an output directory that another run is writing to, before Axolotl writes there.
+
+    Raises:
+        ValueError: names the directory and the process.
+    """
+    trains = not (cfg.merge_lora or cfg.inference)
+    if trains and cfg.output_dir and os.environ.get("RANK", "0") == "0":
+        with only_run(str(cfg.output_dir)):  # the trainer takes it, for as long as it trains
+            pass
+
+
 def check_resumed(cfg: Any) -> None:
     """A checkpoint to be resumed must be whole, its adapter of the same kind; Axolotl overwrites files before it looks.
+
+    One that a crash cut short does not hold an automatic resume up: it goes on from the last whole one.
 
     Raises:
         ValueError: names the key, the checkpoint and the remedy.
     """
-    key, checkpoint = "resume_from_checkpoint", cfg.resume_from_checkpoint
-    if not checkpoint and cfg.auto_resume_from_checkpoints and os.path.isdir(cfg.output_dir or ""):
-        key, checkpoint = "auto_resume_from_checkpoints", get_last_checkpoint(cfg.output_dir)
+    checkpoint = cfg.resume_from_checkpoint
+    if isinstance(checkpoint, os.PathLike):
+        checkpoint = cfg.resume_from_checkpoint = os.fspath(checkpoint)
+    automatic = not checkpoint and bool(cfg.auto_resume_from_checkpoints) and os.path.isdir(cfg.output_dir or "")
+    if automatic:
+        checkpoint = get_last_checkpoint(cfg.output_dir)
     if not isinstance(checkpoint, str):
         return
+    finished = os.path.isfile(os.path.join(checkpoint, STATE_FILE))  # else its adapter may be cut short too
+    if finished and cfg.adapter and os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
+        _check_kind(cfg, "auto_resume_from_checkpoints" if automatic else "resume_from_checkpoint", checkpoint)
+    if not active(cfg):
+        return
+    adapters = ["default"] if cfg.adapter == ADAPTER else []
+    if automatic:
+        _pass_over_the_cut(cfg, checkpoint, adapters)
+    else:
+        check_whole(checkpoint, adapters)
+
+
+def _check_kind(cfg: Any, key: str, checkpoint: str) -> None:
     start = cfg.peft_init_lora_weights
     ours = ADAPTER if cfg.adapter == ADAPTER and (start is None or start in DELTA_STARTS) else "lora"
-    if cfg.adapter == ADAPTER and not os.path.isfile(os.path.join(checkpoint, STATE_FILE)):
-        check_whole(checkpoint)
-    if not os.path.isfile(os.path.join(checkpoint, "adapter_config.json")):
-        return
     settings = read_settings(AdapterFiles(checkpoint))
     theirs = ADAPTER if settings is not None and settings["delta_form"] else "lora"
     if theirs != ours:
@@ -232,8 +260,32 @@ def check_resumed(cfg: Any) -> None:
             f"{key}: {checkpoint} is a checkpoint of adapter: {theirs}, but the YAML trains another kind "
             f"(adapter: {cfg.adapter}): write another output_dir, or do not resume."
         )
-    if cfg.adapter == ADAPTER:
-        check_whole(checkpoint)
+
+
+def _pass_over_the_cut(cfg: Any, newest: str, adapters: list[str]) -> None:
+    """Names the last whole checkpoint where the newest is not, before Axolotl takes the newest by itself."""
+    flaw = checkpoint_flaw(newest, adapters)
+    if flaw is None:
+        return
+    found = recommended(cfg.output_dir, adapters, but=os.path.basename(newest))
+    if found.path is not None:
+        cfg.resume_from_checkpoint = found.path
+        logger.warning(
+            "auto_resume_from_checkpoints: %s is not whole (%s): going on from %s.%s",
+            newest,
+            flaw,
+            found.path,
+            found.in_words(),
+        )
+        return
+    if sum(map(is_checkpoint, os.listdir(cfg.output_dir))) > 1:  # not one save that was cut short
+        check_whole(newest, adapters)
+    cfg.auto_resume_from_checkpoints = False
+    logger.warning(
+        "auto_resume_from_checkpoints: %s, the only checkpoint, is not whole (%s): starting from the beginning.",
+        newest,
+        flaw,
+    )
 
 
 def check_continued(cfg: Any, config: BaLoraConfig) -> None:

@@ -1,0 +1,124 @@
+"""ba_lora_checkpoint.json: what makes the files of a checkpoint one thing. Their hashes, written after all of them.
+
+A checkpoint begins with an open manifest, which lists nothing, and is sealed once the Trainer has written its last
+file: a save that a crash cuts short anywhere leaves an open one. A checkpoint without any was written by a release that
+had none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..atomic import write_text
+from ..distributed import ranks_here
+from .names import HEAD_FILE, MANIFEST_FILE, OPTIMIZER_FILE, SCALER_FILE, SCHEDULER_FILE, SETTINGS_FILE, STATE_FILE
+from .settings import file_digest
+
+# the largest number of half precision, in which every adapter and model ends up being served: a weight beyond it
+# would be inf there, and pre-trained weights stay below a thousand
+LARGEST = 65504.0
+_ONCE = (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE, HEAD_FILE, STATE_FILE)
+# of a plain adapter and of full fine-tuning; those of a BA-LoRA adapter are bound by its ba_lora.json
+_WEIGHTS = ("adapter_model*.safetensors", "model*.safetensors", "adapter_model*.bin", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint's manifest says.
+
+    Attributes:
+        sha256: Hashes of its files, by their path inside the checkpoint; empty while it is being written.
+        ranks: The ranks whose random states belong to it; none of a single process.
+        save_only_model: The run leaves optimizer, scheduler and random states out.
+        largest: The largest magnitude of all values that trained.
+    """
+
+    sha256: dict[str, str] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
+    save_only_model: bool = False
+    largest: float | None = None
+
+    def required(self, adapters: Sequence[str], *, sharded: bool) -> list[str]:
+        """Returns the files that have to be listed; `sharded`: an engine keeps weights and optimizer in its own."""
+        own = [] if self.save_only_model or sharded else [OPTIMIZER_FILE, SCHEDULER_FILE]
+        states = [] if self.save_only_model else random_states(self.ranks)
+        return [STATE_FILE, *own, *states, *([] if sharded else [settings_path(name) for name in adapters])]
+
+
+def random_states(ranks: Sequence[int]) -> list[str]:
+    """Returns a Trainer's files of random states; of no ranks: those of a single process."""
+    return [f"rng_state_{rank}.pth" for rank in ranks] or ["rng_state.pth"]
+
+
+def settings_path(adapter: str) -> str:
+    """Returns where a checkpoint has the ba_lora.json of an adapter of this name."""
+    return SETTINGS_FILE if adapter == "default" else f"{adapter}/{SETTINGS_FILE}"
+
+
+def open_manifest(directory: str) -> None:
+    """Writes a manifest that lists nothing, before any other file of the checkpoint."""
+    os.makedirs(directory, exist_ok=True)
+    _write(directory, Manifest())
+
+
+def seal(directory: str, adapters: Sequence[str], *, largest: float | None, save_only_model: bool) -> None:
+    """Writes the hashes of everything that training is resumed from, once all of it is there.
+
+    Files that FSDP or DeepSpeed keep parts of weights and optimizers in are left out.
+    """
+    path, ranks = Path(directory), ranks_here()
+    names = [*_ONCE, *random_states(ranks), *(settings_path(name) for name in adapters)]
+    if not adapters:
+        names += sorted(file.name for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file())
+    hashes = {name: file_digest(path / name) for name in names if (path / name).is_file()}
+    _write(directory, Manifest(hashes, ranks, save_only_model, largest))
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest | None:
+    """Returns a checkpoint's manifest; None where it was written before there were any.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = Path(directory, MANIFEST_FILE)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = Manifest(**{key: content[key] for key in ("sha256", "ranks", "save_only_model", "largest")})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{MANIFEST_FILE} is cut short or damaged") from None
+    hashed = isinstance(found.sha256, dict) and all(isinstance(value, str) for value in found.sha256.values())
+    if not (hashed and isinstance(found.ranks, list) and isinstance(found.largest, (int, float, type(None)))):
+        raise ValueError(f"{MANIFEST_FILE} is damaged")
+    return found
+
+
+def manifest_flaw(directory: str, found: Manifest, adapters: Sequence[str], *, sharded: bool) -> str | None:
+    """Returns which file is missing, or not the one that was saved with the others; None if all are."""
+    if not found.sha256:
+        return f"{MANIFEST_FILE}, which is written last, lists nothing yet"
+    for name in found.required(adapters, sharded=sharded):
+        if name not in found.sha256:
+            return f"{name} is missing" if not Path(directory, name).exists() else f"{name} was not saved with the rest"
+    for name, digest in found.sha256.items():
+        path = Path(directory, name)
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_digest(path) != digest:
+            return (
+                f"{name} is not the file that was saved with the others (if you changed it on purpose, remove "
+                f"{MANIFEST_FILE}: nothing is compared then)"
+            )
+    return None
+
+
+def _write(directory: str, manifest: Manifest) -> None:
+    content: dict[str, Any] = {"format_version": 1, "balora_plugin_version": __version__, **vars(manifest)}
+    write_text(Path(directory, MANIFEST_FILE), json.dumps(content, indent=2))

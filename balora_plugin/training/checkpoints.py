@@ -1,0 +1,87 @@
+"""What a run does to its checkpoints and to its output directory beside what the host writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..adapter.config import our_adapters
+from ..checkpoint.integrity import begin_save, is_checkpoint
+from ..checkpoint.lock import only_run
+from ..checkpoint.manifest import seal
+from ..distributed import raise_on_every_process
+from .host import HostTrainer
+
+
+class Sealing(TrainerCallback):
+    """Begins each checkpoint of a run with an open manifest, and seals it when the host has written all the rest.
+
+    The host writes trainer_state.json last, and then pushes the checkpoint or deletes older ones: it is sealed between
+    the two, so that at every moment one sealed checkpoint is there.
+    """
+
+    def __init__(self, host: HostTrainer) -> None:
+        self._host = host
+        self._training = False
+        self._open: str | None = None
+        self._largest: float | None = None
+
+    def begin(self, directory: str, largest: float) -> None:
+        """Prepares `directory` for a save, on every rank; `largest`: the largest magnitude of what trained."""
+        args = self._host.args
+        self._open, self._largest = None, largest
+        if self._training and is_checkpoint(directory):
+            self._open = os.path.abspath(directory)
+        begin_save(
+            directory,
+            rank=args.process_index,
+            processes=args.world_size,
+            first=args.should_save,
+            sealed=self._open is not None,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._training = True
+        save_state, finish = state.save_to_json, self._finish
+
+        def save_and_seal(path: str) -> None:  # no method, which a deepcopy of the state would follow to the trainer
+            save_state(path)
+            finish(os.path.dirname(os.path.abspath(path)))
+
+        state.save_to_json = save_and_seal
+
+    def end(self) -> None:
+        """After the run: what is saved now is no checkpoint of a Trainer."""
+        self._training, self._open = False, None
+
+    def _finish(self, directory: str) -> None:
+        if directory == self._open:
+            args, self._open = self._host.args, None
+            adapters = our_adapters(self._host.model)
+            seal(directory, adapters, largest=self._largest, save_only_model=args.save_only_model)
+
+
+@contextmanager
+def alone_in(host: HostTrainer) -> Iterator[None]:
+    """Holds the output directory against other runs; the first process does, for all of a job.
+
+    Raises:
+        ValueError: another run is going on there; on every process.
+    """
+    holding = only_run(str(host.args.output_dir)) if host.args.process_index == 0 else None
+    error = None
+    try:
+        if holding is not None:
+            holding.__enter__()
+    except ValueError as refused:
+        error, holding = str(refused), None
+    raise_on_every_process(error)
+    try:
+        yield
+    finally:
+        if holding is not None:
+            holding.__exit__(None, None, None)

@@ -1,0 +1,90 @@
+"""Where a run goes on from, and a run that has nothing left to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, has_length
+
+from ..adapter.config import our_adapters
+from ..checkpoint.integrity import check_whole, unchecked
+from ..checkpoint.names import STATE_FILE
+from ..settings import as_path
+from .checks.arguments import check_checkpoint
+from .classification import restore_head
+from .host import HostTrainer
+from .run_state import RunState, active_config
+
+
+def asked_for(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
+    """Returns the checkpoint that `train()` is asked to go on from, a path as text; None for none.
+
+    `True` is the last one in `output_dir`; where there is none the host says so.
+    """
+    if resume_from_checkpoint is True:
+        return get_last_checkpoint(str(output_dir))
+    return as_path("resume_from_checkpoint", resume_from_checkpoint or None)
+
+
+def check_resumable(host: HostTrainer, run: RunState | None, checkpoint: str) -> None:
+    """Refuses a checkpoint that training cannot be resumed from exactly, or of another kind of adapter.
+
+    Raises:
+        ValueError: names the file and the last whole checkpoint.
+    """
+    check_checkpoint(active_config(host.model), checkpoint)
+    ours = our_adapters(host.model)
+    if run is None and not ours:
+        return
+    check_whole(checkpoint, ours)
+    if run is None:
+        return
+    restore_head(run, checkpoint)
+    note = unchecked(checkpoint)
+    if note is not None:
+        run.warn("unchecked", note)
+
+
+def position(host: HostTrainer, checkpoint: str | None, trained: tuple[int, int]) -> tuple[int, int]:
+    """Returns the passes over the data that a run has ended, and the micro-batches of the one that it is in.
+
+    `trained`: the host's own answer, which takes a stream (data without a length) for one pass that never ends; after
+    its first it would skip what is not there, and begin the pass at hand anew. The epoch that a checkpoint keeps says
+    where it was: whole passes, and the part of the longest that there could be, max_steps steps.
+    """
+    args = host.args
+    if checkpoint is None or has_length(host.train_dataset) or getattr(args, "ignore_data_skip", False):
+        return trained
+    state = json.loads(Path(checkpoint, STATE_FILE).read_text(encoding="utf-8"))
+    epoch = state.get("epoch") or 0.0
+    if epoch <= 1.0:  # in the first
+        return trained
+    passes = int(epoch)
+    return passes, round((epoch - passes) * state["max_steps"] * args.gradient_accumulation_steps)
+
+
+class NothingLeft(TrainerCallback):
+    """Keeps a run that is resumed after its last step from training on: the host takes a step before it looks.
+
+    `run.finished` says so to the trainer, which then gives the host no batches.
+    """
+
+    def __init__(self, run: RunState, resumed: str | None) -> None:
+        self._run, self._resumed = run, resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._run.finished = self._resumed is not None and state.global_step >= state.max_steps
+        if self._run.finished:
+            self._run.warn(
+                "finished",
+                f"{self._resumed} is at step {state.global_step} of {state.max_steps}: this run has "
+                "ended, and nothing is trained. To go on, raise max_steps or num_train_epochs.",
+            )
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._run.finished:  # what the host does at the end of an epoch is done
+            control.should_log = control.should_save = control.should_evaluate = False
