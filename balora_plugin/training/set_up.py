@@ -19,6 +19,7 @@ from ..pretrained.lm_head import check_head
 from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
+from .acting import RecordedTerms, warn_of_dropout
 from .checks.arguments import check_arguments, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
@@ -97,7 +98,9 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
+    warn_of_dropout(run)
     host.add_callback(FiniteGuard(run, host))
+    host.add_callback(RecordedTerms(run, host))
     logger.info(f"BA-LoRA: {config}")
     return run
 
