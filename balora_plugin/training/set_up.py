@@ -28,6 +28,7 @@ from .fill_cache import open_run_cache
 from .finite_guard import FiniteGuard
 from .host import HostTrainer
 from .metrics import TermMetrics
+from .packing_probe import PackingProbe
 from .run_state import Inputs, RunState, WarnOnce, active_config
 
 logger = logging.get_logger(__name__)
@@ -85,6 +86,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         warn=warn,
         extend=host.extend_ba_lora_inputs,
         to_device=host._prepare_inputs,
+        packing=PackingProbe(bare, warn) if config.task == "nlg" else None,
         teacher=_ready_teacher(host, bare, config, given.teacher_model),
     )
     if run.ours:

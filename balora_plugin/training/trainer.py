@@ -212,6 +212,8 @@ class BaLoraTrainerMixin(_Base):
         training = bool(self.model.training)
         weights = self.weigh_ba_lora_task(inputs)
         inputs = run.inputs(inputs)
+        if training and run.packing is not None:
+            run.packing.look(inputs)
         request = dataclasses.replace(requests.step(training), task_weights=weights)
         out: StepOutput = model(**inputs, ba_lora=request)
         if num_items_in_batch is not None and run.config.task == "nlu":
