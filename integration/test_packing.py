@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from trl import SFTConfig
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer
 from balora_plugin.compile import backend
+from balora_plugin.training.packing_probe import PackingProbe
 
 ROWS = [{"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}" + " ok" * (i % 3)} for i in range(5)]
 KERNELS = {"sdpa": 1e-10, "eager": 1e-5, "flash_attention_2": 1e-10}  # tolerances: eager's softmax is float32
@@ -125,3 +127,39 @@ def test_flash_attention_in_compiled_graphs(tmp_path, tokenizer, monkeypatch):
     torch._dynamo.reset()
     assert lowered
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("arrangement", [*ARRANGEMENTS, None])
+def test_a_model_whose_documents_see_each_other_is_named_once(arrangement, tmp_path, tokenizer, caplog):
+    """At the start of a packed run, and never of another; the run goes on."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    logging.getLogger("transformers").propagate = True
+    caplog.set_level(logging.WARNING)
+    values = {"vocab_size": 96, "hidden_size": 32, "pad_token_id": 0, "num_hidden_layers": 1, "dropout": 0.0}
+    values |= {"num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    torch.manual_seed(1)
+    trainer, _ = batches(
+        tmp_path, tokenizer, OPTForCausalLM(OPTConfig(**values)), max_steps=2, **ARRANGEMENTS.get(arrangement, {})
+    )
+    trainer.train()
+    lines = [r.getMessage() for r in caplog.records if "packed documents see each other" in r.getMessage()]
+    assert len(lines) == (arrangement is not None)
+    assert all("OPTForCausalLM" in line for line in lines)
+    assert trainer.state.global_step == 2
+
+
+def test_the_probe_changes_nothing_of_a_run(tmp_path, tokenizer, monkeypatch):
+    """Dropout draws the same numbers with it and without."""
+
+    def losses():
+        model = tiny_llama(attention_dropout=0.2)
+        trainer, _ = batches(tmp_path, tokenizer, model, packing=True, max_length=256, max_steps=3, logging_steps=1)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    asked, compare = [], PackingProbe._compare
+    monkeypatch.setattr(PackingProbe, "_compare", lambda self, *given: (asked.append(1), compare(self, *given)))
+    with_it = losses()
+    monkeypatch.setattr(PackingProbe, "look", lambda self, inputs: None)
+    assert losses() == with_it and asked == [1]

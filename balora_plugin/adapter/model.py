@@ -30,6 +30,7 @@ from .saved.stock import stock_config, to_stock_state_dict
 from .saved.writing import check_finite, write_side_files
 from .start.layers import start_layers
 from .targets import check_targets, fill_default_targets, injected_layers
+from .unasked import say_unasked_terms
 
 if TYPE_CHECKING:  # a mixin for type checkers too: its methods call PeftModel's
     from peft import PeftModel as _Base
@@ -86,6 +87,12 @@ class BaLoraModelMixin(_Base):
         from .start.full_precision import FullPrecisionWeights
 
         return FullPrecisionWeights(os.fspath(config.start_from), self.get_base_model(), quantised)
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode as PyTorch does, and says once if the model trains where nothing asks for its terms."""
+        if mode:
+            say_unasked_terms(self)
+        return super().train(mode)
 
     # --- saving
 

@@ -40,11 +40,12 @@ class Weights(NamedTuple):
 
 class Rows(NamedTuple):
     """Rows of the student, states (M, d) or logits (M, V), their targets (M,), and the teacher's: the like, or its
-    log-probabilities, or None."""
+    log-probabilities, or None. `task` (M,): factors of each row's task loss; None: 1."""
 
     student: Tensor
     labels: Tensor
     teacher: Tensor | TopLogProbs | None
+    task: Tensor | None = None
 
     def at(self, index: Tensor | slice) -> Rows:
         teacher = self.teacher
@@ -52,7 +53,7 @@ class Rows(NamedTuple):
             teacher = TopLogProbs(*(x[index] for x in teacher))
         elif teacher is not None:
             teacher = teacher[index]
-        return Rows(self.student[index], self.labels[index], teacher)
+        return Rows(self.student[index], self.labels[index], teacher, None if self.task is None else self.task[index])
 
 
 def token_chunk(
@@ -67,8 +68,8 @@ def token_chunk(
 ) -> Tensor:
     """Turns logits into the gradient of the weighted loss by them (if `differentiate`); returns what each row adds.
 
-    The gradient, by logits in nats, lacks -weights.task at the labels, which is the caller's to take off, for all its
-    blocks at once.
+    The gradient, by logits in nats, lacks -weights.task (times block.task) at the labels, which is the caller's to take
+    off, for all its blocks at once.
 
     Args:
         block: Logits (C, V) of the student, float32 or float64, and of the teacher; both are overwritten.
@@ -78,7 +79,7 @@ def token_chunk(
 
     Returns: (C, 5): task, consistency, -H over top_k, H over all, each in units; top-1 hit.
     """
-    z, labels, teacher = block
+    z, labels, teacher, factors = block
     a, b, c = weights
     entropic = bool(c) if entropic is None else entropic
     top = 0 < form.top_k < z.shape[-1]
@@ -102,6 +103,7 @@ def token_chunk(
         (e,) = _exponentials((z,), (pool(2),), unit)
     chosen = z.gather(1, target)
     task, hit = e.log_total - chosen, hits(z, labels, chosen)
+    task, a = by_row(task, factors), by_row(a, factors)
     product = z.mul_(e.values)  # p = e.values * e.inverse, log p = z - e.log_total
     mean = product.sum(dim=-1, keepdim=True).mul_(e.inverse)
     entropy = e.log_total - mean
@@ -135,9 +137,9 @@ def compiled_chunk(form: TermForm, differentiate: bool, entropic: bool) -> Calla
     that is said once, and the same source runs eagerly.
     """
 
-    def body(z: Tensor, z_t: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
+    def body(z: Tensor, z_t: Tensor | None, labels: Tensor, task: Tensor | None, weights: Tensor) -> Tensor:
         return token_chunk(
-            Rows(z, labels, None if z_t is None else z_t.clone()),  # a copy of which nothing is left when compiled
+            Rows(z, labels, None if z_t is None else z_t.clone(), task),  # a copy that compiling takes away again
             Weights(*weights.unbind()),
             form,
             pool=lambda _: torch.empty_like(z),
@@ -150,7 +152,7 @@ def compiled_chunk(form: TermForm, differentiate: bool, entropic: bool) -> Calla
 
     def call(block: Rows, weights: Tensor) -> Tensor:
         assert not isinstance(block.teacher, TopLogProbs)
-        arguments = (block.student, block.teacher, block.labels, weights)
+        arguments = (block.student, block.teacher, block.labels, block.task, weights)
         if runs[0] is compiled:
             try:
                 return compiled(*arguments)
@@ -196,6 +198,11 @@ def _exponentials(logits: tuple[Tensor, ...], out: tuple[Tensor, ...], unit: flo
         )
     columns = zip(out, totals.reciprocal().unbind(), log(totals).unbind(), strict=True)
     return [Exponentials(*column) for column in columns]
+
+
+def by_row(value: Any, factors: Tensor | None) -> Any:
+    """`value`, a number or (C, 1), times a row's factor (C,); as it is without factors."""
+    return value if factors is None else value * factors.unsqueeze(1)
 
 
 def hits(z: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:

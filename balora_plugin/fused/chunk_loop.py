@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .chunk import Rows, Weights, compiled_chunk, in_base_2, token_chunk
+from .chunk import Rows, Weights, by_row, compiled_chunk, in_base_2, token_chunk
 from .head import Head
 from .loss import IGNORED, Execution, TeacherStates, TokenLoss, TopLogProbs, Wants
 from .project import Projection, block_rows
@@ -94,7 +94,8 @@ class ChunkLoop:
         self.differentiate = any(execution.wants)
         self.hidden = hidden
         teacher = loss.teacher
-        rows = Rows(hidden, labels, teacher.hidden if isinstance(teacher, TeacherStates) else teacher)
+        factors = None if loss.task_rows is None else loss.task_rows.to(self.wide)
+        rows = Rows(hidden, labels, teacher.hidden if isinstance(teacher, TeacherStates) else teacher, factors)
         counted = (labels != IGNORED).nonzero().squeeze(-1)  # before any product
         self.counted = None if counted.numel() == labels.numel() else counted
         self.rows = rows if self.counted is None else rows.at(self.counted)
@@ -136,12 +137,12 @@ class ChunkLoop:
         target = rows.labels.unsqueeze(1)
         capped = self.differentiate and self.head.cap is not None
         slopes = self.head.slope(z.gather(1, target)) if capped else None  # of the cap at the labels
-        block = Rows(z, rows.labels, teacher)
+        block = Rows(z, rows.labels, teacher, rows.task)
         terms = [self._block(block.at(inner), whole, capped) for inner, whole in self.buffers.blocks(len(z))]
         if not self.differentiate:
             return terms
         if self.weights.task:
-            at_labels = torch.full_like(target, -self.weights.task, dtype=self.wide)
+            at_labels = by_row(torch.full_like(target, -self.weights.task, dtype=self.wide), rows.task)
             z.scatter_add_(1, target, at_labels if slopes is None else at_labels * slopes)
         self.gradients.add(part, z, states, self.head)
         return terms

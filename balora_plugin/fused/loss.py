@@ -53,7 +53,7 @@ class TokenLoss(NamedTuple):
     Tensors are inputs of a graph that holds this, the rest are constants. So `weights` of task, consistency and
     diversity are a tensor, (3,) float64 on the CPU: a compiler would specialise on every float of a schedule.
     `compiled`: the passes over whole blocks of logits run as compiled loops. No teacher leaves the consistency term
-    out.
+    out. `task_rows` (M,): factors of each row's task loss, beside that of all in `weights`; None: 1.
     """
 
     head: Head
@@ -61,6 +61,7 @@ class TokenLoss(NamedTuple):
     form: TermForm
     weights: Tensor
     compiled: bool = False
+    task_rows: Tensor | None = None
 
 
 class Wants(NamedTuple):

@@ -29,6 +29,7 @@ def compute_token_terms(
     top_log_probs: Tensor | None,
     top_log_tail: Tensor | None,
     weights: Tensor,
+    task_rows: Tensor | None,
     form: str,
     temperature: float,
     top_k: int,
@@ -50,7 +51,8 @@ def compute_token_terms(
     elif teacher_hidden is not None:
         own = None if teacher_weight is None else Head(teacher_weight, teacher_bias, scale, softcap)
         teacher = TeacherStates(teacher_hidden, own)
-    loss = TokenLoss(Head(weight, bias, scale, softcap), teacher, TermForm(form, temperature, top_k), weights, compiled)
+    head, terms = Head(weight, bias, scale, softcap), TermForm(form, temperature, top_k)
+    loss = TokenLoss(head, teacher, terms, weights, compiled, task_rows)
     return ChunkLoop(hidden, labels, loss, Execution(chunk_size, dtype, Wants(*wants))).run()
 
 
@@ -69,8 +71,9 @@ def flat(hidden: Tensor, labels: Tensor, loss: TokenLoss, execution: Execution) 
             own = (teacher.head.weight.detach(), None if bias is None else bias.detach())
     name, temperature, top_k = loss.form
     form = (name, float(temperature), top_k, float(head.scale), head.softcap)
+    factors = None if loss.task_rows is None else loss.task_rows.detach()
     how = (loss.compiled, execution.chunk_size, execution.dtype, list(execution.wants))
-    return hidden, head.weight, head.bias, labels, states, *own, *top, loss.weights, *form, *how
+    return hidden, head.weight, head.bias, labels, states, *own, *top, loss.weights, factors, *form, *how
 
 
 token_terms_op = torch.library.custom_op("balora::token_terms", compute_token_terms, mutates_args=())

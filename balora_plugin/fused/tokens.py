@@ -57,6 +57,7 @@ def token_terms(
     teacher_bias: Tensor | None = None,
     teacher_top: TopLogProbs | None = None,
     compiled: bool = False,
+    task_weights: Tensor | None = None,
 ) -> TokenTerms:
     """Cross-entropy, consistency and entropy from hidden states, logits = softcap((hidden @ weight.T + bias) * scale).
 
@@ -78,6 +79,7 @@ def token_terms(
         teacher_top: In the place of teacher_hidden: (M, K) token ids and log-probabilities and (M,) log mass of the
             rest, at this temperature, see [`top_log_probs`][balora_plugin.fused.top]. The consistency term is then
             taken over K + 1 buckets (docs/method.md); not for "mse".
+        task_weights: (M,) factor of each row's cross-entropy, in `loss` and in `task`; no gradient. None: 1.
         compiled: Run the passes over the logits as compiled loops (seconds at the first call for each vocabulary).
 
     Raises:
@@ -103,9 +105,11 @@ def token_terms(
     elif lambda_consistency and teacher_hidden is not None:
         own = None if teacher_weight is None else Head(teacher_weight, teacher_bias)
         teacher = TeacherStates(teacher_hidden, own)
+    if task_weights is not None and task_weights.shape != labels.shape:
+        raise ValueError(f"task_weights must be like labels {tuple(labels.shape)}, got {tuple(task_weights.shape)}.")
     weights = torch.tensor([lambda_task, lambda_consistency, lambda_diversity], dtype=torch.float64)
     head = Head(weight, bias, float(scale), softcap)
-    loss = TokenLoss(head, teacher, TermForm(form, float(temperature), top_k), weights, compiled)
+    loss = TokenLoss(head, teacher, TermForm(form, float(temperature), top_k), weights, compiled, task_weights)
     return weighted_token_terms(hidden, labels, loss, chunk_size)
 
 

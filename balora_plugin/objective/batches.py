@@ -52,3 +52,17 @@ def counted_positions(inputs: dict[str, Any]) -> Tensor:
     counted = torch.zeros_like(inputs["labels"], dtype=torch.bool)
     counted[:, :-1] = inputs["labels"][:, 1:] != -100  # position t predicts label t + 1
     return counted
+
+
+def check_task_weights(weights: Tensor, labels: Tensor) -> None:
+    """Refuses weights of the task loss that do not fit the batch: labels (B,) or (B, D) of samples, (B, L) of tokens.
+
+    Raises:
+        ValueError: names the hook, both shapes and what it should return.
+    """
+    if tuple(weights.shape) in {tuple(labels.shape), (labels.shape[0],)}:
+        return
+    raise ValueError(
+        f"weigh_ba_lora_task returned weights of shape {tuple(weights.shape)} for labels of shape "
+        f"{tuple(labels.shape)}: return one weight a sample, ({labels.shape[0]},), or one a label."
+    )

@@ -20,9 +20,10 @@ from ..fused.head import Head
 from ..fused.loss import IGNORED, TeacherStates
 from ..fused.project import project
 from ..pretrained.attention import implementation_of, is_flash
+from ..pretrained.backbone import backbone_of
 from ..pretrained.lm_head import check_head_now, read_head
 from ..pretrained.switch import TeacherSwitch
-from .batches import counted_positions, with_boundaries
+from .batches import check_task_weights, counted_positions, with_boundaries
 from .causal_lm_terms import (
     backbone_pass,
     head_spectrum,
@@ -67,17 +68,14 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
     extra = {"output_router_logits": True} if router else {}
-    targets = shifted
-    if targets is None:  # position t predicts label t + 1
-        assert labels is not None
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    asked, spectrum = token_loss(request, head, teacher), spectrum_request(request, head)
+    targets, factors = _aligned(labels, shifted, request.task_weights)
+    asked, spectrum = token_loss(request, head, teacher, factors), spectrum_request(request, head)
     whole = not (request.return_logits or request.measure_shares)
     if whole and compiled is not None and compiled.student is not None:
         hidden, sums, ratio, routed = compiled.student(model, {**inputs, **extra}, targets, asked, spectrum)
     else:
         with nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model):
-            outputs = model.base_model(**inputs, **extra)
+            outputs = backbone_of(model)(**inputs, **extra)
         hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
         with request.part("token_terms"):
             sums = token_sums(hidden, targets, asked)
@@ -106,6 +104,19 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     if request.return_logits:
         result["logits"] = project(hidden.to(head.weight.device), head).to(hidden.dtype)
     return StepOutput(**result)
+
+
+def _aligned(labels: Tensor | None, shifted: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Targets (B, L) of the positions that predict them, and the factors of their task loss, or None."""
+    given = labels if shifted is None else shifted
+    assert given is not None
+    if weights is not None:
+        check_task_weights(weights, given)
+        weights = weights.unsqueeze(1).expand_as(given) if weights.ndim == 1 else weights
+    if shifted is not None:
+        return shifted, weights
+    # position t predicts label t + 1
+    return F.pad(given[:, 1:], (0, 1), value=IGNORED), None if weights is None else F.pad(weights[:, 1:], (0, 1))
 
 
 def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

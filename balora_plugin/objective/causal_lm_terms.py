@@ -16,6 +16,7 @@ from ..fused.head import Head
 from ..fused.loss import IGNORED, TeacherStates, TermForm, TokenLoss
 from ..fused.spectrum import drawn_rows, usable_k
 from ..fused.tokens import weighted_token_terms
+from ..pretrained.backbone import backbone_of
 from ..schedules import Lambdas
 
 if TYPE_CHECKING:
@@ -43,8 +44,13 @@ class SpectrumRequest(NamedTuple):
     gram: Tensor | None = None
 
 
-def token_loss(request: StepRequest, head: Head, teacher: TeacherStates | TopLogProbs | None) -> TokenLoss:
-    """What a request asks of the tokens; the teacher's tensors (B, T, ...)."""
+def token_loss(
+    request: StepRequest,
+    head: Head,
+    teacher: TeacherStates | TopLogProbs | None,
+    task_rows: Tensor | None = None,
+) -> TokenLoss:
+    """What a request asks of the tokens; the teacher's tensors (B, T, ...), `task_rows` of the targets (B, T)."""
     config, lambdas = request.config, request.lambdas
     return TokenLoss(
         head=head.alone,
@@ -52,6 +58,7 @@ def token_loss(request: StepRequest, head: Head, teacher: TeacherStates | TopLog
         form=TermForm(config.consistency or "kl", config.temperature or 1.0, config.diversity_top_k or 0),
         weights=torch.tensor([1.0, lambdas.consistency, lambdas.diversity], dtype=torch.float64),
         compiled=request.compiled is not None and head.weight.device.type != "cpu",  # as measured: docs/benchmarks.md
+        task_rows=task_rows,
     )
 
 
@@ -91,7 +98,7 @@ def student_pass(
     Returns: hidden (B, T, d); sums loss, task, consistency, diversity, entropy, correct, count; the spectral ratio and
     the k it used, where it has an operator; the logits of routers, where `inputs` ask for them.
     """
-    outputs = model.base_model(**inputs)
+    outputs = backbone_of(model)(**inputs)
     hidden = outputs.last_hidden_state
     sums, ratio = token_sums(hidden, targets, loss), token_spectrum(hidden, targets, loss.head, spectrum)
     return hidden, sums, ratio, outputs.get("router_logits")
@@ -99,7 +106,7 @@ def student_pass(
 
 def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """Final hidden states (B, T, d)."""
-    return model.base_model(**inputs).last_hidden_state
+    return backbone_of(model)(**inputs).last_hidden_state
 
 
 def token_sums(hidden: Tensor, targets: Tensor, loss: TokenLoss) -> tuple[Tensor, ...]:
@@ -112,8 +119,11 @@ def token_sums(hidden: Tensor, targets: Tensor, loss: TokenLoss) -> tuple[Tensor
         teacher = TopLogProbs(*(x.to(device).flatten(0, 1) for x in teacher))
     elif teacher is not None:
         teacher = TeacherStates(teacher.hidden.to(device).flatten(0, 1), teacher.head)
+    factors = None if loss.task_rows is None else loss.task_rows.to(device).flatten()
     terms = weighted_token_terms(
-        hidden.to(device).flatten(0, 1), targets.to(device).flatten(), loss._replace(teacher=teacher)
+        hidden.to(device).flatten(0, 1),
+        targets.to(device).flatten(),
+        loss._replace(teacher=teacher, task_rows=factors),
     )
     return terms.loss, terms.task, terms.consistency, terms.diversity, terms.entropy, terms.correct, terms.count
 

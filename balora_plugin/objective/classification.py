@@ -20,6 +20,7 @@ from ..distributed import world_size
 from ..pretrained.classifier_head import last_tokens, reads_last_token
 from ..pretrained.switch import TeacherSwitch
 from ..regularizers import upcast
+from .batches import check_task_weights
 from .classification_terms import (
     MULTI_LABEL,
     REGRESSION,
@@ -27,6 +28,7 @@ from .classification_terms import (
     consistency_of,
     diversity_of,
     spectrum_of_samples,
+    task_rows,
 )
 from .gather import gather_rows
 from .request import StepOutput, StepRequest
@@ -69,6 +71,7 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
     found = _Found(count=counted.sum())
     with torch.autocast(logits.device.type, enabled=False):  # it would take the covariance in half precision
         task = upcast(outputs.loss) * found.count  # the model's own loss, a mean
+        task = _weighted(task, request.task_weights, logits, _Labels(labels, problem, counted))
         with request.part("token_terms"):
             if teacher is not None:
                 found.consistency(request, logits, teacher, counted, problem)
@@ -90,6 +93,27 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
     if request.measure_shares:
         result["shares"] = _shares(task, weighted, captured[0], max(request.teacher_factor, 1))
     return StepOutput(**result)
+
+
+class _Labels(NamedTuple):
+    """A batch's labels (N,) or (N, D), their kind of task, and which samples count (N,)."""
+
+    values: Tensor
+    problem: str
+    counted: Tensor
+
+
+def _weighted(task: Tensor, weights: Tensor | None, logits: Tensor, labels: _Labels) -> Tensor:
+    """The sum of the samples' task losses, each times its weight: (N,), or (N, D) for each of its labels; None: `task`.
+
+    logits (N, D).
+    """
+    if weights is None:
+        return task
+    check_task_weights(weights, labels.values)
+    rows = task_rows(logits, labels.values, labels.problem)
+    weights = weights.unsqueeze(1) if weights.ndim == 1 else weights
+    return torch.where(labels.counted, (rows * weights.to(rows)).mean(dim=-1), 0.0).sum()
 
 
 class _Found:

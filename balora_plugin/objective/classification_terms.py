@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..fused.spectrum import usable_k
 from ..regularizers import consistency_rows, covariance, known_form, spectral, upcast
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classification", "multi_label_classification"
+
+
+def task_rows(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
+    """Each sample's task loss as transformers' classifiers take its mean: (N, D) logits -> (N, 1), of labels (N, D).
+
+    Of a label of -100: 0.
+    """
+    logits = upcast(logits)
+    if problem == SINGLE_LABEL:
+        return F.cross_entropy(logits, labels.reshape(len(logits)), reduction="none").unsqueeze(1)
+    labels = labels.reshape(logits.shape).to(logits)
+    if problem == MULTI_LABEL:
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return (logits - labels).square()
 
 
 def consistency_of(student: Tensor, teacher: Tensor, *, problem: str, form: str, temperature: float) -> Tensor:

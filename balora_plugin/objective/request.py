@@ -35,7 +35,8 @@ class StepRequest:
     `teacher_head`: the teacher's head where the student's own has moved and no copy is in the model. `fill`: only make
     sure that the cache holds the batch's teacher states. `head_only`: a classifier's head on the pre-trained features.
     `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
-    part of the run's cost.
+    part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
+    device.
     """
 
     config: RegularizerConfig
@@ -54,6 +55,7 @@ class StepRequest:
     head_only: bool = False
     counts: bool = True
     part: Callable[[str], AbstractContextManager[None]] = uncounted
+    task_weights: Tensor | None = None
 
 
 class CompiledPasses(NamedTuple):

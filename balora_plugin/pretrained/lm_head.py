@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -14,11 +14,13 @@ from transformers.utils import logging
 
 from ..distributed import has_process_group, process_rank
 from ..fused.head import Head
-from ..fused.project import project
+from ..fused.project import product_dtype, project
+from .backbone import backbone_of, possible_backbones
 from .quantised import dequantised, is_quantised_linear, quantised_layers_stay_in_training_mode
 from .switch import TeacherSwitch
 
 logger = logging.get_logger(__name__)
+_AMPLIFIED = 1000.0
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose parameters were not there for check_head
 
@@ -59,8 +61,7 @@ def read_head(model: PreTrainedModel, *, teacher: bool = False, student: Head | 
             "wrap the decoder layers alone (transformer_layer_cls_to_wrap), or use fsdp_version: 2."
         )
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, _logit_scale(config), softcap, sources, decoded)
+    return Head(weight, bias, _logit_scale(config), _softcap(config), sources, decoded)
 
 
 @torch.no_grad()
@@ -93,6 +94,14 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
+def _softcap(config: Any) -> float | None:
+    """Returns the cap c of c * tanh(logits / c), which models name differently; None without one."""
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if getattr(config, name, None):
+            return float(getattr(config, name))
+    return None
+
+
 def check_head(model: PreTrainedModel) -> None:
     """Runs the model on four tokens and compares its logits with ours, so that no architecture is silently wrong.
 
@@ -102,7 +111,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the logits cannot be reproduced from the final hidden states.
     """
-    if model.base_model is model:
+    if backbone_of(model) is model:
         raise ValueError(f"{type(model).__name__} does not separate its backbone from its LM head: not supported.")
     parameters = list(model.parameters())
     # PEFT loses the scales of an 8-bit weight on a CPU if it is dequantised for the start after a forward pass
@@ -132,30 +141,108 @@ def check_head_now(model: PreTrainedModel, device: torch.device) -> None:
 
 @torch.no_grad()
 def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
-    captured: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(
-        lambda module, args, output: captured.append(output.last_hidden_state)
-    )
+    # at rest: dropout would draw random numbers, in the first step of a resumed run too
+    with TeacherSwitch(model).off(), quantised_layers_stay_in_training_mode(model):
+        ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+        seen = _pass(model, ids, possible_backbones(model))
+        head = read_head(model)
+        _check_finite(model, seen.logits)
+        trained = backbone_of(model)
+        if seen.backbone is not trained:  # what training runs, where the model's own forward calls a part of it
+            seen = seen._replace(hidden=trained(input_ids=ids, use_cache=False).last_hidden_state)
+        tolerance = _Tolerance.of(seen, head)
+        _check_logits(model, seen, head, tolerance)
+        factor = tolerance.amplification(seen, head.scale)
+        amplified = _pass(model, ids, [seen.backbone], factor)
+        _check_logits(model, amplified, read_head(model), tolerance)
+
+
+class _Pass(NamedTuple):
+    """One forward pass: the module whose output the head read, that output (1, 4, d), and the model's logits."""
+
+    backbone: nn.Module
+    hidden: Tensor
+    logits: Tensor
+
+
+def _pass(model: PreTrainedModel, ids: Tensor, backbones: list[nn.Module], factor: float = 1.0) -> _Pass:
+    """Runs the model; of `backbones`, one inside the other, the head reads what the last to end returns.
+
+    `factor`: on the hidden states that the head gets.
+    """
+    captured: list[tuple[nn.Module, Tensor]] = []
+
+    def capture(module: nn.Module, args: Any, output: Any) -> None:
+        if factor != 1.0:
+            output.last_hidden_state = output.last_hidden_state * factor
+        captured.append((module, output.last_hidden_state))
+
+    handles = [backbone.register_forward_hook(capture) for backbone in backbones]
     try:
-        # at rest: dropout would draw random numbers, in the first step of a resumed run too
-        with TeacherSwitch(model).off(), quantised_layers_stay_in_training_mode(model):
-            ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
-            expected = model.forward(input_ids=ids, use_cache=False).logits  # past hooks: it may be inside a call of it
+        logits = model.forward(input_ids=ids, use_cache=False).logits  # past hooks: it may be inside a call of it
     finally:
-        handle.remove()
-    head = read_head(model)
-    got = project(captured[0].to(head.weight.device), head)
-    exact = expected.dtype in (torch.float32, torch.float64) and not head.dequantised
-    if not bool(torch.isfinite(expected).all()):
-        for name, value in model.named_parameters():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"{name.replace('.base_layer', '')} of the base model holds NaN or inf, and so do its logits: load "
-                    "a whole copy of the model, or another dtype (float16 overflows where bfloat16 does not)."
-                )
-    error = (got.to(expected.device) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    if not error < (1e-4 if exact else 5e-2):
+        for handle in handles:
+            handle.remove()
+    if not captured:
         raise ValueError(
-            f"{type(model).__name__}'s logits are not softcap((hidden @ weight.T + bias) * scale) of its final hidden "
-            f"states (relative error {error:.1e}): the terms would be computed on other logits. Not supported."
+            f"{type(model).__name__} does not call its backbone ({type(backbones[0]).__name__}) where it computes its "
+            "logits: not supported."
         )
+    return _Pass(*captured[-1], logits)
+
+
+class _Tolerance(NamedTuple):
+    """How far two evaluations of one product may be apart.
+
+    Attributes:
+        error: Of a single logit, relative to the largest.
+        slope: Of the factor between all of them, which rounding hardly moves.
+        largest: What the narrowest dtype on the way can hold.
+    """
+
+    error: float
+    slope: float
+    largest: float
+
+    @classmethod
+    def of(cls, seen: _Pass, head: Head) -> _Tolerance:
+        """By the least precise dtype on the way: a head in bfloat16 may return float32, or be given it."""
+        dtypes = {seen.logits.dtype, seen.hidden.dtype, head.weight.dtype, product_dtype(seen.hidden, head.weight)}
+        known = [torch.finfo(dtype) for dtype in dtypes]
+        eps, largest = max(info.eps for info in known), min(info.max for info in known)
+        if head.dequantised:
+            return cls(5e-2, 2e-2, largest)
+        return cls(max(4 * eps, 1e-4), max(eps / 2, 1e-4), largest)
+
+    def amplification(self, seen: _Pass, scale: float) -> float:
+        """The factor on hidden states that makes the largest logit 1000, where any cap shows; less if too large."""
+        logits, hidden = float(seen.logits.abs().max()), float(seen.hidden.abs().max())
+        room = self.largest / 4
+        return min(
+            _AMPLIFIED / max(logits, 1e-6), room * min(abs(scale), 1.0) / max(logits, 1e-6), room / max(hidden, 1e-6)
+        )
+
+
+def _check_logits(model: PreTrainedModel, seen: _Pass, head: Head, tolerance: _Tolerance) -> None:
+    got = project(seen.hidden.to(head.weight.device), head).to(seen.logits.device).double()
+    expected = seen.logits.double()
+    away = got - expected
+    error = float(away.abs().max() / expected.abs().max().clamp_min(1e-6))
+    slope = float((got * away).sum().abs() / got.square().sum().clamp_min(1e-12))
+    if error < tolerance.error and slope < tolerance.slope:
+        return
+    raise ValueError(
+        f"{type(model).__name__}'s logits are not softcap((hidden @ weight.T + bias) * scale) of its final hidden "
+        f"states (relative error {max(error, slope):.1e}): the terms would be computed on other logits. Not supported."
+    )
+
+
+def _check_finite(model: PreTrainedModel, logits: Tensor) -> None:
+    if bool(torch.isfinite(logits).all()):
+        return
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{name.replace('.base_layer', '')} of the base model holds NaN or inf, and so do its logits: load "
+                "a whole copy of the model, or another dtype (float16 overflows where bfloat16 does not)."
+            )

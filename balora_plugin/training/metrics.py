@@ -34,6 +34,11 @@ class TermMetrics:
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._bad: Tensor | None = None  # the first optimizer step at which each value was not finite, else inf
 
+    @property
+    def recorded(self) -> bool:
+        """True once a micro-batch of training was recorded."""
+        return self._bad is not None
+
     def clear(self, mode: str) -> None:
         self._sums[mode] = {}
 

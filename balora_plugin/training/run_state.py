@@ -21,6 +21,7 @@ from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
 from .cost import CostMeter
 from .metrics import TermMetrics
+from .packing_probe import PackingProbe
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +60,7 @@ class RunState:
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
         cache: The teacher's outputs on disk.
+        packing: Asks once whether packed documents see each other; None for classifiers.
         initial_head: The LM head that full fine-tuning with a cache began with, which is the teacher's.
         meter: What counts the run's cost; there from the start of training.
         wants_logits: Whether the evaluation at hand asks for logits.
@@ -77,6 +79,7 @@ class RunState:
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
     cache: TeacherCache | None = None
+    packing: PackingProbe | None = None
     initial_head: Head | None = None
     meter: CostMeter | None = None
     wants_logits: bool = False

@@ -20,6 +20,7 @@ from ..pretrained.lm_head import check_head
 from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
+from .acting import RecordedTerms, warn_of_dropout
 from .checks.arguments import check_arguments, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
@@ -28,6 +29,7 @@ from .fill_cache import open_run_cache
 from .finite_guard import FiniteGuard
 from .host import HostTrainer
 from .metrics import TermMetrics
+from .packing_probe import PackingProbe
 from .run_state import Inputs, RunState, WarnOnce, active_config
 
 logger = logging.get_logger(__name__)
@@ -95,6 +97,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         # at every batch, so that a method given to the instance later counts too
         extend=lambda batch: host.extend_ba_lora_inputs(batch),
         to_device=lambda batch: host._prepare_inputs(batch),
+        packing=PackingProbe(bare, warn) if config.task == "nlg" else None,
         teacher=_ready_teacher(host, bare, config, given.teacher_model),
     )
     if run.ours:
@@ -108,7 +111,9 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
+    warn_of_dropout(run)
     host.add_callback(FiniteGuard(run, host))
+    host.add_callback(RecordedTerms(run, host))
     logger.info(f"BA-LoRA: {config}")
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ..objective.request import StepOutput
 from ..pretrained.quantised import quantised_layers_stay_in_training_mode
 from ..schedules import Lambdas
 from ..settings import as_path
+from .acting import check_bases
 from .checkpoints import Sealing, alone_in
 from .checks.arguments import check_counted
 from .classification import save_head
@@ -60,13 +62,17 @@ class BaLoraTrainerMixin(_Base):
     (weighted total) and `balora/share_*`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone;
     evaluation measures every configured term, at its full weight whatever the schedule.
 
-    A subclass may override three hooks: [`check_ba_lora_task`], [`extend_ba_lora_inputs`] and
+    A subclass may override four hooks: [`check_ba_lora_task`], [`extend_ba_lora_inputs`], [`weigh_ba_lora_task`] and
     [`record_ba_lora_metrics`]. `ba_lora_run` holds the state of the run; None where the trainer has no terms.
     """
 
     ba_lora_run: RunState | None = None
     ba_lora_requests: StepRequests | None = None
     ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_bases(cls, BaLoraTrainerMixin)
 
     def __init__(
         self,
@@ -119,6 +125,10 @@ class BaLoraTrainerMixin(_Base):
     def extend_ba_lora_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Hook: returns the batch with the keywords that this trainer's own compute_loss would add to it."""
         return inputs
+
+    def weigh_ba_lora_task(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Hook: returns factors of the batch's task loss, one a sample (B,) or one a label (B, L); None: all 1."""
+        return None
 
     def record_ba_lora_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
         """Hook: keeps the metrics that this trainer's own compute_loss would, from the pass's sums over tokens."""
@@ -223,8 +233,11 @@ class BaLoraTrainerMixin(_Base):
         if run is None or requests is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         training = bool(self.model.training)
+        weights = self.weigh_ba_lora_task(inputs)
         inputs = run.inputs(inputs)
-        request = requests.step(training)
+        if training and run.packing is not None:
+            run.packing.look(inputs)
+        request = dataclasses.replace(requests.step(training), task_weights=weights)
         out: StepOutput = model(**inputs, ba_lora=request)
         if num_items_in_batch is not None and run.config.task == "nlu":
             num_items_in_batch = samples_of(inputs["labels"], num_items_in_batch)

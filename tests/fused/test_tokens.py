@@ -620,3 +620,61 @@ def test_one_head_under_two_names_is_one(monkeypatch):
     assert len(made) == 1
     token_terms(hidden, hidden, weight, labels, lambda_consistency=1.0, teacher_weight=weight.clone())
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("trains", ["hidden", "hidden weight bias"])
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "jsd", "temperature": 2.0, "top_k": 3}, {"softcap": 3.0, "scale": 0.5}]
+)
+def test_weights_of_rows_are_factors_of_their_cross_entropy(options, trains):
+    """Against the dense terms of each row alone; a loss that weighed another term would differ."""
+    example = case(
+        m=9,
+        bias="bias" in trains,
+        trains=trains,
+        lambda_consistency=0.7,
+        lambda_diversity=0.4,
+        lambda_task=0.8,
+        **options,
+    )
+    factors = random(9, seed=21).abs()
+    loss, task = 0.0, 0.0
+    for row in range(9):
+        if example.labels[row] != -100:
+            one, sums = dense_terms(
+                example.hidden[row : row + 1],
+                example.teacher_hidden[row : row + 1],
+                example.weight,
+                example.labels[row : row + 1],
+                **{**example.options, "lambda_task": 0.8 * factors[row].item()},
+            )
+            loss, task = loss + one, task + factors[row] * sums["task"].detach()
+    expected = torch.autograd.grad(loss, example.leaves)
+    for chunk_size in (2, 100):
+        terms = example.fused(task_weights=factors, chunk_size=chunk_size)
+        torch.testing.assert_close(terms.loss, loss)
+        torch.testing.assert_close(terms.task, task)
+        torch.testing.assert_close(torch.autograd.grad(terms.loss, example.leaves), expected)
+        even = example.fused(chunk_size=chunk_size)
+        assert all(
+            torch.equal(getattr(terms, name), getattr(even, name)) for name in ("consistency", "entropy", "correct")
+        )
+
+
+def test_weights_of_rows_in_compiled_loops(monkeypatch):
+    example = case(m=24, vocabulary=16, lambda_consistency=0.7, lambda_diversity=0.4)
+    factors = random(24, seed=21).abs()
+    monkeypatch.setattr(chunk, "BACKEND", "aot_eager")
+    monkeypatch.setattr(chunk_loop, "block_rows", lambda vocabulary, device, compiled=False: 4)
+    chunk.compiled_chunk.cache_clear()
+    results = []
+    for compiled in (False, True):
+        terms = example.fused(task_weights=factors, compiled=compiled)
+        results.append((terms.loss, *torch.autograd.grad(terms.loss, example.leaves)))
+    chunk.compiled_chunk.cache_clear()
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_weights_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"task_weights must be like labels \(11,\), got \(3,\)"):
+        case().fused(task_weights=torch.ones(3))

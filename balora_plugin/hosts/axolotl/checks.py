@@ -17,6 +17,7 @@ from ...pretrained.attention import FLAGS, attention_of, check_flash, is_flash
 from ...settings import settings_of
 from ...training.checks.teacher import MUTATING_STARTS
 from ...training.compiling import BACKEND, LAYERS
+from .asked import check_expert_kernel, check_peft_block
 from .classification import check as check_classification
 from .classification import is_classification
 
@@ -76,6 +77,7 @@ _OURS = [
 _BLOCK_ONLY = [*(name for name in settings_of(RegularizerConfig) if name not in _OURS), *HOST_KEYS]
 
 _KERNELS = "reads lora_A and lora_B itself and would leave out the frozen factors: set it to false."
+_PLUGIN_KERNELS = "reads lora_A and lora_B itself, as lora_mlp_kernel does: remove it."
 _LOGITS = "replaces the loss or the forward that computes the terms: remove it."
 _OTHER_LOSS = "trains with another loss: BA-LoRA is for supervised fine-tuning; remove it."
 _BASE = "trains or changes base parameters that the teacher shares: remove it."
@@ -86,6 +88,8 @@ _REFUSED: dict[str, str] = {
     "lora_qkv_kernel": _KERNELS,
     "lora_o_kernel": _KERNELS,
     "lora_embedding_kernel": _KERNELS,
+    "dsv4_fp8_lora_kernel": _PLUGIN_KERNELS,
+    "dsv4_shared_mlp_lora_kernel": _PLUGIN_KERNELS,
     "liger_fused_linear_cross_entropy": _LOGITS,
     "liger_cross_entropy": _LOGITS,
     "cut_cross_entropy": _LOGITS,
@@ -188,6 +192,8 @@ def check_refused(data: Any) -> None:
     for key, why in _REFUSED.items():
         if data.get(key):
             raise ValueError(f"{key}: {data.get(key)} {why}")
+    check_peft_block(data)
+    check_expert_kernel(data, data.get("lora_target_parameters"))
     for name in data.get("plugins") or []:
         if str(name).rpartition(".")[2] == "CutCrossEntropyPlugin" and data.get("cut_cross_entropy", True):
             raise ValueError(f"plugins: {name} turns cut_cross_entropy on, which {_LOGITS}")

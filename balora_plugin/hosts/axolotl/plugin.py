@@ -28,6 +28,7 @@ from ...pretrained.lm_head import check_head
 from ...training.checks.model import resolve
 from . import classification, kbit
 from .args import BaLoraBlock
+from .asked import check_expert_kernel, options_of_plugins
 from .checks import (
     ADAPTER,
     KERNELS,
@@ -106,6 +107,7 @@ class BaLoraPlugin(BasePlugin):
             if cfg.adapter or active(cfg):
                 check_resumed(cfg)
             if cfg.adapter == ADAPTER:
+                options_of_plugins(cfg)
                 kbit.configure(cfg, inference=self._inference)
         if classifies(cfg):
             classification.before_loading(cfg)
@@ -153,6 +155,7 @@ class BaLoraPlugin(BasePlugin):
             with torch.random.fork_rng():  # Axolotl seeds later: a random start would differ from run to run
                 torch.manual_seed(cfg.seed if cfg.seed is not None else 42)
                 wrapped = get_ba_lora_model(model, config, **autocast)
+        check_expert_kernel(cfg, config.target_parameters or wrapped.peft_config["default"].target_parameters)
         if not cfg.merge_lora:
             kbit.check_quantised(cfg, wrapped, inference=self._inference)
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -317,7 +320,7 @@ def target_modules(cfg: Any, model: PreTrainedModel) -> str | list[str] | None:
 
 
 def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
-    """Axolotl's `lora_*` and `peft_*` keys as a BaLoraConfig."""
+    """Axolotl's `lora_*` and `peft_*` keys, and what other plug-ins ask, as a BaLoraConfig."""
     optional = {
         "r": cfg.lora_r,
         "lora_alpha": cfg.lora_alpha,
@@ -332,16 +335,17 @@ def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
         "lora_dropout": cfg.lora_dropout,
         "fan_in_fan_out": cfg.lora_fan_in_fan_out,
     }
-    start = cfg.peft_init_lora_weights
-    return BaLoraConfig(
-        target_modules=target_modules(cfg, model),
-        init_lora_weights="pissa" if start is None else start,
-        task_type=TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM,
-        regularizers=regularizers_of(cfg),
-        compile=(cfg.get("ba_lora") or {}).get("compile") or False,
-        start_from=(cfg.get("ba_lora") or {}).get("start_from"),
+    start, block = cfg.peft_init_lora_weights, cfg.get("ba_lora") or {}
+    given = {
+        "target_modules": target_modules(cfg, model),
+        "init_lora_weights": "pissa" if start is None else start,
+        "task_type": TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM,
+        "regularizers": regularizers_of(cfg),
+        "compile": block.get("compile") or False,
+        "start_from": block.get("start_from"),
         **{key: _plain(value) for key, value in optional.items() if value},
-    )
+    }
+    return BaLoraConfig(**{**given, **options_of_plugins(cfg)})
 
 
 def _one_line(error: ValidationError) -> str:

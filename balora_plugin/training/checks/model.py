@@ -40,6 +40,11 @@ def task_of(model: PreTrainedModel, regularizers: RegularizerConfig) -> str:
                 "AutoModelForCausalLM."
             )
         return "nlu"
+    if "ForMaskedLM" in name:
+        raise ValueError(
+            f"{name} is a masked language model: BA-LoRA needs a causal LM (AutoModelForCausalLM, task='nlg') or a "
+            "classifier (AutoModelForSequenceClassification, task='nlu')."
+        )
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise ValueError(
