@@ -39,11 +39,17 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_base(name: str, dtype: str, quantization: dict[str, Any] | None = None, task: str = "CAUSAL_LM") -> Any:
+def load_base(
+    name: str,
+    dtype: str,
+    quantization: dict[str, Any] | None = None,
+    task: str = "CAUSAL_LM",
+    instead: str = "compare with the full-precision base by --dtype float32",
+) -> Any:
     """Loads the base model `name` (a directory or a hub id) on the CPU or, if quantised, where it loads.
 
     `dtype`: of DTYPES, or "auto": as its files are. `quantization`: a recorded quantisation to load it with. `task`: of
-    CLASSES.
+    CLASSES. `instead`: what to do where that quantisation is not installed.
 
     Raises:
         ValueError: names --base and what was wrong.
@@ -60,7 +66,7 @@ def load_base(name: str, dtype: str, quantization: dict[str, Any] | None = None,
         config = AutoConfig.from_pretrained(name)
         settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
         if quantization is not None and getattr(config, "quantization_config", None) is None:
-            settings |= _as_quantised(quantization)
+            settings |= _as_quantised(quantization, instead)
         return getattr(transformers, class_name).from_pretrained(name, **settings).eval()
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--base {name} does not load as a {what}: {error}") from None
@@ -76,7 +82,7 @@ def is_quantised(name: str) -> bool:
         raise ValueError(f"--base {name} is no model: {error}") from None
 
 
-def _as_quantised(values: dict[str, Any]) -> dict[str, Any]:
+def _as_quantised(values: dict[str, Any], instead: str) -> dict[str, Any]:
     """Returns what loads a model quantised by bitsandbytes as ba_lora.json recorded it; nothing for other methods."""
     from importlib.util import find_spec
 
@@ -88,7 +94,7 @@ def _as_quantised(values: dict[str, Any]) -> dict[str, Any]:
     if find_spec("bitsandbytes") is None:
         raise ValueError(
             "the adapter was trained on a base quantised by bitsandbytes, which is not installed: pip install "
-            "bitsandbytes, or compare with the full-precision base by --dtype float32."
+            f"bitsandbytes, or {instead}."
         )
     known = {key: value for key, value in values.items() if not key.startswith("_") and key != "quant_method"}
     device = {"": torch.accelerator.current_device_index()} if torch.accelerator.is_available() else {"": "cpu"}

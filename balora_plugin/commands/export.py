@@ -1,27 +1,31 @@
 """Write an adapter in a form to ship: a plain LoRA for any server, one of a smaller rank, or the merged model.
 
   balora export outputs/ba-lora --output portable --dtype bfloat16
-  balora export outputs/ba-lora --output small --rank auto --max-error 0.05
+  balora export outputs/ba-lora --output small --rank auto --max-error 0.05 --base Qwen/Qwen2.5-0.5B
   balora export outputs/ba-lora --output merged --merge --base Qwen/Qwen2.5-0.5B
   balora export raw-pissa --initial raw-pissa/pissa_init --output portable
 
 ADAPTER is a BA-LoRA adapter, any plain LoRA, or a raw PiSSA adapter (PEFT's init_lora_weights="pissa") together with
-the adapter it started as. All layers get one rank and one scaling, because servers read r and lora_alpha alone. The
-error is that of the update, relative, in the Frobenius norm, over all layers and for the worst.
+the adapter it started as. All layers get one rank and one scaling, because servers read r and lora_alpha alone.
+
+With --base, what is lost is measured on predictions: KL(the adapter || what is written), of the probe's tokens or a
+text (--data), beside what training moved, KL(the adapter || the base). The error of the weights is the update's,
+relative, in the Frobenius norm, over all layers and for the worst.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ._models import DTYPES, is_quantised, load_base, quiet, size, torch_dtype
+from ._bases import MERGE_INTO, base_of, warn_of_mismatch
+from ._models import DTYPES, quiet, size, torch_dtype
 from ._output import check_output, writing
 
 if TYPE_CHECKING:
-    from ..export.lora_file import Adapter, Errors
+    from ..export.lora_file import Adapter
+    from ..export.prediction import Lost, Yardstick
 
 HELP = "write an adapter as a plain LoRA, at a smaller rank, or merged into its base"
 FAR_FROM_INITIAL = 0.5  # of the initial factors' norm: fine-tuning moves them by percents
@@ -33,10 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", required=True, help="directory to write; nothing is written elsewhere"
     )
-    parser.add_argument("--base", metavar="MODEL", help="the full-precision base model: a directory or a hub id")
+    parser.add_argument(
+        "--base", metavar="MODEL", help="the base model: a directory or a hub id; measures what is lost"
+    )
     parser.add_argument("--rank", metavar="N|auto", type=_rank, help="cut to N, or to the smallest for --max-error")
-    parser.add_argument("--max-error", metavar="E", type=_fraction, help="with --rank auto: such as 0.05")
+    parser.add_argument(
+        "--max-error",
+        metavar="E",
+        type=_fraction,
+        help="with --rank auto, such as 0.05: of the KL that training moved (without --base: of the update's norm)",
+    )
+    parser.add_argument("--data", metavar="FILE", help="measure on this text instead of the probe (needs --base)")
     parser.add_argument("--merge", action="store_true", help="write the merged model (needs --base)")
+    parser.add_argument(
+        "--merge-into",
+        choices=MERGE_INTO,
+        help="of an adapter trained over a quantised base: into those weights, dequantised (trained, the default), or "
+        "into the full-precision ones (full), which is another model",
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -64,11 +82,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.rank == "auto" and args.max_error is None:
-        raise ValueError("--rank auto needs --max-error E: the relative error of the update to allow, such as 0.05.")
+        raise ValueError("--rank auto needs --max-error E: the part to lose of what training moved, such as 0.05.")
     if args.max_error is not None and args.rank != "auto":
         raise ValueError(f"--max-error {args.max_error:g} needs --rank auto.")
+    if args.data is not None and args.base is None:
+        raise ValueError(f"--data {args.data} needs --base MODEL: predictions are measured on the base model.")
+    if args.data is not None and not os.path.isfile(args.data):
+        raise ValueError(f"--data {args.data} is no file: give a file of text like the training data's.")
+    if args.merge_into is not None and not args.merge:
+        raise ValueError(f"--merge-into {args.merge_into} needs --merge.")
     if args.merge and args.base is None:
-        raise ValueError("--merge needs --base MODEL: the full-precision base model.")
+        raise ValueError("--merge needs --base MODEL: the base model.")
     if args.merge and args.rank is not None:
         raise ValueError(f"--rank {args.rank} with --merge: a merged model has no rank; leave one of them out.")
 
@@ -110,143 +134,139 @@ def _describe(adapter: Adapter, start: str | None) -> str:
 
 
 def _export(args: argparse.Namespace, adapter: Adapter) -> None:
-    from ..adapter.saved.card import VLLM_DEFAULT_RANK
-    from ..export import lora_file
+    from ..export import lora_file, reduced
+    from ..export.attach import attach
+    from ..export.card import exported
+    from ..export.prediction import Lost
 
     dtype = None if args.dtype is None else torch_dtype(args.dtype)
-    if args.base is not None:
-        _check_base(args, adapter)
-        adapter.config.base_model_name_or_path = args.base
     if isinstance(args.rank, int) and args.rank > adapter.rank:
         raise ValueError(f"--rank {args.rank} is above the adapter's own {adapter.rank}: leave --rank out.")
+    measure = None
+    if args.base is not None:
+        base = base_of(args, adapter)
+        adapter.config.base_model_name_or_path = args.base
+        model = attach(base.model, adapter)
+        warn_of_mismatch(args, adapter, base, model)
+        measure = _yardstick(args, model)
     if args.rank == "auto":
-        changed, errors = lora_file.smallest(adapter, args.max_error, dtype)
+        changed = reduced.smallest(adapter, args.max_error, dtype, None if measure is None else measure.relative_loss)
     else:
-        changed = lora_file.one_rank(adapter, args.rank, dtype)
-        errors = lora_file.errors(changed, adapter)
-    rank = changed.config.r
+        changed = reduced.one_rank(adapter, args.rank, dtype)
+    lost = Lost(reduced.errors(changed, adapter), None if measure is None else measure.loss_of(changed))
     written = size(lora_file.size_of(lora_file.state_dict(changed).values()))
-    print(f"writes   {args.output}: plain LoRA, rank {rank}, {_name(changed.dtype)}, {written}")
-    _print_errors(errors)
-    if rank > VLLM_DEFAULT_RANK:
-        print(f"note     vLLM takes ranks up to {VLLM_DEFAULT_RANK} unless it is told --max-lora-rank, here {rank}")
-    if changed.others:
-        print("note     vLLM takes no modules_to_save: for it, use --merge")
+    print(f"writes   {args.output}: plain LoRA, rank {changed.config.r}, {_name(changed.dtype)}, {written}")
+    _print_lost(args, lost)
+    _print_what_servers_take(changed)
     if args.dry_run:
         return
     with writing(args.output, overwrite=args.overwrite) as directory:
-        lora_file.write_adapter(changed, directory, _metadata(adapter, errors))
-        _write_card(directory, changed, errors)
+        lora_file.write_adapter(changed, directory, _origin(adapter, lost))
+        _write_card(directory, exported(changed, lost, quantization=(adapter.origin or {}).get("base_quantization")))
 
 
 def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
     import torch
     from transformers import AutoConfig
 
+    from ..export.attach import attach
+    from ..export.card import exported
     from ..export.lora_file import size_of
-    from ..export.merge import attach, merge
+    from ..export.merge import merge
+    from ..export.prediction import Lost
 
-    if is_quantised(args.base):
-        raise ValueError(
-            f"--base {args.base} is quantised: rounding the merged weights to 4 or 8 bits swallows small updates. Give "
-            "the full-precision model; quantise the merged one afterwards."
-        )
+    base = base_of(args, adapter)
     stored = _name(getattr(AutoConfig.from_pretrained(args.base), "dtype", None) or torch.float32)
     dtype = torch_dtype(args.dtype or (stored if stored in DTYPES else "float32"))
-    model = _check_base(args, adapter, "float32")
-    merged = merge(attach(model, adapter), [dtype, torch.bfloat16])
-    written = merged.model.to(dtype)
+    model = attach(base.model, adapter)
+    warn_of_mismatch(args, adapter, base, model)
+    measure = _yardstick(args, model)
+    merged = merge(model, dtype)
+    rounded = merged.model.to(dtype).float()  # what is measured is what is written, not the arithmetic of a dtype
+    lost = Lost(merged.errors, None if measure is None else measure.loss(rounded))
+    written = rounded.to(dtype)
     print(f"writes   {args.output}: merged model, {_name(dtype)}, {size(size_of(written.state_dict().values()))}")
-    _print_errors(merged.errors[dtype])
-    if dtype != torch.bfloat16:
-        print(f"note     a cast to bfloat16 would lose {merged.errors[torch.bfloat16].total:.2g} of the update")
-    if merged.errors[dtype].total > 0.05:
-        print(
-            "note     the update is small beside the weights' rounding: --dtype float32 keeps it, and so does serving"
-        )
-        print("         the adapter without merging")
+    _print_lost(args, lost)
+    if lost.much:
+        print("note     rounding the weights takes much of what was trained: --dtype float32 keeps it, and so does")
+        print("         serving the adapter without merging")
     if args.dry_run:
         return
     with writing(args.output, overwrite=args.overwrite) as directory:
         written.save_pretrained(directory)
-        _save_tokenizer(directory, [args.adapter, args.base])
-        _write_card(directory, adapter, merged.errors[dtype], merged_into=args.base)
+        tokenizer = _tokenizer(args)
+        if tokenizer is None:
+            print("note     neither the adapter nor the base holds a tokenizer: none was written")
+        else:
+            tokenizer.save_pretrained(directory)
+        quantization = base.quantization if base.dequantised else None
+        _write_card(directory, exported(adapter, lost, merged_into=args.base, quantization=quantization))
 
 
-def _check_base(args: argparse.Namespace, adapter: Adapter, dtype: str | None = None) -> Any:
-    """Loads --base and compares it with what is known of the one that the adapter was trained on."""
-    from ..checkpoint.location import AdapterFiles
-    from ..export import lora_file, residual_start
-    from ..pretrained import probe
-    from ..pretrained.identity import BaseIdentity, base_identity, compare
+def _yardstick(args: argparse.Namespace, model: Any) -> Yardstick | None:
+    """Returns what measures predictions on --data or the probe's tokens; `model` is the base with the adapter."""
+    from ..export.prediction import Yardstick, probe_sample, text_sample
 
-    kind = lora_file.task_type_of(adapter.config)
-    if kind != "CAUSAL_LM":
+    if args.data is None:
+        sample = probe_sample(model.get_base_model())
+        return None if sample is None else Yardstick(model, sample)
+    tokenizer = _tokenizer(args)
+    if tokenizer is None:
         raise ValueError(
-            f"task_type={kind!r} in {args.adapter!r}: only causal language models are loaded here. Leave --base out, "
-            "or merge with PEFT: PeftModel.from_pretrained(model, adapter).merge_and_unload()."
+            f"--data {args.data} needs a tokenizer: neither {args.adapter} nor --base {args.base} has one."
         )
-    recorded = BaseIdentity.from_settings(adapter.origin)
-    model = load_base(args.base, dtype or (recorded.dtype if recorded is not None else "auto"))
-    here = base_identity(model)
-    verdict = compare(recorded, here)
-    distance = None
-    undecided = verdict in ("unclear", "config")
-    stored = probe.stored_probe(AdapterFiles(args.adapter), adapter.settings) if undecided else None
-    if stored is not None:
-        logits = probe.base_logits(model)
-        distance = None if stored.base is None or logits is None else probe.discrepancy(logits, stored.base)
-    if verdict == "other" or (distance is not None and distance > probe.TOLERANCE_QUANTISED):
-        raise ValueError(
-            f"--base {args.base}, {here}, is not the base that {args.adapter!r} was trained on, {recorded}: give that "
-            "one (balora verify shows the difference)."
-        )
-    if args.initial is not None:
-        residual_start.check_start(model, lora_file.read_adapter(args.initial), str(adapter.config.init_lora_weights))
-    text = {
-        "same": "the one it was trained on",
-        "config": "the weights it was trained on, under another config",
-        "dtype": "the one it was trained on, in another dtype",
-        "unknown": "no hash of it is recorded: not compared" if args.initial is None else "the initial adapter's own",
-        "unclear": f"another form of the one it was trained on, {recorded}",
-    }
-    print(f"base     {args.base}: {text[verdict]}{'' if distance is None else f', logits {distance:.2g} apart'}")
-    return model
+    return Yardstick(model, text_sample(args.data, tokenizer))
 
 
-def _metadata(adapter: Adapter, errors: Errors) -> dict[str, str]:
+def _origin(adapter: Adapter, lost: Lost) -> dict[str, Any]:
     """Returns where an exported adapter comes from, for the header of its tensor file: servers need no side files."""
     from .._version import __version__
 
     origin = adapter.origin or {}
     keys = ("base_sha256", "base_dtype", "base_quantization", "base_digests")
-    values = {"exported_by": f"balora-plugin {__version__}", "error": errors.total}
-    return {"balora": json.dumps({**values, **{key: origin.get(key) for key in keys}})}
+    values = {"exported_by": f"balora-plugin {__version__}", "error": lost.errors.total}
+    if lost.loss is not None:
+        values |= {"kl": lost.loss.kl, "kl_moved": lost.loss.moved}
+    return {**values, **{key: origin.get(key) for key in keys}}
 
 
-def _print_errors(errors: Errors) -> None:
-    worst = ", ".join(f"{name} {error:.2g}" for name, error in errors.worst())
-    print(f"error    {errors.total:.2g} of the update in total; worst layers: {worst}")
+def _print_lost(args: argparse.Namespace, lost: Lost) -> None:
+    if lost.loss is not None:
+        print(f"kl       {lost.loss}")
+    worst = ", ".join(f"{name} {error:.2g}" for name, error in lost.errors.worst())
+    print(f"error    {lost.errors.total:.2g} of the update's Frobenius norm in total; worst layers: {worst}")
+    if lost.loss is None and lost.errors.total:
+        what = f"--max-error {args.max_error:g} was held against it" if args.rank == "auto" else "it says little"
+        print(f"note     that is the weights' error, not the predictions', and {what}: --base MODEL measures their KL")
 
 
-def _write_card(directory: str, adapter: Adapter, errors: Errors, merged_into: str | None = None) -> None:
-    from ..export.card import exported
+def _print_what_servers_take(adapter: Adapter) -> None:
+    from ..adapter.saved.card import VLLM_DEFAULT_RANK
 
-    text = exported(adapter, errors, merged_into=merged_into)
+    rank = adapter.config.r
+    if rank > VLLM_DEFAULT_RANK:
+        print(f"note     vLLM takes ranks up to {VLLM_DEFAULT_RANK} unless it is told --max-lora-rank, here {rank}")
+    if adapter.originals:
+        print("note     tokens were added: the file holds embedding and head, once each. PEFT loads it on a base whose")
+        print("         embedding is as large; servers take no such adapter: for them, use --merge")
+    elif adapter.others:
+        print("note     vLLM takes no modules_to_save: for it, use --merge")
+
+
+def _write_card(directory: str, text: str) -> None:
     with open(os.path.join(directory, "README.md"), "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def _save_tokenizer(directory: str, sources: list[str]) -> None:
-    """Saves the tokenizer that was saved with the adapter, else the base's."""
+def _tokenizer(args: argparse.Namespace) -> Any:
+    """Returns the tokenizer that was saved with the adapter, else the base's, or None."""
     from transformers import AutoTokenizer
 
-    for source in sources:
+    for source in (args.adapter, args.base):
         if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "tokenizer_config.json")):
             continue
-        AutoTokenizer.from_pretrained(source).save_pretrained(directory)
-        return
-    print("note     neither the adapter nor the base holds a tokenizer: none was written")
+        return AutoTokenizer.from_pretrained(source)
+    return None
 
 
 def _name(dtype: Any) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
-from ..adapter.saved.card import VLLM_DEFAULT_RANK, loading_snippet
+from ..adapter.saved.card import VLLM_DEFAULT_RANK, loading_snippet, quantisation_in_words
 
 if TYPE_CHECKING:
-    from .lora_file import Adapter, Errors
+    from .lora_file import Adapter
+    from .prediction import Lost
 
 
-def exported(adapter: Adapter, errors: Errors, *, merged_into: str | None = None) -> str:
-    """Returns the whole card of an exported adapter or merged model."""
+def exported(
+    adapter: Adapter, lost: Lost, *, merged_into: str | None = None, quantization: dict[str, Any] | None = None
+) -> str:
+    """Returns the whole card of an exported adapter or merged model.
+
+    `quantization`: of the base that was trained on; of a merged model, if its weights are those dequantised.
+    """
     config = adapter.config
     base = merged_into or config.base_model_name_or_path or "BASE"
     data = ModelCardData(
@@ -22,20 +28,23 @@ def exported(adapter: Adapter, errors: Errors, *, merged_into: str | None = None
         pipeline_tag="text-generation" if str(config.task_type).endswith("CAUSAL_LM") else None,
         tags=["ba-lora"] if merged_into else ["ba-lora", "lora"],
     )
-    worst = "".join(f"| {name} | {error:.2g} |\n" for name, error in errors.worst(5))
+    worst = "".join(f"| {name} | {error:.2g} |\n" for name, error in lost.errors.worst(5))
     if merged_into:
-        what = f"The base `{base}` with a LoRA of rank {adapter.rank} merged into its weights in float32, then rounded."
+        how = f", dequantised from {quantisation_in_words(quantization)}," if quantization else ""
+        what = f"The base `{base}`{how} with a LoRA of rank {adapter.rank} merged into its weights, then rounded."
         loading = f"```python\nfrom transformers import AutoModelForCausalLM\n\n{_LOAD.format('.')}\n```"
     else:
         what = (
             f"A plain LoRA of rank {config.r} for `{base}`, without side files. Servers need `max_lora_rank` >= "
             f"{config.r} (vLLM's default is {VLLM_DEFAULT_RANK})."
         )
-        loading = "\n".join(loading_snippet(base, "."))
+        what += " It holds whole embeddings, which servers do not take: merge it for them." if adapter.originals else ""
+        loading = "\n".join(loading_snippet(base, ".", quantization=quantization))
+    kl = "" if lost.loss is None else f"KL to the adapter it was made from, in nats a token: {lost.loss}.\n\n"
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# Exported by balora\n\n{what}\n\n{loading}\n\nRelative error of the update "
-        f"against the adapter it was made from (Frobenius norm): {errors.total:.2g} in total. The layers that lose "
-        f"most:\n\n| layer | error |\n|---|---|\n{worst}"
+        f"---\n{data.to_yaml()}\n---\n\n# Exported by balora\n\n{what}\n\n{loading}\n\n{kl}Relative error of the "
+        f"update against the adapter it was made from (Frobenius norm): {lost.errors.total:.2g} in total. The layers "
+        f"that lose most:\n\n| layer | error |\n|---|---|\n{worst}"
     )
 
 

@@ -1,43 +1,30 @@
-"""Adapters as plain data: read from a directory, ours or anybody's LoRA; changed; written as a LoRA for any server."""
+"""Adapters as plain data: read from a directory, ours or anybody's LoRA, and written as a LoRA for any server."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from itertools import permutations
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapter.config import NEUTRAL_OPTIONS
-from ..adapter.delta import PEFT_PREFIX
 from ..checkpoint.integrity import check_adapter
 from ..checkpoint.location import AdapterFiles
 from ..checkpoint.names import CONFIG_FILE, WEIGHTS_FILE
-from ..checkpoint.settings import read_settings
-from .algebra import (
-    by_expert,
-    from_experts,
-    pad_rank,
-    relative,
-    singular_values,
-    smallest_rank,
-    truncate,
-    update_distance,
-    update_norm,
-)
+from ..checkpoint.settings import file_digest, read_settings
+from .algebra import by_expert, update_distance, update_norm
+from .scalings import check_as_exported, check_as_trained, scalings_of, what_it_computes
 
+_ORIGIN = "balora"  # in the header of an exported tensor file, which needs no side file
 _STARTS_OPTIONS = ("corda_config", "lora_ga_config", "eva_config")  # say how a start was found, not what is computed
 
 
@@ -70,7 +57,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA read from a directory; `updates` and `others` (modules_to_save ...) by their names in the file."""
+    """A LoRA read from a directory; `updates` and `others` (modules_to_save ...) by their names in the file.
+
+    `originals`: the base's own embedding and head as they were in training, where the file holds them because tokens
+    were added; by the names that they have in `others`.
+    """
 
     directory: str
     config: LoraConfig
@@ -78,6 +69,7 @@ class Adapter:
     others: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] | None = None  # ba_lora.json
     metadata: dict[str, str] = field(default_factory=dict)  # of the tensor file
+    originals: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -92,20 +84,7 @@ class Adapter:
     @property
     def origin(self) -> dict[str, Any] | None:
         """Returns what is recorded of its base: in ba_lora.json or, of an exported one, in the tensor file's header."""
-        exported = self.metadata.get("balora")
-        return self.settings or (json.loads(exported) if exported else None)
-
-
-@dataclass(frozen=True)
-class Errors:
-    """How far an adapter's updates are from another's, relative to the latter's, Frobenius norm."""
-
-    total: float
-    by_layer: dict[str, float]
-
-    def worst(self, count: int = 3) -> list[tuple[str, float]]:
-        """Returns the layers that lose most, and their errors."""
-        return sorted(self.by_layer.items(), key=lambda item: -item[1])[:count]
+        return self.settings or _exported(self.metadata)
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
@@ -140,13 +119,48 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         what = (foreign or sorted(taken - set(tensors)) or ["any lora_A"])[0]
         raise ValueError(f"{path}: {what} {'is not expected' if foreign else 'is missing'}: not an ordinary LoRA.")
     shapes = {n: (tensors[f"{n}.lora_A.weight"].shape[0], tensors[f"{n}.lora_B.weight"].shape[1]) for n in names}
-    read = _ranks(config, shapes, path)
+    _check_config(config, settings or _exported(metadata), files, names)
+    read = scalings_of(config, shapes, path)
     updates = {
         name: Update(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], *read[name])
         for name in sorted(names)
     }
-    others = {key: value for key, value in tensors.items() if key not in taken}
-    return Adapter(directory, config, updates, others, settings, metadata)
+    others, originals = _once({key: value for key, value in tensors.items() if key not in taken}, config)
+    return Adapter(directory, config, updates, others, settings, metadata, originals)
+
+
+def _exported(metadata: dict[str, str]) -> dict[str, Any] | None:
+    """Returns what the header of an exported tensor file says; None of other files."""
+    return json.loads(metadata[_ORIGIN]) if metadata.get(_ORIGIN) else None
+
+
+def _check_config(config: LoraConfig, origin: dict[str, Any] | None, files: AdapterFiles, names: Iterable[str]) -> None:
+    """Refuses an adapter_config.json that was edited so that it computes something else than what was saved."""
+    path = files.find(CONFIG_FILE)
+    if origin is None or path is None:
+        return
+    if "sha256" not in origin:
+        check_as_exported(config, origin.get("config") or {}, path)
+    elif origin["sha256"].get(CONFIG_FILE) != file_digest(path):
+        check_as_trained(config, origin, names, path)
+
+
+def _once(others: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns (each tensor once, the base's own embedding and head).
+
+    Where tokens were added PEFT writes what modules_to_save trained twice, and the base's own beside it.
+    """
+    kept: dict[str, Tensor] = {}
+    originals: dict[str, Tensor] = {}
+    for key, value in others.items():
+        if ".original_module." in key:
+            originals[key.replace(".original_module.", ".")] = value
+        elif ".modules_to_save." in key:
+            kept.setdefault(key.replace(".modules_to_save.", "."), value)
+        else:
+            kept[key] = value
+    trained = tuple(f".{name}.weight" for name in config.modules_to_save or [])
+    return kept, {**{key: value for key, value in kept.items() if not key.endswith(trained)}, **originals}
 
 
 def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | None]:
@@ -181,166 +195,6 @@ def task_type_of(config: LoraConfig) -> str:
     return str(getattr(config.task_type, "value", config.task_type) or "CAUSAL_LM")
 
 
-def _ranks(config: LoraConfig, shapes: dict[str, tuple[int, int]], path: str) -> dict[str, tuple[float, int]]:
-    """Returns (scaling, experts) of every name in the file; `shapes`: rows of A, columns of B.
-
-    A name tells its module, but of several parameters in one module not which: there the shapes have to.
-
-    Raises:
-        ValueError: shapes that the config does not explain, or that leave a choice.
-    """
-    modules: dict[str, list[str]] = {}
-    for name in sorted(shapes):
-        modules.setdefault(name.removeprefix(PEFT_PREFIX).replace(".base_layer", ""), []).append(name)
-    found: dict[str, tuple[float, int]] = {}
-    for module, names in modules.items():
-        keys = [f"{module}.{p}" for p in _parameters_of(config, module)] or [module]
-        fits = set()
-        for chosen in permutations(keys, len(names)):
-            read = [_as_configured(config, key) for key in chosen]
-            experts = {shapes[name][0] // rank for name, (rank, _) in zip(names, read, strict=True)}
-            exact = all(shapes[n] == (r * min(experts),) * 2 for n, (r, _) in zip(names, read, strict=True))
-            if len(experts) == 1 and exact and (keys != [module] or experts == {1}):
-                fits.add((tuple(scaling for _, scaling in read), experts.pop()))
-        if not fits:
-            rows, columns = shapes[names[0]]
-            raise ValueError(
-                f"{path}: {names[0]} has {rows} rows in lora_A and {columns} columns in lora_B, which "
-                f"{CONFIG_FILE} (r={config.r}, rank_pattern, alpha_pattern) does not explain: the two files do not "
-                "belong together."
-            )
-        if len(fits) > 1:
-            raise ValueError(
-                f"alpha_pattern={config.alpha_pattern!r} gives {' and '.join(keys)} scalings of their own, and {path} "
-                "does not say which factors are whose; only PEFT on a loaded base can tell: merge there, with "
-                f"PeftModel.from_pretrained(<the full-precision base model>, {os.path.dirname(path)!r})"
-                ".merge_and_unload(), or give both one alpha in the next training."
-            )
-        scalings, count = fits.pop()
-        found |= {name: (scaling, count) for name, scaling in zip(names, scalings, strict=True)}
-    return found
-
-
-def _parameters_of(config: LoraConfig, module: str) -> list[str]:
-    """Returns the names of the parameters (fused experts) that `target_parameters` finds in a module."""
-    found = []
-    for target in config.target_parameters or []:
-        owner, _, parameter = target.rpartition(".")
-        if owner and (module == owner or module.endswith(f".{owner}")):
-            found.append(parameter)
-    return sorted(set(found))
-
-
-def _as_configured(config: LoraConfig, key: str) -> tuple[int, float]:
-    """Returns the rank and the scaling that PEFT gives the module or parameter `key`."""
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(ranks.keys(), key), config.r)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), key), config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-# --- one rank, one scaling
-
-
-def one_rank(adapter: Adapter, rank: int | None = None, dtype: torch.dtype | None = None) -> Adapter:
-    """Returns the adapter with one rank and one scaling for all layers, as servers need it.
-
-    They read `r` and `lora_alpha` alone.
-
-    rank None: every layer keeps its update exactly, smaller ones are filled up with zeros. Otherwise every update is
-    cut to its leading `rank` directions. Scalings that differ, and rsLoRA's, go into B. `dtype`: of the tensors
-    written (None: as they are).
-
-    Raises:
-        ValueError: a value that overflows in `dtype`.
-    """
-    target = adapter.rank if rank is None else rank
-    common = next(iter(adapter.updates.values())).scaling
-    keeps = rank is None and all(update.scaling == common for update in adapter.updates.values())
-    keeps = keeps and common * target / target == common  # else no alpha gives the same float
-    scaling = common if keeps else 1.0
-    updates = {}
-    for name, update in shown(adapter.updates, "Cutting" if rank is not None else "Writing"):
-        a, b = update.factors()
-        if rank is not None:
-            a, b = truncate(a, b, rank, update.scaling)
-        elif not keeps:
-            b = b.double() * update.scaling
-        a, b = from_experts(*pad_rank(a, b, target))
-        kind = dtype or update.a.dtype
-        updates[name] = Update(_cast(name, a, kind), _cast(name, b, kind), scaling, update.experts)
-    others = {
-        name: _cast(name, value, dtype) if dtype is not None and value.is_floating_point() else value
-        for name, value in adapter.others.items()
-    }
-    alpha = scaling * target
-    config = deepcopy(adapter.config)
-    config.r, config.lora_alpha = target, int(alpha) if alpha.is_integer() else alpha
-    config.use_rslora, config.rank_pattern, config.alpha_pattern = False, {}, {}
-    config.init_lora_weights, config.inference_mode = True, True
-    return replace(adapter, config=config, updates=updates, others=others, settings=None, metadata={})
-
-
-def smallest(adapter: Adapter, max_error: float, dtype: torch.dtype | None = None) -> tuple[Adapter, Errors]:
-    """Returns the adapter at the smallest rank whose measured error, the cast included, is at most `max_error`.
-
-    One rank for all layers: servers make room for the largest, and some ignore `rank_pattern`.
-
-    Raises:
-        ValueError: the cast alone loses more.
-    """
-
-    def at(rank: int) -> tuple[Adapter, Errors]:
-        cut = one_rank(adapter, rank, dtype)
-        return cut, errors(cut, adapter)
-
-    spectra = [singular_values(*u.factors(), u.scaling) for _, u in shown(adapter.updates, "Spectra")]
-    low, high = smallest_rank(spectra, max_error), adapter.rank  # what is left out decides, but for the cast
-    best = at(low)
-    if best[1].total <= max_error or low >= high:
-        high = low
-    else:
-        best = at(high)
-    if best[1].total > max_error:
-        raise ValueError(
-            f"max_error={max_error:g} cannot be met in {str(best[0].dtype).removeprefix('torch.')}: the full rank "
-            f"{high} is {best[1].total:.2g} off. Write float32, or a larger error."
-        )
-    while high - low > 1:  # low fails, high is enough
-        middle = (low + high) // 2
-        tried = at(middle)
-        if tried[1].total <= max_error:
-            best, high = tried, middle
-        else:
-            low = middle
-    return best
-
-
-def errors(adapter: Adapter, exact: Adapter) -> Errors:
-    """Measures how far `adapter` is from `exact`, from the factors alone, in float64."""
-    by_layer, lost, whole = {}, 0.0, 0.0
-    for name, update in shown(exact.updates, "Measuring"):
-        other = adapter.updates[name]
-        norm = update.norm()
-        same = other.scaling == update.scaling and torch.equal(other.a, update.a) and torch.equal(other.b, update.b)
-        error = 0.0 if same else other.distance(update)
-        by_layer[name.removeprefix(PEFT_PREFIX)] = relative(error, norm)
-        lost, whole = lost + error**2, whole + norm**2
-    return Errors(relative(math.sqrt(lost), math.sqrt(whole)), by_layer)
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype).contiguous()
-    if not bool(torch.isfinite(cast).all()):
-        raise ValueError(f"{name} overflows in {str(dtype).removeprefix('torch.')}: use bfloat16 or float32.")
-    return cast
-
-
-def shown(updates: dict[str, Update], what: str) -> Iterable[tuple[str, Update]]:
-    """Gives the updates by name, behind a progress bar where there is a terminal."""
-    return tqdm(updates.items(), desc=what, disable=None, delay=2, leave=False)
-
-
 # --- writing
 
 
@@ -352,12 +206,22 @@ def state_dict(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Returns how many bytes tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Returns how many bytes tensors take in a file: what shares its memory (tied weights) is written once."""
+    apart = {(tensor.data_ptr(), tensor.shape, tensor.dtype): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in apart.values())
 
 
-def write_adapter(adapter: Adapter, directory: str | os.PathLike[str], metadata: dict[str, str]) -> None:
-    """Writes a stock LoRA: adapter_config.json, and adapter_model.safetensors with `metadata` in its header."""
+def shown(updates: dict[str, Update], what: str) -> Iterable[tuple[str, Update]]:
+    """Gives the updates by name, behind a progress bar where there is a terminal."""
+    return tqdm(updates.items(), desc=what, disable=None, delay=2, leave=False)
+
+
+def write_adapter(adapter: Adapter, directory: str | os.PathLike[str], origin: dict[str, Any]) -> None:
+    """Writes a stock LoRA: adapter_config.json, and adapter_model.safetensors with `origin` in its header.
+
+    Beside `origin` the header says what the config computes, so that a later edit is seen.
+    """
     os.makedirs(directory, exist_ok=True)
     adapter.config.save_pretrained(directory)
-    save_file(state_dict(adapter), os.path.join(directory, WEIGHTS_FILE), {"format": "pt", **metadata})
+    header = {"format": "pt", _ORIGIN: json.dumps({**origin, "config": what_it_computes(adapter.config)})}
+    save_file(state_dict(adapter), os.path.join(directory, WEIGHTS_FILE), header)

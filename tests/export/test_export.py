@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from exporting import error_in, loaded, refused, run, trained
 from helpers import ba_lora, fresh, logits, stock, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from balora_plugin.adapter.delta import stack_factors
 from balora_plugin.adapter.start.pissa import pissa_factors
-from balora_plugin.commands import main
-from balora_plugin.export import algebra, lora_file
+from balora_plugin.export import algebra, lora_file, reduced
 
 pytestmark = pytest.mark.hosts
 
@@ -106,39 +106,6 @@ def test_our_layout_survives_bfloat16_where_the_usual_one_does_not(moved):
 # --- the command
 
 
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of `balora`."""
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def refused(capsys, *arguments):
-    """The one line of an error."""
-    code, _, err = run(capsys, *arguments)
-    lines = [line for line in err.splitlines() if line.startswith("Error: ")]
-    assert code == 2, err
-    assert len(lines) == 1, err
-    return lines[0]
-
-
-def error_in(out):
-    """The total error that was printed."""
-    line = next(line for line in out.splitlines() if line.startswith("error"))
-    return float(line.split()[1])
-
-
-def trained(model, ids, directory):
-    """Trains and saves; the logits in eval mode."""
-    train(model, ids)
-    model.eval()
-    model.save_pretrained(directory)
-    return logits(model, ids)
-
-
 @pytest.fixture
 def base(tmp_path):
     """A tiny base model with a tokenizer on disk."""
@@ -146,10 +113,6 @@ def base(tmp_path):
     tiny_llama().save_pretrained(path)
     character_tokenizer().save_pretrained(path)
     return path
-
-
-def loaded(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 VARIANTS = {
@@ -260,10 +223,9 @@ def test_rank_auto_counts_what_the_cast_loses():
     u, v = (torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64)).Q for _ in range(2))
     update = lora_file.Update(v.T.float(), (u * values).float(), 1.0)
     adapter = lora_file.Adapter("made up", LoraConfig(r=6, lora_alpha=6), {"layer": update})
-    cut, errors = lora_file.smallest(adapter, 0.0027)
-    assert (cut.rank, errors.total <= 0.0027) == (3, True)
-    cut, errors = lora_file.smallest(adapter, 0.0027, torch.bfloat16)
-    assert (cut.rank, errors.total <= 0.0027) == (4, True)
+    for dtype, rank in ((None, 3), (torch.bfloat16, 4)):
+        cut = reduced.smallest(adapter, 0.0027, dtype)
+        assert (cut.rank, reduced.errors(cut, adapter).total <= 0.0027) == (rank, True)
 
 
 def test_a_plain_lora_is_read_too(ids, tmp_path, capsys):
@@ -433,9 +395,9 @@ def test_the_converted_adapter_survives_bfloat16_better_than_pefts_own(ids, tmp_
     errors = {}
     for name in ("ours", "theirs"):
         adapter = lora_file.read_adapter(str(tmp_path / name))
-        errors[name] = lora_file.errors(lora_file.one_rank(adapter, dtype=torch.bfloat16), adapter).total
+        errors[name] = reduced.errors(reduced.one_rank(adapter, dtype=torch.bfloat16), adapter).total
     ours, theirs = (lora_file.read_adapter(str(tmp_path / name)) for name in ("ours", "theirs"))
-    assert lora_file.errors(ours, theirs).total < 1e-4  # the same update
+    assert reduced.errors(ours, theirs).total < 1e-4  # the same update
     assert errors["ours"] < 0.004
     assert errors["theirs"] > 3 * errors["ours"]
 
@@ -629,8 +591,8 @@ def test_a_fresh_copy_of_the_model_is_not_needed(ids, tmp_path, capsys):
     model = ba_lora(fresh(tiny_llama()))
     trained(model, ids, tmp_path / "adapter")
     adapter = lora_file.read_adapter(str(tmp_path / "adapter"))
-    cut = lora_file.one_rank(adapter, 2)
-    by_layer = lora_file.errors(cut, adapter).by_layer
+    cut = reduced.one_rank(adapter, 2)
+    by_layer = reduced.errors(cut, adapter).by_layer
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     from balora_plugin.adapter.delta import delta_weight
 

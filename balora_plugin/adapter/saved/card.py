@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from transformers import BitsAndBytesConfig
 
 from ...consistency import form_named
 from ..config import BaLoraConfig
@@ -98,7 +99,7 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
     rows = [
         ("base model", f"`{base}`"),
         ("SHA-256 of the base", "not recorded" if identity is None else f"`{identity.sha256}` ({identity.dtype})"),
-        ("quantised in training", _quantisation(identity.quantization if identity else None)),
+        ("quantised in training", quantisation_in_words(identity.quantization if identity else None)),
         ("method", f"BA-LoRA, {start} (balora-plugin {__version__})"),
         ("terms in force", terms(config)),
         ("teacher", (found.teacher if found else None) or "the base itself, adapter switched off"),
@@ -108,10 +109,14 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
     place = "." if adapter_name == "default" else adapter_name
     flag = f"`max_lora_rank` >= {rank} (vLLM: `--max-lora-rank {rank}`; its default is {VLLM_DEFAULT_RANK})"
     smaller = f"--rank {VLLM_DEFAULT_RANK}" if rank > VLLM_DEFAULT_RANK else "--rank auto --max-error 0.05"
-    commands = [f"balora export {place} --output smaller {smaller}    # prints what is lost"]
-    if labels is None:  # the two run a causal language model
-        verify = f"balora verify {place} --base {shlex.quote(base)}    # is this the base it was trained on?"
-        commands = [verify, *commands, f"balora export {place} --output merged --merge --base {shlex.quote(base)}"]
+    commands = [f"balora export {place} --output smaller {smaller}"]
+    if labels is None:  # these run a causal language model
+        on_base = f"--base {shlex.quote(base)}"
+        commands = [
+            f"balora verify {place} {on_base}    # is this the base it was trained on?",
+            f"{commands[0]} {on_base}    # prints what is lost",
+            f"balora export {place} --output merged --merge {on_base}",
+        ]
     return "\n".join(
         [
             *([f"### Adapter `{adapter_name}`, in `{place}`", ""] if heading else []),
@@ -122,7 +127,7 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
             "This is an ordinary LoRA for the *original* base model, whose weights were not changed. "
             f"Servers need {flag}.",
             "",
-            *loading_snippet(base, place, labels),
+            *loading_snippet(base, place, labels, identity.quantization if identity else None),
             "",
             "```",
             *commands,
@@ -131,18 +136,41 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
     )
 
 
-def loading_snippet(base: str, place: str, labels: int | None = None) -> list[str]:
-    """Returns how unmodified PEFT loads an adapter, in lines; `labels`: of a classifier with so many outputs."""
+def loading_snippet(
+    base: str, place: str, labels: int | None = None, quantization: dict[str, Any] | None = None
+) -> list[str]:
+    """Returns how unmodified PEFT loads an adapter, in lines.
+
+    `labels`: of a classifier with so many outputs. `quantization`: of the base that was trained on, as
+    `base_quantization` of ba_lora.json has it: the adapter belongs to those weights.
+    """
     loader = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
+    settings = _bitsandbytes_settings(quantization)
+    arguments = [f'"{base}"', *([] if labels is None else [f"num_labels={labels}"])]
+    if settings is None:
+        imports, made = loader, []
+    else:
+        imports, made = f"{loader}, BitsAndBytesConfig", [f"quantization = BitsAndBytesConfig({settings})"]
+        arguments.append("quantization_config=quantization")
     return [
         "```python",
         "from peft import PeftModel",
-        f"from transformers import {loader}",
+        f"from transformers import {imports}",
         "",
-        f'base = {loader}.from_pretrained("{base}"{"" if labels is None else f", num_labels={labels}"})',
+        *made,
+        f"base = {loader}.from_pretrained({', '.join(arguments)})",
         f'model = PeftModel.from_pretrained(base, "{place}")  # this directory',
         "```",
     ]
+
+
+def _bitsandbytes_settings(quantization: dict[str, Any] | None) -> str | None:
+    """Returns the arguments of BitsAndBytesConfig that are not at their default; None for what it does not make."""
+    if quantization is None or quantization.get("quant_method") != "bitsandbytes":
+        return None
+    neutral = BitsAndBytesConfig().to_dict()
+    chosen = {key: value for key, value in quantization.items() if key in neutral and neutral[key] != value}
+    return ", ".join(f"{key}={value!r}" for key, value in sorted(chosen.items()) if not key.startswith("_"))
 
 
 def terms(config: BaLoraConfig) -> str:
@@ -167,7 +195,7 @@ def terms(config: BaLoraConfig) -> str:
     return f"{', '.join(parts)}{schedule}{interval}; preset {r.preset}"
 
 
-def _quantisation(values: dict[str, Any] | None) -> str:
+def quantisation_in_words(values: dict[str, Any] | None) -> str:
     """Returns a quantisation in words."""
     if values is None:
         return "no"
