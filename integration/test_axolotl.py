@@ -617,8 +617,12 @@ def test_auto_resume_from_checkpoints(written, ids):
     shutil.copytree(Path(whole.args.output_dir) / "checkpoint-2", cut_short)
     (cut_short / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-3: trainer_state.json.*is missing.*checkpoint-2"):
-        load_model_and_tokenizer(cfg=load_cfg(str(path)))
-    shutil.rmtree(cut_short)
+        load_model_and_tokenizer(
+            cfg=load_cfg(str(written("named.yml", **settings, resume_from_checkpoint=str(cut_short))))
+        )
+    cfg = load_cfg(str(path))
+    load_model_and_tokenizer(cfg=cfg)
+    assert cfg.resume_from_checkpoint == str(Path(whole.args.output_dir) / "checkpoint-2")
     resumed = run(path)
     assert len(history(resumed, "loss")) == 4
     assert torch.equal(logits(resumed.model.eval(), ids), expected)
