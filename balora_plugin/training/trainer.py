@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig, our_adapters
+from ..adapter.guard import native_factors
 from ..adapter.saved import card
 from ..checkpoint.integrity import begin_save, check_whole
 from ..config import RegularizerConfig
@@ -139,8 +141,11 @@ class BaLoraTrainerMixin(_Base):
             callbacks.append(RestoreAdapter(self, checkpoint if isinstance(checkpoint, str) else None))
         for callback in callbacks:
             self.add_callback(callback)
+        # an engine's checkpoint holds what trains; RestoreAdapter puts A0 and B0 beside it
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            with native_factors() if sharded else nullcontext():
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in callbacks:
                 self.remove_callback(callback)
