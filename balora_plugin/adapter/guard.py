@@ -1,8 +1,8 @@
 """Writes of stock factors over dA and dB, noticed by the layers in delta form.
 
-PEFT's free functions (`hotswap_adapter`, `set_peft_model_state_dict`, ...) address the trained factors by the names of a
-stock LoRA, and would leave A0, B0 of the adapter before beside the factors of another one: a third function, in silence. All
-of them go through the layers' state dict, whatever the layers are wrapped in.
+PEFT's free functions (`hotswap_adapter`, `set_peft_model_state_dict`, ...) address the trained factors by a stock name,
+and would leave A0, B0 of the adapter before beside the factors of another one: a third function, in silence. All of
+them go through the layers' state dict, whatever the layers are wrapped in.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -48,21 +48,30 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
         if regularizers is not None:
             regularizers = as_regularizers(regularizers)
             _check_settings(model, args, peft_config, regularizers, kwargs)
+        self._wrap: _Wrap | None = None
         if isinstance(peft_config, BaLoraConfig):
             model, args = _load(model, args, kwargs)
-            if isinstance(model, PeftModel):
-                raise ValueError(
-                    "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
-                    "peft_config out."
-                )
-            if args is not None:
-                check_attention(model, args)
-            self.check_ba_lora_task(resolve(model, as_regularizers(regularizers), adapter_follows=True))  # before SVDs
-            check_head(model)
-            self.ba_lora_head_checked = True
-            model = get_ba_lora_model(model, peft_config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
+            self._wrap = _Wrap(peft_config, as_regularizers(regularizers), args)
+            model = self.wrap_ba_lora_model(model)
             peft_config = None
         super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
+
+    def wrap_ba_lora_model(self, model: nn.Module) -> nn.Module:
+        """Returns the model with the adapter of `peft_config` on it, checked before the SVDs; any other as it is."""
+        if self._wrap is None:
+            return model
+        config, regularizers, args = self._wrap
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
+                "peft_config out."
+            )
+        if args is not None:
+            check_attention(model, args)
+        self.check_ba_lora_task(resolve(model, regularizers, adapter_follows=True))
+        check_head(model)
+        self.ba_lora_head_checked = True
+        return get_ba_lora_model(model, config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
 
     def check_ba_lora_task(self, config: RegularizerConfig) -> None:
         _refuse_classification(config.task)
@@ -88,6 +97,14 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         if out.aux_loss is not None and getattr(self, "aux_loss_enabled", False):
             metrics["aux_loss"].append(gather(out.aux_loss.detach()).mean().item())
+
+
+class _Wrap(NamedTuple):
+    """What a bare model is wrapped with, and checked for."""
+
+    adapter: BaLoraConfig
+    regularizers: RegularizerConfig
+    args: Any
 
 
 def _refuse_classification(task: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig
@@ -62,6 +62,8 @@ class RunState:
         initial_head: The LM head that full fine-tuning with a cache began with, which is the teacher's.
         meter: What counts the run's cost; there from the start of training.
         wants_logits: Whether the evaluation at hand asks for logits.
+        callbacks: What watches the run, for its trainer to call.
+        resumed: The checkpoint that training goes on from.
         counts: False while a classifier's batch holds nothing but samples that were evaluated before.
     """
 
@@ -78,6 +80,8 @@ class RunState:
     cache: TeacherCache | None = None
     initial_head: Head | None = None
     meter: CostMeter | None = None
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    resumed: str | None = None
     wants_logits: bool = field(default=False)
     counts: bool = field(default=True)
 

@@ -97,7 +97,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
-    host.add_callback(FiniteGuard(run, host))
+    run.callbacks.append(FiniteGuard(run, host))
     logger.info(f"BA-LoRA: {config}")
     return run
 

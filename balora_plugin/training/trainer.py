@@ -59,10 +59,11 @@ class BaLoraTrainerMixin(_Base):
     (weighted total) and `balora/share_*`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone;
     evaluation measures every configured term, at its full weight whatever the schedule.
 
-    A subclass may override three hooks: [`check_ba_lora_task`], [`extend_ba_lora_inputs`] and
+    A subclass may override the hooks [`wrap_ba_lora_model`], [`check_ba_lora_task`], [`extend_ba_lora_inputs`] and
     [`record_ba_lora_metrics`]. `ba_lora_run` holds the state of the run; None where the trainer has no terms.
     """
 
+    model: Any
     ba_lora_run: RunState | None = None
     ba_lora_requests: StepRequests | None = None
     ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
@@ -75,14 +76,36 @@ class BaLoraTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self._frozen_factors: dict[str, Tensor] = {}  # A0 and B0 while they are saved under ZeRO-3
+        self._given: Given | None = None
         args, kwargs, backend = take_backend(args, kwargs)
         super().__init__(*args, **kwargs)
-        self.ba_lora_run = open_run(self, Given(regularizers, teacher_model, backend))
-        if self.ba_lora_run is not None:
-            self.ba_lora_requests = StepRequests(self.ba_lora_run, self)
+        self._given = Given(regularizers, teacher_model, backend)
+        self._set_up(self._given)
+
+    def _set_up(self, given: Given) -> None:
+        """Makes the state of a run of the model at hand; with `model_init` each training has a model of its own."""
+        before = self.ba_lora_run
+        for callback in () if before is None else before.callbacks:
+            self.remove_callback(callback)
+        run = self.ba_lora_run = open_run(self, given)
+        if run is not None:
+            for callback in run.callbacks:
+                self.add_callback(callback)
+            self.ba_lora_requests = StepRequests(run, self)
             self.model_accepts_loss_kwargs = True  # the host then counts the tokens of the accumulated batch for us
-        elif backend is not None:  # no terms: the host's own pass
-            self._compile_for_the_host(backend)
+            if before is not None:
+                run.meter, run.resumed = before.meter, before.resumed
+                self._resume(run)
+        elif given.backend is not None:  # no terms: the host's own pass
+            self._compile_for_the_host(given.backend)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Returns a new model of `model_init`, with the trainer's adapter on it, and the run's state made for it."""
+        model = self.wrap_ba_lora_model(super().call_model_init(trial))
+        if self._given is not None:  # not the first one, which the host asks for while it is being made
+            self.model = model
+            self._set_up(self._given)
+        return model
 
     def _compile_for_the_host(self, asked: Asked) -> None:
         """`torch_compile_backend="ba_lora"` for a run without terms, whose loss is the host's own."""
@@ -110,6 +133,10 @@ class BaLoraTrainerMixin(_Base):
 
     # --- hooks for subclasses
 
+    def wrap_ba_lora_model(self, model: nn.Module) -> nn.Module:
+        """Hook: returns what `model_init` has made with the adapter on it, for a trainer that takes a `peft_config`."""
+        return model
+
     def check_ba_lora_task(self, config: RegularizerConfig) -> None:
         """Hook: raises a ValueError for resolved settings that this trainer does not train, a family of models say."""
 
@@ -129,18 +156,10 @@ class BaLoraTrainerMixin(_Base):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if isinstance(checkpoint, str):
             self._check_resumed(checkpoint)
-        run = self.ba_lora_run
-        if run is None:
+        if self.ba_lora_run is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        if checkpoint and run.initial_head is not None and run.cache is not None:
-            run.cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
         check_counted(self.train_dataset)
-        run.meter = CostMeter(self.args.device)
-        callbacks: list[TrainerCallback] = [CostCallback(run.meter)]
-        if run.ours:
-            callbacks.append(RestoreAdapter(self, checkpoint if isinstance(checkpoint, str) else None))
-        for callback in callbacks:
-            self.add_callback(callback)
+        callbacks = self._begin(self.ba_lora_run, checkpoint if isinstance(checkpoint, str) else None)
         # an engine's checkpoint holds what trains; RestoreAdapter puts A0 and B0 beside it
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         try:
@@ -149,18 +168,37 @@ class BaLoraTrainerMixin(_Base):
         finally:
             for callback in callbacks:
                 self.remove_callback(callback)
-            if run.compiled is not None and run.compiled.layers is not None:
+            run = self.ba_lora_run  # with model_init not the one that there was before
+            if run is not None and run.compiled is not None and run.compiled.layers is not None:
                 run.compiled.layers.remove()
-        self._report_cost(run)
+        if run is not None:
+            self._report_cost(run)
         return result
+
+    def _begin(self, run: RunState, checkpoint: str | None) -> list[TrainerCallback]:
+        """Readies a run for training, from a checkpoint or from the start; returns what watches this training alone."""
+        run.meter, run.resumed = CostMeter(self.args.device), checkpoint
+        self._resume(run)
+        callbacks: list[TrainerCallback] = [CostCallback(run.meter)]
+        if run.ours:
+            callbacks.append(RestoreAdapter(self, checkpoint))
+        for callback in callbacks:
+            self.add_callback(callback)
+        return callbacks
+
+    def _resume(self, run: RunState) -> None:
+        """What a run takes from the checkpoint that it goes on from, beside what the host loads."""
+        if run.resumed is None:
+            return
+        restore_head(run, run.resumed)
+        if run.initial_head is not None and run.cache is not None:
+            run.cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
 
     def _check_resumed(self, checkpoint: str) -> None:
         adapter = active_config(self.model)
         check_checkpoint(adapter, checkpoint)
         if isinstance(adapter, BaLoraConfig):
             check_whole(checkpoint, our_adapters(self.model))
-        if self.ba_lora_run is not None:
-            restore_head(self.ba_lora_run, checkpoint)
 
     def _report_cost(self, run: RunState) -> None:
         """One table at the end of training, and `ba_lora_cost.json` in the output directory."""
