@@ -16,6 +16,7 @@ from trl.trainer.utils import create_model_from_path
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
 from ..config import RegularizerConfig, as_regularizers
+from ..objective.batches import main_input
 from ..objective.request import StepOutput
 from ..pretrained.attention import check_attention, check_flash
 from ..pretrained.lm_head import check_head
@@ -92,7 +93,7 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
             if "attention_mask" in inputs:
                 tokens = inputs["attention_mask"].sum()
             else:  # padding-free and packed batches
-                tokens = out.count.new_tensor(inputs["position_ids"].size(1))
+                tokens = out.count.new_tensor(main_input(inputs).shape[:2].numel())
             self._total_train_tokens += gather(tokens).sum().item()
         metrics["num_tokens"] = [self._total_train_tokens]
         if out.aux_loss is not None and getattr(self, "aux_loss_enabled", False):

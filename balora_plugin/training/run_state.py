@@ -61,6 +61,7 @@ class RunState:
         cache: The teacher's outputs on disk.
         initial_head: The LM head that full fine-tuning with a cache began with, which is the teacher's.
         meter: What counts the run's cost; there from the start of training.
+        predicts: Whether a batch is being evaluated, though the model may be in training mode.
         wants_logits: Whether the evaluation at hand asks for logits.
         callbacks: What watches the run, for its trainer to call.
         resumed: The checkpoint that training goes on from.
@@ -82,6 +83,7 @@ class RunState:
     meter: CostMeter | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     resumed: str | None = None
+    predicts: bool = field(default=False)
     wants_logits: bool = field(default=False)
     counts: bool = field(default=True)
 

@@ -18,7 +18,7 @@ from ..adapter.guard import native_factors
 from ..adapter.saved import card
 from ..checkpoint.integrity import begin_save, check_whole
 from ..config import RegularizerConfig
-from ..objective.batches import without_crossings
+from ..objective.batches import main_input, without_crossings
 from ..objective.classification import samples_of
 from ..objective.request import StepOutput
 from ..pretrained.quantised import quantised_layers_stay_in_training_mode
@@ -242,7 +242,7 @@ class BaLoraTrainerMixin(_Base):
         run, requests = self.ba_lora_run, self.ba_lora_requests
         if run is None or requests is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        training = bool(self.model.training)
+        training = bool(self.model.training) and not run.predicts
         inputs = run.inputs(inputs)
         request = requests.step(training)
         out: StepOutput = model(**inputs, ba_lora=request)
@@ -273,7 +273,8 @@ class BaLoraTrainerMixin(_Base):
         if out.aux_loss is not None:
             batch_terms = batch_terms + self._router_coefficient() * out.aux_loss.to(loss.device)
         if training and num_items_in_batch is not None:  # the host does not divide by accumulation steps then
-            batch_terms = batch_terms / self.current_gradient_accumulation_steps
+            steps = self.args.gradient_accumulation_steps  # of a loss that is asked for before training begins
+            batch_terms = batch_terms / getattr(self, "current_gradient_accumulation_steps", steps)
         return loss + batch_terms
 
     def _router_coefficient(self) -> float:
@@ -345,8 +346,8 @@ class BaLoraTrainerMixin(_Base):
         run = self.ba_lora_run
         if run is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        run.wants_logits = not prediction_loss_only
-        rows = len(inputs["input_ids"])
+        run.predicts, run.wants_logits = True, not prediction_loss_only
+        rows = len(main_input(inputs))
         repeated = repeated_rows(self.accelerator, rows)
         if repeated == rows and run.cache is not None:
             repeated = 0  # what counts nothing is no document of the cache's
@@ -360,4 +361,4 @@ class BaLoraTrainerMixin(_Base):
             missing = min(repeated, rows - 1)
             return loss, refill(logits, missing), refill(labels, missing)
         finally:
-            run.wants_logits, run.counts = False, True
+            run.predicts, run.wants_logits, run.counts = False, False, True
