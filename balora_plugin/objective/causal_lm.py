@@ -105,6 +105,8 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         result["aux_loss"] = _router_loss(model, routed, inputs.get("attention_mask"))
     if request.return_logits:
         result["logits"] = project(hidden.to(head.weight.device), head).to(hidden.dtype)
+    if request.return_hidden:
+        result["hidden"] = hidden
     return StepOutput(**result)
 
 

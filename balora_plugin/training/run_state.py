@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig
 from ..config import RegularizerConfig
+from ..distributed import is_sharded
 from ..fused.head import Head
+from ..fused.project import project
 from ..objective.batches import without_crossings
 from ..objective.request import CompiledPasses
+from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
 from .cost import CostMeter
@@ -96,6 +99,20 @@ class RunState:
         """Returns what a batch gives to the model's forward: without a host's notes to itself, which begin with _."""
         plain = {key: value for key, value in batch.items() if not key.startswith("_")}
         return self.extend(without_crossings(plain))
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Returns the student's logits (B, T, V) of its final hidden states (B, T, d), in their graph.
+
+        Raises:
+            ValueError: an engine has split the head, which is whole inside the model's forward alone.
+        """
+        if is_sharded(self.model):
+            raise ValueError(
+                "outputs.logits: FSDP or ZeRO-3 has split the LM head, which is whole only inside the model's forward. "
+                "Read logits under DDP, or ask the model for them: model(**inputs).logits."
+            )
+        head = read_head(self.model)
+        return project(hidden.to(head.weight.device), head).to(hidden.dtype)
 
     def initial_head_on(self, device: torch.device) -> Head | None:
         """Returns the head that full fine-tuning began with, moved to the device that it is needed on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from ..checkpoint.integrity import begin_save, check_whole
 from ..config import RegularizerConfig
 from ..objective.batches import main_input, without_crossings
 from ..objective.classification import samples_of
+from ..objective.lazy_logits import LazyLogits
 from ..objective.request import StepOutput
 from ..pretrained.quantised import quantised_layers_stay_in_training_mode
 from ..schedules import Lambdas
@@ -245,6 +247,8 @@ class BaLoraTrainerMixin(_Base):
         training = bool(self.model.training) and not run.predicts
         inputs = run.inputs(inputs)
         request = requests.step(training)
+        if return_outputs and training:  # a subclass that adds a loss of its own
+            request.return_hidden, request.return_logits = run.config.task == "nlg", run.config.task == "nlu"
         out: StepOutput = model(**inputs, ba_lora=request)
         if num_items_in_batch is not None and run.config.task == "nlu":
             num_items_in_batch = samples_of(inputs["labels"], num_items_in_batch)
@@ -253,6 +257,8 @@ class BaLoraTrainerMixin(_Base):
         self.record_ba_lora_metrics(out, inputs, training)
         if not return_outputs:
             return loss
+        if out.hidden is not None:
+            return loss, LazyLogits(loss, partial(run.logits_of, out.hidden))
         return loss, CausalLMOutput(loss=loss, logits=out.logits)
 
     def _combine(
