@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import os
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 from peft import LoraConfig
@@ -32,26 +34,114 @@ _REFUSAL = (
     "peft_config=config."
 )
 
-# LoRA options that replace the function or the teacher; name -> what its neutral value is
-NEUTRAL_OPTIONS: dict[str, Any] = {
-    "use_dora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "megatron_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "kasa_config": None,
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "ensure_weight_tying": False,
+
+class Neutral(NamedTuple):
+    """The value at which a LoRA option does nothing, why BA-LoRA takes no other, and what to write instead."""
+
+    value: Any
+    reason: str
+    remedy: str
+
+
+_ITS_START = "it is another start of the factors, and BA-LoRA's is the SVD of the weight"
+_WRITE_START = "remove it, with init_lora_weights='pissa' or 'pissa_fast' (or True, for the ordinary LoRA start)"
+
+# LoRA options that replace the function or the teacher
+NEUTRAL_OPTIONS: dict[str, Neutral] = {
+    "use_dora": Neutral(
+        False,
+        "DoRA rescales the adapted weight by trained magnitudes, which the delta form has no place for",
+        "remove it (a larger r adds capacity)",
+    ),
+    "lora_bias": Neutral(
+        False,
+        "a trained bias beside the factors is no part of the update that is saved",
+        "remove it; modules_to_save=[...] trains a whole module with its bias",
+    ),
+    "bias": Neutral(
+        "none",
+        "it trains the base's own biases, which the teacher shares: the pre-trained model would be gone",
+        "write bias='none'; modules_to_save=[...] trains a copy of a whole module, and the teacher keeps the first",
+    ),
+    "layer_replication": Neutral(
+        None,
+        "it builds another model out of the base's layers, so the teacher is not the pre-trained one",
+        "remove it, or load a base that already has those layers",
+    ),
+    "trainable_token_indices": Neutral(
+        None,
+        "it trains rows of the embedding in place, and a head that is tied to it, where the terms read the pre-trained",
+        "remove it and write modules_to_save=['embed_tokens'] (and 'lm_head', where they are to be predicted), "
+        "whose first copies the teacher keeps",
+    ),
+    "megatron_config": Neutral(
+        None,
+        "Megatron's parallel layers are not the linear layers that BA-LoRA factorises",
+        "remove it and split the model with FSDP or DeepSpeed",
+    ),
+    "alora_invocation_tokens": Neutral(
+        None,
+        "an activated LoRA acts behind its invocation tokens alone, and the terms compare whole sequences",
+        "remove it",
+    ),
+    "use_qalora": Neutral(
+        False,
+        "QALoRA pools a layer's inputs, which is another function than the saved B A",
+        "remove it and load the base with a BitsAndBytesConfig",
+    ),
+    "use_bdlora": Neutral(
+        None,
+        "block-diagonal factors are not those of an SVD of the whole weight",
+        "remove it (a smaller r makes smaller factors)",
+    ),
+    "arrow_config": Neutral(
+        None,
+        "Arrow routes among adapters that are trained already, so there is none to train",
+        "train with BA-LoRA first, and give what it saved, a plain LoRA, to Arrow",
+    ),
+    "velora_config": Neutral(
+        None,
+        "VeLoRA compresses what the backward pass reads, so gradients are not those of the terms",
+        "remove it and set gradient_checkpointing=True where memory is short",
+    ),
+    "monteclora_config": Neutral(
+        None,
+        "MonteCLoRA adds noise to the factors, so that student and teacher differ before the first step",
+        "remove it",
+    ),
+    "kasa_config": Neutral(
+        None,
+        "KaSA truncates the base's weights and trains singular values, so the base is not the teacher",
+        "remove it",
+    ),
+    "eva_config": Neutral(None, _ITS_START, _WRITE_START),
+    "corda_config": Neutral(None, _ITS_START, _WRITE_START),
+    "lora_ga_config": Neutral(None, _ITS_START, _WRITE_START),
+    "ensure_weight_tying": Neutral(
+        False,
+        "it makes the head a tied copy of trained embeddings, and the terms read student's and teacher's head apart",
+        "remove it and write modules_to_save=['embed_tokens', 'lm_head'], which trains both as copies of their own",
+    ),
 }
+
+_REWRITES = "it rewrites the base's weights, which are the teacher's: write 'pissa', the like in delta form"
+_DATA = "it needs a pass over data before training: write 'pissa', which starts from the weights"
+# other values of init_lora_weights that PEFT takes: why not, and what instead
+OTHER_STARTS: dict[str, str] = {
+    "gaussian": "it is the ordinary start with other random numbers: write True",
+    "orthogonal": "its two factors do not begin at a zero update: write True (ordinary LoRA), or 'pissa'",
+    "olora": _REWRITES,
+    "corda": f"{_REWRITES}; {_DATA}",
+    "lora_ga": f"{_REWRITES}; {_DATA}",
+    "eva": _DATA,
+    "loftq": "it replaces the base by a quantised one: load the base with a BitsAndBytesConfig, write 'pissa', and "
+    "name the full-precision model in start_from",
+}
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 class _DeltaStart(str):
@@ -74,9 +164,9 @@ class BaLoraConfig(LoraConfig):
         regularizers: The three terms, see [`RegularizerConfig`]; a dict of its fields works too.
         compile: Compile teacher, student and terms with the backend `ba_lora` (not beside the trainer's torch_compile):
             True: one graph each; "layers": each kind of decoder layer once.
-        init_lora_weights: `"pissa"` (default: exact SVD), `"pissa_fast"` (randomised SVD, fixed seed), both in delta
-            form, so that the base weights stay as they are; `True`: the ordinary LoRA start with the regularisers;
-            `False`: random factors, for tests.
+        init_lora_weights: `"pissa"` (default: exact SVD), `"pissa_fast"` (randomised SVD, fixed seed; PEFT's
+            `"pissa_niter_N"` means this one), both in delta form, so that the base weights stay as they are; `True`:
+            the ordinary LoRA start with the regularisers; `False`: random factors, for tests.
         start_from: Over a quantised (bitsandbytes) base: where A0 and B0 come from. None: the dequantised weights. A
             directory, .safetensors file or hub id of the full-precision model: its weights, read one at a time. Not
             part of a saved adapter. Base and teacher are the quantised weights either way.
@@ -101,13 +191,9 @@ class BaLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = str(self.init_lora_weights)
+        self._take_iterations()
         super().__post_init__()
         self.regularizers = as_regularizers(self.regularizers)
-        if self.init_lora_weights not in (*DELTA_STARTS, True, False):
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is not a BA-LoRA start: write 'pissa', 'pissa_fast' "
-                "(faster, same step-0 model), True (ordinary LoRA) or False (random, for tests)."
-            )
         self._check_neutral()
         if not isinstance(self.compile, bool) and self.compile != "layers":
             raise (ValueError if isinstance(self.compile, str) else TypeError)(
@@ -125,11 +211,35 @@ class BaLoraConfig(LoraConfig):
             self.init_lora_weights = _DeltaStart(self.init_lora_weights)
         self._register_custom_module({nn.Module: _refuse_stock_injection})
 
+    def _take_iterations(self) -> None:
+        """`pissa_niter_N` of PEFT's is a randomised SVD too."""
+        if isinstance(self.init_lora_weights, str) and re.fullmatch(r"pissa_niter_\d+", self.init_lora_weights):
+            _say_once(
+                f"init_lora_weights={self.init_lora_weights!r} is 'pissa_fast' here, whose iterations are fixed: "
+                "write that."
+            )
+            self.init_lora_weights = "pissa_fast"
+
     def _check_neutral(self) -> None:
-        """Refuses a LoRA option that replaces the function or the teacher."""
+        """Refuses a start, or a LoRA option, that replaces the function or the teacher."""
+        start = self.init_lora_weights
+        if start not in (*DELTA_STARTS, True, False):
+            why = OTHER_STARTS.get(str(start).lower())
+            raise ValueError(
+                f"init_lora_weights={start!r} is not a BA-LoRA start: "
+                + (
+                    f"{why}."
+                    if why
+                    else "write 'pissa', 'pissa_fast' (faster, same step-0 model), True (ordinary LoRA) or False "
+                    "(random, for tests)."
+                )
+            )
         for key, neutral in NEUTRAL_OPTIONS.items():
-            if getattr(self, key, neutral) not in (neutral, None, False):
-                raise ValueError(f"{key}={getattr(self, key)!r} does not work with BA-LoRA: leave it at {neutral!r}.")
+            value = getattr(self, key, neutral.value)
+            if value not in (neutral.value, None, False):
+                raise ValueError(
+                    f"{key}={value!r} does not work with BA-LoRA: {neutral.reason}. Instead: {neutral.remedy}."
+                )
 
     @property
     def delta(self) -> bool:

@@ -23,6 +23,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..pretrained.quantised import dequantised, is_quantised_linear
+from .guard import REMEDY, guard_layer
 
 TESTED_PEFT = ("0.20", "0.22")  # from, below
 FROZEN = ("frozen_A", "frozen_B")
@@ -59,6 +60,11 @@ class DeltaVariant(LoraVariant):
             frozen_b.to(lora_b.weight.dtype)
         x = module.lora_dropout[active_adapter](x)
         u = lora_a(x)
+        if u.shape[-1] != frozen_b.in_features:
+            raise ValueError(
+                f"adapter {active_adapter!r} has rank {frozen_b.in_features}, but its lora_A gives {u.shape[-1]} "
+                f"columns: something (prepare_model_for_compiled_hotswap?) wrote factors of another shape. {REMEDY}"
+            )
         update = frozen_b(u) + lora_b(frozen_a(x) + u)
         return result + update * module.scaling[active_adapter]
 
@@ -185,6 +191,8 @@ def num_experts(layer: LoraLayer) -> int:
 
 def attach_delta(layer: LoraLayer, adapter_name: str) -> None:
     """Puts a freshly injected stock adapter in delta form: all four factors 0 until [`start_layers`] or a load."""
+    if not hasattr(layer, FROZEN[0]):
+        guard_layer(layer)
     for name, trained in zip(FROZEN, (layer.lora_A[adapter_name], layer.lora_B[adapter_name]), strict=True):
         if not hasattr(layer, name):
             setattr(layer, name, nn.ModuleDict())

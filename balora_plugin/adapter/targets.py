@@ -54,7 +54,14 @@ def check_targets(base: Any, layers: list[tuple[str, LoraLayer]]) -> None:
                 "ignore an adapter. Remove it from target_modules (or write 'all-linear', which leaves it out)."
             )
         if not is_supported_layer(layer):
+            kept, remedy = layer.get_base_layer(), "Remove it from target_modules."
+            if isinstance(kept, nn.Embedding):
+                leaf = name.rpartition(".")[2]
+                remedy = (
+                    f"Remove it from target_modules, and write modules_to_save=[{leaf!r}] to train it whole, beside "
+                    "the first copy, which the teacher keeps."
+                )
             raise ValueError(
-                f"target_modules matches {name!r}, a {type(layer.get_base_layer()).__name__}: BA-LoRA adapts "
-                "nn.Linear, Conv1D, bitsandbytes linear layers and fused experts. Remove it from target_modules."
+                f"target_modules matches {name!r}, a {type(kept).__name__}: BA-LoRA adapts nn.Linear, Conv1D, "
+                f"bitsandbytes linear layers and fused experts. {remedy}"
             )

@@ -184,8 +184,8 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_type={config.peft_type.value!r} in {directory!r} is no LoRA: only LoRAs are read.")
     for key, neutral in NEUTRAL_OPTIONS.items():
-        value = getattr(config, key, neutral)
-        if value not in (neutral, None, False) and key not in _STARTS_OPTIONS:
+        value = getattr(config, key, neutral.value)
+        if value not in (neutral.value, None, False) and key not in _STARTS_OPTIONS:
             raise ValueError(f"{key}={value!r} in {directory!r}: the update is not scaling * B A; not supported.")
     return config, read_settings(files)
 

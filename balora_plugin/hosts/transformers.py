@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -17,12 +18,15 @@ from ..training.checks.arguments import check_arguments
 from ..training.checks.model import resolve
 from ..training.trainer import BaLoraTrainerMixin
 
+_MODEL_INIT = 4  # its place behind model and args, for a caller that names nothing
+
 
 class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
     """[`transformers.Trainer`] with the BA-LoRA objective, for causal language models and sequence classification.
 
     Args (beside the Trainer's own):
-        peft_config: A BaLoraConfig (or any PEFT config) to wrap `model` with; or pass a wrapped model.
+        peft_config: A BaLoraConfig (or any PEFT config) to wrap `model` with, or what each call of `model_init` makes;
+            or let either be a wrapped model.
         regularizers, teacher_model: See [`BaLoraTrainerMixin`].
     """
 
@@ -34,23 +38,40 @@ class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if peft_config is not None:
-            if model is None or isinstance(model, PeftModel):
+        self._adapter = peft_config
+        self._wanted = kwargs.get("regularizers")
+        self._arguments = args
+        if model is not None:
+            model = self.wrap_ba_lora_model(model)
+        elif peft_config is not None and kwargs.get("model_init") is None and len(positional) <= _MODEL_INIT:
+            raise ValueError(
+                "peft_config is given, but model is None: pass the bare pre-trained model or model_init=..., or leave "
+                "peft_config out."
+            )
+        super().__init__(model, args, *positional, **kwargs)
+
+    def wrap_ba_lora_model(self, model: nn.Module) -> nn.Module:
+        """Returns the model with the adapter of `peft_config` on it, checked before the SVDs; any other as it is."""
+        args, config = self._arguments, copy.deepcopy(self._adapter)  # PEFT writes into what it is given
+        if config is not None:
+            if isinstance(model, PeftModel):
                 raise ValueError(
-                    f"peft_config is given, but model is {'None' if model is None else 'a PeftModel'}: pass the "
-                    "bare pre-trained model, or leave peft_config out."
+                    "peft_config is given, but model is a PeftModel: pass the bare pre-trained model, or leave "
+                    "peft_config out."
                 )
-            if isinstance(peft_config, BaLoraConfig):
-                if args is not None:
-                    check_arguments(args)
-                    check_attention(model, args)
-                terms = as_regularizers(kwargs.get("regularizers") or peft_config.regularizers)
-                if resolve(model, terms, adapter_follows=True).task == "nlg":  # before the SVDs
-                    check_head(model)
-                self.ba_lora_head_checked = True
-                model = get_ba_lora_model(model, peft_config)
-            else:
-                model = get_peft_model(model, peft_config)
+            model = self._wrapped(model, config)
         if isinstance(model, PeftModel) and args is not None and args.gradient_checkpointing:
             model.enable_input_require_grads()  # checkpointing over frozen embeddings needs an input with a gradient
-        super().__init__(model, args, *positional, **kwargs)
+        return model
+
+    def _wrapped(self, model: Any, config: PeftConfig) -> nn.Module:
+        if not isinstance(config, BaLoraConfig):
+            return get_peft_model(model, config)
+        if self._arguments is not None:
+            check_arguments(self._arguments)
+            check_attention(model, self._arguments)
+        terms = as_regularizers(self._wanted or config.regularizers)
+        if resolve(model, terms, adapter_follows=True).task == "nlg":  # before the SVDs
+            check_head(model)
+        self.ba_lora_head_checked = True
+        return get_ba_lora_model(model, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -16,6 +16,7 @@ from trl.trainer.utils import create_model_from_path
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
 from ..config import RegularizerConfig, as_regularizers
+from ..objective.batches import main_input
 from ..objective.request import StepOutput
 from ..pretrained.attention import check_attention, check_flash
 from ..pretrained.lm_head import check_head
@@ -51,21 +52,30 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
         if regularizers is not None:
             regularizers = as_regularizers(regularizers)
             _check_settings(model, args, peft_config, regularizers, kwargs)
+        self._wrap: _Wrap | None = None
         if isinstance(peft_config, BaLoraConfig):
             model, args = _load(model, args, kwargs)
-            if isinstance(model, PeftModel):
-                raise ValueError(
-                    "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
-                    "peft_config out."
-                )
-            if args is not None:
-                check_attention(model, args)
-            self.check_ba_lora_task(resolve(model, as_regularizers(regularizers), adapter_follows=True))  # before SVDs
-            check_head(model)
-            self.ba_lora_head_checked = True
-            model = get_ba_lora_model(model, peft_config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
+            self._wrap = _Wrap(peft_config, as_regularizers(regularizers), args)
+            model = self.wrap_ba_lora_model(model)
             peft_config = None
         super().__init__(model, args, *positional, peft_config=peft_config, **kwargs)
+
+    def wrap_ba_lora_model(self, model: nn.Module) -> nn.Module:
+        """Returns the model with the adapter of `peft_config` on it, checked before the SVDs; any other as it is."""
+        if self._wrap is None:
+            return model
+        config, regularizers, args = self._wrap
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "peft_config is given, but model is already a PeftModel: pass the bare pre-trained model, or leave "
+                "peft_config out."
+            )
+        if args is not None:
+            check_attention(model, args)
+        self.check_ba_lora_task(resolve(model, regularizers, adapter_follows=True))
+        check_head(model)
+        self.ba_lora_head_checked = True
+        return get_ba_lora_model(model, config, autocast_adapter_dtype=not _is_plain_zero3(model, args))
 
     def check_ba_lora_task(self, config: RegularizerConfig) -> None:
         _refuse_classification(config.task)
@@ -86,11 +96,19 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
             if "attention_mask" in inputs:
                 tokens = inputs["attention_mask"].sum()
             else:  # padding-free and packed batches
-                tokens = out.count.new_tensor(inputs["position_ids"].size(1))
+                tokens = out.count.new_tensor(main_input(inputs).shape[:2].numel())
             self._total_train_tokens += gather(tokens).sum().item()
         metrics["num_tokens"] = [self._total_train_tokens]
         if out.aux_loss is not None and getattr(self, "aux_loss_enabled", False):
             metrics["aux_loss"].append(gather(out.aux_loss.detach()).mean().item())
+
+
+class _Wrap(NamedTuple):
+    """What a bare model is wrapped with, and checked for."""
+
+    adapter: BaLoraConfig
+    regularizers: RegularizerConfig
+    args: Any
 
 
 def _refuse_classification(task: str) -> None:

@@ -11,6 +11,12 @@ from torch.nn import functional as F
 from ..teacher.documents import BOUNDARIES
 
 
+def main_input(inputs: dict[str, Any]) -> Tensor:
+    """What a batch gives a model to read: input_ids (B, L), or inputs_embeds (B, L, d) in their place."""
+    ids: Tensor | None = inputs.get("input_ids")
+    return inputs["inputs_embeds"] if ids is None else ids
+
+
 def without_crossings(inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch whose labels say nothing of a document's first token, as where it stands alone in its row.
 

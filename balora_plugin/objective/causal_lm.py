@@ -23,7 +23,7 @@ from ..pretrained.attention import implementation_of, is_flash
 from ..pretrained.backbone import backbone_of
 from ..pretrained.lm_head import check_head_now, read_head
 from ..pretrained.switch import TeacherSwitch
-from .batches import check_task_weights, counted_positions, with_boundaries
+from .batches import check_task_weights, counted_positions, main_input, with_boundaries
 from .causal_lm_terms import (
     backbone_pass,
     head_spectrum,
@@ -45,8 +45,8 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     Args:
         model: The causal language model (inside any PEFT and parallel wrapper).
         request: What to compute.
-        inputs: Its forward's keywords: input_ids (B, L), labels (B, L) with -100 = not counted, or already shifted
-            shift_labels (B, L); anything else goes to the backbone as it is.
+        inputs: Its forward's keywords: input_ids (B, L) or inputs_embeds (B, L, d); labels (B, L) with -100 = not
+            counted, or already shifted shift_labels (B, L); anything else goes to the backbone as it is.
     """
     lambdas = request.lambdas
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
@@ -59,14 +59,14 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     compiled = request.compiled
     if compiled is not None and is_flash(implementation_of(model)):
         inputs = with_boundaries(inputs)
-    check_head_now(model, inputs["input_ids"].device)
+    check_head_now(model, main_input(inputs).device)
     head = read_head(model)
     teacher = None
     if lambdas.consistency:
         with request.part("teacher"):
             teacher = _teacher_pass(model, request, inputs, needed, head)
     if request.fill:
-        return StepOutput(loss=torch.zeros((), device=inputs["input_ids"].device))
+        return StepOutput(loss=torch.zeros((), device=main_input(inputs).device))
     extra = {"output_router_logits": True} if router else {}
     targets, factors = _aligned(labels, shifted, request.task_weights)
     asked, spectrum = token_loss(request, head, teacher, factors), spectrum_request(request, head)
@@ -103,6 +103,8 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         result["aux_loss"] = _router_loss(model, routed, inputs.get("attention_mask"))
     if request.return_logits:
         result["logits"] = project(hidden.to(head.weight.device), head).to(hidden.dtype)
+    if request.return_hidden:
+        result["hidden"] = hidden
     return StepOutput(**result)
 
 

@@ -181,7 +181,9 @@ def features(model: PreTrainedModel, hidden: Tensor, inputs: dict[str, Any]) -> 
     """
     if reads_last_token(model):
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return hidden[rows, last_tokens(model, inputs["input_ids"]).to(hidden.device)]
+        ids = inputs.get("input_ids")  # embeddings do not say what is padding: the model takes the last position then
+        last = hidden.shape[1] - 1 if ids is None else last_tokens(model, ids).to(hidden.device)
+        return hidden[rows, last]
     if getattr(model.config, "classifier_pooling", "cls") == "mean":
         mask = inputs.get("attention_mask")
         mask = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden)

@@ -34,6 +34,7 @@ class StepRequest:
     `lambdas` are the weights in force; lambdas.consistency includes `teacher_factor`, the teacher interval (or 0).
     `teacher_head`: the teacher's head where the student's own has moved and no copy is in the model. `fill`: only make
     sure that the cache holds the batch's teacher states. `head_only`: a classifier's head on the pre-trained features.
+    `return_hidden`: the student's final hidden states, in their graph, for logits that somebody may ask for.
     `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
     part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
     device.
@@ -44,6 +45,7 @@ class StepRequest:
     factors: FactorCache = field(default_factory=FactorCache)
     teacher: PreTrainedModel | None = None
     return_logits: bool = False
+    return_hidden: bool = False
     measure_shares: bool = False
     teacher_factor: int = 1
     switch: TeacherSwitch | None = None
@@ -95,6 +97,7 @@ class StepOutput(ModelOutput):
     diversity_count: Tensor | None = None
     aux_loss: Tensor | None = None
     logits: Tensor | None = None
+    hidden: Tensor | None = None
     shares: Tensor | None = None
 
 

@@ -54,7 +54,7 @@ def set_up(run: RunState, host: HostTrainer, *, compiled: bool | str) -> None:
         )
     _keep_small_updates(run, host)
     if config.head_warmup_steps:
-        host.add_callback(HeadWarmup(run, host))
+        run.callbacks.append(HeadWarmup(run, host))
 
 
 def _keep_small_updates(run: RunState, host: HostTrainer) -> None:

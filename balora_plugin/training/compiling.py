@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..objective.causal_lm_terms import backbone_pass, student_pass
 from ..objective.install import without_input_hooks
 from ..objective.request import CompiledPasses
+
+logger = logging.get_logger(__name__)
 
 BACKEND = "ba_lora"
 LAYERS = "layers"
@@ -87,3 +90,15 @@ def compiled_passes(
         Compiled(function, warn, mode=mode, around=without_input_hooks) for function in (backbone_pass, student_pass)
     )
     return CompiledPasses(teacher, student)
+
+
+def compile_for_the_host(model: nn.Module, asked: Asked) -> None:
+    """Compiles (in place) the model of a run without terms, whose loss is the host's own, with our backend."""
+    from ..compile import or_eagerly
+
+    def failed(reason: str) -> None:
+        logger.warning(
+            f"BA-LoRA: torch_compile_backend={BACKEND!r} does not work here, so training goes on without it: {reason}"
+        )
+
+    model.compile(backend=or_eagerly(failed, asked.mode))

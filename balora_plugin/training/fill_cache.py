@@ -68,7 +68,7 @@ def open_run_cache(run: RunState, host: HostTrainer) -> None:
     filling = CacheFilling(run, host, cache)
     cache.choose = filling.choose_rows
     run.cache = cache
-    host.add_callback(TeacherCacheCallback(filling))
+    run.callbacks.append(TeacherCacheCallback(filling))
 
 
 class TeacherCacheCallback(TrainerCallback):

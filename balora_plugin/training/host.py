@@ -68,9 +68,6 @@ class HostTrainer(Protocol):
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
 
-    def add_callback(self, callback: Any) -> None:
-        """Adds a TrainerCallback."""
-
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Returns the loader that training reads."""
 

@@ -9,6 +9,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
+from ..objective.batches import main_input
+
 
 def repeated_rows(accelerator: Any, rows: int) -> int:
     """How many of this rank's `rows` in the batch at hand were evaluated before.
@@ -35,7 +37,7 @@ def drop_rows(inputs: dict[str, Any], repeated: int, *, token_labels: bool = Tru
     that -100 leaves the row out. A classifier's are left as they are, for -100 is a score like another: its request
     says that nothing counts.
     """
-    rows = len(inputs["input_ids"])
+    rows = len(main_input(inputs))
     kept = max(rows - repeated, 1)
     inputs = {
         key: value[:kept] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value

@@ -14,7 +14,6 @@ from ..checkpoint.integrity import check_whole, unchecked
 from ..checkpoint.names import STATE_FILE
 from ..settings import as_path
 from .checks.arguments import check_checkpoint
-from .classification import restore_head
 from .host import HostTrainer
 from .run_state import RunState, active_config
 
@@ -42,7 +41,6 @@ def check_resumable(host: HostTrainer, run: RunState | None, checkpoint: str) ->
     check_whole(checkpoint, ours)
     if run is None:
         return
-    restore_head(run, checkpoint)
     note = unchecked(checkpoint)
     if note is not None:
         run.warn("unchecked", note)
@@ -72,15 +70,15 @@ class NothingLeft(TrainerCallback):
     `run.finished` says so to the trainer, which then gives the host no batches.
     """
 
-    def __init__(self, run: RunState, resumed: str | None) -> None:
-        self._run, self._resumed = run, resumed
+    def __init__(self, run: RunState) -> None:
+        self._run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._run.finished = self._resumed is not None and state.global_step >= state.max_steps
+        self._run.finished = self._run.resumed is not None and state.global_step >= state.max_steps
         if self._run.finished:
             self._run.warn(
                 "finished",
-                f"{self._resumed} is at step {state.global_step} of {state.max_steps}: this run has "
+                f"{self._run.resumed} is at step {state.global_step} of {state.max_steps}: this run has "
                 "ended, and nothing is trained. To go on, raise max_steps or num_train_epochs.",
             )
             control.should_training_stop = True

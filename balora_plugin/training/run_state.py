@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig
 from ..config import RegularizerConfig
+from ..distributed import is_sharded
 from ..fused.head import Head
+from ..fused.project import project
 from ..objective.batches import without_crossings
 from ..objective.request import CompiledPasses
+from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
 from .cost import CostMeter
@@ -63,8 +66,11 @@ class RunState:
         packing: Asks once whether packed documents see each other; None for classifiers.
         initial_head: The LM head that full fine-tuning with a cache began with, which is the teacher's.
         meter: What counts the run's cost; there from the start of training.
+        predicts: Whether a batch is being evaluated, though the model may be in training mode.
         wants_logits: Whether the evaluation at hand asks for logits.
         finished: The run was resumed after its last step, so that it has nothing to do.
+        callbacks: What watches the run, for its trainer to call.
+        resumed: The checkpoint that training goes on from.
         counts: False while a classifier's batch holds nothing but samples that were evaluated before.
     """
 
@@ -82,6 +88,9 @@ class RunState:
     packing: PackingProbe | None = None
     initial_head: Head | None = None
     meter: CostMeter | None = None
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    resumed: str | None = None
+    predicts: bool = False
     wants_logits: bool = False
     counts: bool = True
     finished: bool = False
@@ -100,6 +109,20 @@ class RunState:
         """Returns what a batch gives to the model's forward: without a host's notes to itself, which begin with _."""
         plain = {key: value for key, value in batch.items() if not key.startswith("_")}
         return self.extend(without_crossings(plain))
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Returns the student's logits (B, T, V) of its final hidden states (B, T, d), in their graph.
+
+        Raises:
+            ValueError: an engine has split the head, which is whole inside the model's forward alone.
+        """
+        if is_sharded(self.model):
+            raise ValueError(
+                "outputs.logits: FSDP or ZeRO-3 has split the LM head, which is whole only inside the model's forward. "
+                "Read logits under DDP, or ask the model for them: model(**inputs).logits."
+            )
+        head = read_head(self.model)
+        return project(hidden.to(head.weight.device), head).to(hidden.dtype)
 
     def initial_head_on(self, device: torch.device) -> Head | None:
         """Returns the head that full fine-tuning began with, moved to the device that it is needed on."""

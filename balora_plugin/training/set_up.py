@@ -30,6 +30,7 @@ from .finite_guard import FiniteGuard
 from .host import HostTrainer
 from .metrics import TermMetrics
 from .packing_probe import PackingProbe
+from .resuming import NothingLeft
 from .run_state import Inputs, RunState, WarnOnce, active_config
 
 logger = logging.get_logger(__name__)
@@ -112,8 +113,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
     warn_of_dropout(run)
-    host.add_callback(FiniteGuard(run, host))
-    host.add_callback(RecordedTerms(run, host))
+    run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host), NothingLeft(run)]
     logger.info(f"BA-LoRA: {config}")
     return run
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +16,12 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig, our_adapters
+from ..adapter.guard import native_factors
 from ..adapter.saved import card
 from ..config import RegularizerConfig
-from ..objective.batches import without_crossings
+from ..objective.batches import main_input, without_crossings
 from ..objective.classification import samples_of
+from ..objective.lazy_logits import LazyLogits
 from ..objective.request import StepOutput
 from ..pretrained.quantised import quantised_layers_stay_in_training_mode
 from ..schedules import Lambdas
@@ -25,13 +29,13 @@ from ..settings import as_path
 from .acting import check_bases
 from .checkpoints import Sealing, alone_in
 from .checks.arguments import check_counted
-from .classification import save_head
-from .compiling import BACKEND, Asked, take_backend
+from .classification import restore_head, save_head
+from .compiling import compile_for_the_host, take_backend
 from .cost import CostCallback, CostMeter, format_report, write_report
 from .finite_guard import saved_weight
 from .metrics import TermMetrics
 from .repeated_samples import drop_rows, refill, repeated_rows
-from .resuming import NothingLeft, asked_for, check_resumable, position
+from .resuming import asked_for, check_resumable, position
 from .run_state import RunState, active_config
 from .set_up import Given, open_run
 from .sharded_adapter import RestoreAdapter, frozen_factors
@@ -62,10 +66,12 @@ class BaLoraTrainerMixin(_Base):
     (weighted total) and `balora/share_*`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone;
     evaluation measures every configured term, at its full weight whatever the schedule.
 
-    A subclass may override four hooks: [`check_ba_lora_task`], [`extend_ba_lora_inputs`], [`weigh_ba_lora_task`] and
+    A subclass may override the hooks [`wrap_ba_lora_model`], [`check_ba_lora_task`], [`extend_ba_lora_inputs`],
+    [`weigh_ba_lora_task`] and
     [`record_ba_lora_metrics`]. `ba_lora_run` holds the state of the run; None where the trainer has no terms.
     """
 
+    model: Any
     ba_lora_run: RunState | None = None
     ba_lora_requests: StepRequests | None = None
     ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
@@ -83,27 +89,36 @@ class BaLoraTrainerMixin(_Base):
     ) -> None:
         self._frozen_factors: dict[str, Tensor] = {}  # A0 and B0 while they are saved under ZeRO-3
         self._sealing = Sealing(self)
-        self._resumed: str | None = None  # the checkpoint that this call of `train` goes on from
+        self._given: Given | None = None
         args, kwargs, backend = take_backend(args, kwargs)
         super().__init__(*args, **kwargs)
-        self.ba_lora_run = open_run(self, Given(regularizers, teacher_model, backend))
-        if self.ba_lora_run is not None:
-            self.ba_lora_requests = StepRequests(self.ba_lora_run, self)
+        self._given = Given(regularizers, teacher_model, backend)
+        self._set_up(self._given)
+
+    def _set_up(self, given: Given) -> None:
+        """Makes the state of a run of the model at hand; with `model_init` each training has a model of its own."""
+        before = self.ba_lora_run
+        for callback in () if before is None else before.callbacks:
+            self.remove_callback(callback)
+        run = self.ba_lora_run = open_run(self, given)
+        if run is not None:
+            for callback in run.callbacks:
+                self.add_callback(callback)
+            self.ba_lora_requests = StepRequests(run, self)
             self.model_accepts_loss_kwargs = True  # the host then counts the tokens of the accumulated batch for us
-        elif backend is not None:  # no terms: the host's own pass
-            self._compile_for_the_host(backend)
+            if before is not None:
+                run.meter, run.resumed = before.meter, before.resumed
+                self._resume(run)
+        elif given.backend is not None:  # no terms: the host's own pass
+            compile_for_the_host(self.model, given.backend)
 
-    def _compile_for_the_host(self, asked: Asked) -> None:
-        """`torch_compile_backend="ba_lora"` for a run without terms, whose loss is the host's own."""
-        from ..compile import or_eagerly
-
-        def failed(reason: str) -> None:
-            logger.warning(
-                f"BA-LoRA: torch_compile_backend={BACKEND!r} does not work here, so training goes on without it: "
-                f"{reason}"
-            )
-
-        self.model.compile(backend=or_eagerly(failed, asked.mode))
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Returns a new model of `model_init`, with the trainer's adapter on it, and the run's state made for it."""
+        model = self.wrap_ba_lora_model(super().call_model_init(trial))
+        if self._given is not None:  # not the first one, which the host asks for while it is being made
+            self.model = model
+            self._set_up(self._given)
+        return model
 
     @property
     def ba_lora(self) -> RegularizerConfig | None:
@@ -118,6 +133,10 @@ class BaLoraTrainerMixin(_Base):
         return self.ba_lora_run.metrics
 
     # --- hooks for subclasses
+
+    def wrap_ba_lora_model(self, model: nn.Module) -> nn.Module:
+        """Hook: returns what `model_init` has made with the adapter on it, for a trainer that takes a `peft_config`."""
+        return model
 
     def check_ba_lora_task(self, config: RegularizerConfig) -> None:
         """Hook: raises a ValueError for resolved settings that this trainer does not train, a family of models say."""
@@ -147,41 +166,50 @@ class BaLoraTrainerMixin(_Base):
         The output directory belongs to this run alone until it ends. A run that is resumed after its last step does
         nothing, and says so.
         """
-        checkpoint = self._resumed = asked_for(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = asked_for(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_resumable(self, self.ba_lora_run, checkpoint)
             resume_from_checkpoint = checkpoint
         if not self._is_ours():
             return super().train(resume_from_checkpoint, *args, **kwargs)
         callbacks: list[TrainerCallback] = [self._sealing]
-        run = self.ba_lora_run
-        if run is not None:
-            callbacks += self._run_callbacks(run, checkpoint)
+        if self.ba_lora_run is not None:
+            callbacks += self._begin(self.ba_lora_run, checkpoint)
         for callback in callbacks:
             self.add_callback(callback)
+        # an engine's checkpoint holds what trains; RestoreAdapter puts A0 and B0 beside it
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         try:
-            with alone_in(self):
+            with alone_in(self), native_factors() if sharded else nullcontext():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._sealing.end()
             for callback in callbacks:
                 self.remove_callback(callback)
+            run = self.ba_lora_run  # with model_init not the one that there was before
             if run is not None and run.compiled is not None and run.compiled.layers is not None:
                 run.compiled.layers.remove()
         if run is not None:
             self._report_cost(run)
         return result
 
-    def _run_callbacks(self, run: RunState, checkpoint: str | None) -> list[TrainerCallback]:
-        """What acts in this call of `train` alone."""
-        if checkpoint and run.initial_head is not None and run.cache is not None:
-            run.cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
+    def _begin(self, run: RunState, checkpoint: str | None) -> list[TrainerCallback]:
+        """Readies a run for training, from a checkpoint or from the start; returns what watches this training alone."""
         check_counted(self.train_dataset)
-        run.meter = CostMeter(self.args.device)
-        callbacks: list[TrainerCallback] = [CostCallback(run.meter), NothingLeft(run, checkpoint)]
+        run.meter, run.resumed = CostMeter(self.args.device), checkpoint
+        self._resume(run)
+        callbacks: list[TrainerCallback] = [CostCallback(run.meter)]
         if run.ours:
             callbacks.append(RestoreAdapter(self, checkpoint))
         return callbacks
+
+    def _resume(self, run: RunState) -> None:
+        """What a run takes from the checkpoint that it goes on from, beside what the host loads."""
+        if run.resumed is None:
+            return
+        restore_head(run, run.resumed)
+        if run.initial_head is not None and run.cache is not None:
+            run.cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
 
     def _report_cost(self, run: RunState) -> None:
         """One table at the end of training, and `ba_lora_cost.json` in the output directory."""
@@ -201,7 +229,7 @@ class BaLoraTrainerMixin(_Base):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begins or restores the host's state; of streamed data the place where the checkpoint's run was."""
         trained = super()._init_training_state(*args, **kwargs)
-        return trained if self.ba_lora_run is None else position(self, self._resumed, trained)
+        return trained if self.ba_lora_run is None else position(self, self.ba_lora_run.resumed, trained)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the host's step, its time counted."""
@@ -232,12 +260,14 @@ class BaLoraTrainerMixin(_Base):
         run, requests = self.ba_lora_run, self.ba_lora_requests
         if run is None or requests is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        training = bool(self.model.training)
+        training = bool(self.model.training) and not run.predicts
         weights = self.weigh_ba_lora_task(inputs)
         inputs = run.inputs(inputs)
         if training and run.packing is not None:
             run.packing.look(inputs)
         request = dataclasses.replace(requests.step(training), task_weights=weights)
+        if return_outputs and training:  # a subclass that adds a loss of its own
+            request.return_hidden, request.return_logits = run.config.task == "nlg", run.config.task == "nlu"
         out: StepOutput = model(**inputs, ba_lora=request)
         if num_items_in_batch is not None and run.config.task == "nlu":
             num_items_in_batch = samples_of(inputs["labels"], num_items_in_batch)
@@ -246,6 +276,8 @@ class BaLoraTrainerMixin(_Base):
         self.record_ba_lora_metrics(out, inputs, training)
         if not return_outputs:
             return loss
+        if out.hidden is not None:
+            return loss, LazyLogits(loss, partial(run.logits_of, out.hidden))
         return loss, CausalLMOutput(loss=loss, logits=out.logits)
 
     def _combine(
@@ -266,7 +298,8 @@ class BaLoraTrainerMixin(_Base):
         if out.aux_loss is not None:
             batch_terms = batch_terms + self._router_coefficient() * out.aux_loss.to(loss.device)
         if training and num_items_in_batch is not None:  # the host does not divide by accumulation steps then
-            batch_terms = batch_terms / self.current_gradient_accumulation_steps
+            steps = self.args.gradient_accumulation_steps  # of a loss that is asked for before training begins
+            batch_terms = batch_terms / getattr(self, "current_gradient_accumulation_steps", steps)
         return loss + batch_terms
 
     def _router_coefficient(self) -> float:
@@ -344,8 +377,8 @@ class BaLoraTrainerMixin(_Base):
         run = self.ba_lora_run
         if run is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        run.wants_logits = not prediction_loss_only
-        rows = len(inputs["input_ids"])
+        run.predicts, run.wants_logits = True, not prediction_loss_only
+        rows = len(main_input(inputs))
         repeated = repeated_rows(self.accelerator, rows)
         if repeated == rows and run.cache is not None:
             repeated = 0  # what counts nothing is no document of the cache's
@@ -359,4 +392,4 @@ class BaLoraTrainerMixin(_Base):
             missing = min(repeated, rows - 1)
             return loss, refill(logits, missing), refill(labels, missing)
         finally:
-            run.wants_logits, run.counts = False, True
+            run.predicts, run.wants_logits, run.counts = False, False, True

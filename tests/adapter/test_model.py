@@ -195,7 +195,10 @@ def test_rank_and_alpha_patterns_and_regex_targets(llama, ids):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"target_modules": ["embed_tokens"]}, ["target_modules", "embed_tokens", "Embedding"]),
+        (
+            {"target_modules": ["embed_tokens"]},
+            ["target_modules", "embed_tokens", "Embedding", "modules_to_save=['embed_tokens']"],
+        ),
         ({"target_modules": ["q_proj", "lm_head"]}, ["target_modules", "lm_head"]),
         ({"r": 33}, ["r=33", "r <= "]),
         ({"lora_alpha": 0}, ["lora_alpha"]),
@@ -224,7 +227,7 @@ def test_nan_in_the_base_is_named(llama):
         {"bias": "all"},
         {"lora_bias": True, "init_lora_weights": True},
         {"init_lora_weights": "olora"},
-        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "pissa_niter_x"},
         {"trainable_token_indices": [1]},
         {"layer_replication": [[0, 2]]},
         {"r": 0},

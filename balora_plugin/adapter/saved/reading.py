@@ -21,6 +21,7 @@ from ...pretrained.classifier_head import read_teacher_head
 from ...pretrained.probe import stored_probe
 from ..config import BaLoraConfig
 from ..delta import FROZEN, num_experts, split_factors
+from ..guard import native_factors
 from . import provenance
 from .stock import delta_layers
 from .writing import init_files
@@ -143,9 +144,10 @@ def load_delta(model: PeftModel, adapter_name: str, saved: SavedAdapter, options
         )
     weights = load_peft_weights(str(saved.files), device=options.device or "cpu", **saved.files.arguments())
     split, factors = read_factors(model, adapter_name, weights, init_path)
-    result = set_peft_model_state_dict(
-        model, split, adapter_name=adapter_name, low_cpu_mem_usage=options.low_cpu_mem_usage
-    )
+    with native_factors():
+        result = set_peft_model_state_dict(
+            model, split, adapter_name=adapter_name, low_cpu_mem_usage=options.low_cpu_mem_usage
+        )
     # an existing adapter keeps the dtype that a host gave it (TRL: bfloat16 over quantised bases), or a resumed run
     # would go on in another one; with low_cpu_mem_usage the file's dtype came with its tensors
     if options.low_cpu_mem_usage:

@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...adapter.config import BaLoraConfig
+from ...adapter.config import NEUTRAL_OPTIONS, BaLoraConfig
 from ...pretrained.classifier_head import is_classifier, teacher_head
 
 # starts that rewrite the base weights: switching such an adapter off gives a residual model, not the pre-trained one
@@ -48,11 +48,12 @@ def check_teacher(
             f"init_lora_weights={start!r} rewrites the base weights, so switching the adapter off gives its residual "
             "model, not the pre-trained one: use BaLoraConfig (the same start in delta form), or pass teacher_model=..."
         )
-    for key, neutral in (("bias", "none"), ("trainable_token_indices", None)):
-        if getattr(adapter, key, neutral) not in (neutral, None):
+    for key in ("bias", "trainable_token_indices"):
+        neutral = NEUTRAL_OPTIONS[key]
+        if getattr(adapter, key, neutral.value) not in (neutral.value, None):
             raise ValueError(
-                f"{key}={getattr(adapter, key)!r} trains base parameters that the teacher shares: leave it at "
-                f"{neutral!r}, or pass teacher_model=..."
+                f"{key}={getattr(adapter, key)!r} trains base parameters that the teacher shares: pass "
+                f"teacher_model=..., or {neutral.remedy}."
             )
 
 
