@@ -220,7 +220,8 @@ def test_a_run_has_one_state(tmp_path, tokenizer):
     assert run.inputs({"input_ids": torch.ones(1, 2), "_note": 1}).keys() == {"input_ids", "later"}
     plain = Trainer(model=tiny_llama(), args=trainer.args)
     del trainer.extend_ba_lora_inputs
-    ours = {"ba_lora_run", "ba_lora_requests", "ba_lora_head_checked", "_frozen_factors", "model_accepts_loss_kwargs"}
+    public = {"ba_lora_run", "ba_lora_requests", "ba_lora_head_checked", "model_accepts_loss_kwargs"}
+    ours = public | {"_given", "_sealing", "_frozen_factors"} | {"_adapter", "_wanted", "_arguments"}  # for model_init
     assert vars(trainer).keys() - vars(plain).keys() <= ours
     without = build(tmp_path, tokenizer, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
     assert without.ba_lora_run is None and without.ba_lora is None
