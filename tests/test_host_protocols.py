@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from balora_plugin.glue.data import Rows
+from balora_plugin.glue.data import SampleTable
 from balora_plugin.glue.run import Predictor
 from balora_plugin.glue.separation import Progress
 from balora_plugin.pretrained.attention import RunArguments
@@ -25,5 +25,5 @@ def test_training_arguments_and_state_have_what_is_read_of_them(tmp_path):
 def test_a_trainer_predicts_and_a_dataset_has_the_methods_that_are_called():
     assert issubclass(Trainer, Predictor)
     rows = Dataset.from_list([{"text": "a", "labels": 1}])
-    assert isinstance(rows, Rows) and isinstance(rows.select([0]).remove_columns("labels"), Rows)
-    assert not isinstance([], Rows)
+    assert isinstance(rows, SampleTable) and isinstance(rows.select([0]).remove_columns("labels"), SampleTable)
+    assert not isinstance([], SampleTable)
