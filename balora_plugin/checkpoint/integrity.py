@@ -95,7 +95,7 @@ def _trainers_flaw(path: Path, *, sharded: bool) -> str | None:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{STATE_FILE}, which is written last, is missing"
-    except ValueError:
+    except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
         return f"{STATE_FILE} is cut short"
