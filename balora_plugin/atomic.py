@@ -98,6 +98,11 @@ def replacing_directory(path: str | os.PathLike[str], last_look: Callable[[], No
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def reason(error: OSError) -> str:
+    """Returns the system's words for an error, or its own where it has none (numpy's of a full disk: bytes written)."""
+    return error.strerror or " ".join(str(error).split()) or type(error).__name__
+
+
 def _flush(path: Path) -> None:
     """Has the system write a file to the disk; an error in doing so (a full disk) is the caller's."""
     handle = os.open(path, os.O_RDONLY)

@@ -325,10 +325,13 @@ class BaLoraConfig(LoraConfig):
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(
-                f"{source!r} was saved with {unknown[0]}={values[unknown[0]]!r}, which this release of PEFT "
-                f"({peft.__version__}) does not know: pip install -U peft."
+                f"{source!r} ({SETTINGS_FILE}) was saved with {unknown[0]}={repr(values[unknown[0]])[:60]}, which this "
+                f"release of PEFT ({peft.__version__}) does not know: pip install -U peft."
             )
-        config = cls(**values)
+        try:
+            config = cls(**values)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{source}: {SETTINGS_FILE}: config: {' '.join(str(error).split())}") from None
         cache = config.regularizers.teacher_cache
         if cache is not None and not os.path.isfile(os.path.join(cache, HEADER)):  # somebody else's path
             logger.warning(

@@ -132,7 +132,7 @@ def _trainers_flaw(path: Path, manifest: Manifest | None, *, sharded: bool) -> s
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{STATE_FILE}, which is written last, is missing"
-    except ValueError:
+    except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
         return f"{STATE_FILE} is cut short"

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..adapter.config import NEUTRAL_OPTIONS
 from ..checkpoint.integrity import check_adapter
+from ..checkpoint.json_file import read_object
 from ..checkpoint.location import AdapterFiles
 from ..checkpoint.names import CONFIG_FILE, WEIGHTS_FILE
 from ..checkpoint.settings import file_digest, read_settings
@@ -175,12 +176,15 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
         checkpoints = sorted(Path(directory).glob(f"checkpoint-*/{CONFIG_FILE}"), key=lambda p: p.stat().st_mtime)
         hint = f"; its last checkpoint is {checkpoints[-1].parent}" if checkpoints else ""
         raise ValueError(f"{directory!r} holds no {CONFIG_FILE}: it is no adapter{hint}.")
-    if json.loads(Path(path).read_text(encoding="utf-8")).get("init_lora_weights") == "loftq":  # PEFT asks for scipy
+    if read_object(path).get("init_lora_weights") == "loftq":  # PEFT asks for scipy
         raise ValueError(
             f"init_lora_weights='loftq' in {directory!r}: it replaces the base by a quantised one, to which the "
             "adapter belongs; it cannot become an adapter of the original base."
         )
-    config = PeftConfig.from_pretrained(directory)
+    try:
+        config = PeftConfig.from_pretrained(directory)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # whatever its fields make of other types
+        raise ValueError(f"{path} is not read by PEFT: {type(error).__name__}: {error}") from None
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_type={config.peft_type.value!r} in {directory!r} is no LoRA: only LoRAs are read.")
     for key, neutral in NEUTRAL_OPTIONS.items():

@@ -5,7 +5,7 @@ The operator's forward pass takes the gradients as well; its backward pass scale
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, List  # noqa: UP035  (see `wants`)
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def compute_token_terms(
     compiled: bool,
     chunk_size: int,
     dtype: torch.dtype,
-    wants: list[bool],
+    wants: List[bool],  # noqa: UP006  (torch 2.6 makes a schema of typing's name alone)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs [`ChunkLoop`] on flat arguments, as torch.library takes them: see [`flat`].
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..distributed import any_process
 from ..fused.head import Head
 from .documents import BOUNDARIES, Cutter, Document
-from .files import FORMAT_VERSION, CacheFiles, Place
+from .files import FORMAT_VERSION, INDEXES, CacheFiles, Place
 from .rows import RowChoice, Rows, Teacher, placed
 
 FLUSH_BYTES = 256 << 20
@@ -300,6 +300,8 @@ class TeacherCache:
             there, here = header.get(key), self._ours[key]
             if there == here or (key == "tokenizer" and None in (there, here)):
                 continue
+            if key == "format_version" and there in tuple(INDEXES):  # an earlier one is read as it is
+                continue
             if key in ("base", "tokenizer"):
                 there, here = str(there)[:8], str(here)[:8]
             raise ValueError(
@@ -308,4 +310,5 @@ class TeacherCache:
             )
         self.rows, self.why = self.choice.stored(header, self.directory), why
         self._files.dtype, self._files.shape = self.rows.dtype, self.rows.shape
+        self._files.version = header["format_version"]
         self.refresh()

@@ -2,17 +2,24 @@
 
 A pair is `<id>.npy`, the rows, and then `<id>.index.npy`, which says where in it each document's are and that the first
 is whole; both have a temporary name while they are written. A process killed at any time leaves files that the next run
-ignores, and later removes.
+ignores, and later removes, as it does those that were damaged.
+
+What is in a file is believed when its checksums say so: each document's rows have one in the index, and since format
+version 2 each entry of the index and the header have one of their own. Directories of version 1 are read, and
+completed, as they are.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import time
 import uuid
+import warnings
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +27,18 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import create_text, replacing
+from ..atomic import create_text, reason, replacing
+from ..checkpoint.json_file import read_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER = "cache.json"
 STALE_SECONDS = 3600.0
 RETRIES = (0.1, 1.0, 5.0)  # seconds before a file that cannot be read is tried again
 
-_INDEX = np.dtype([("key", "u1", (16,)), ("start", "<i8"), ("rows", "<i8"), ("crc", "<u4")])
+CHECK = "check"  # the header's key of its checksum
+_ENTRY = [("key", "u1", (16,)), ("start", "<i8"), ("rows", "<i8"), ("crc", "<u4")]
+INDEXES = {1: np.dtype(_ENTRY), 2: np.dtype([*_ENTRY, (CHECK, "<u4")])}  # by format version: an entry of the index
+_HEAD_BYTES = 1 << 16  # holds the header of any array
 _OURS = re.compile(r"[0-9a-f]{32}(\.index)?\.npy(\.([0-9a-f]{32}\.)?tmp)?|cache\.json\.[0-9a-f]{32}\.tmp")
 
 
@@ -41,11 +52,25 @@ class Place:
     crc: int
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What an array's header says: where its numbers begin (bytes), and what they are."""
+
+    begin: int
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+
 class CacheFiles:
-    """A cache's directory. `dtype` and `shape` are those of one row, set before the first array is read or written."""
+    """A cache's directory.
+
+    `dtype` and `shape` are those of one row, `version` the directory's; set before the first array is read or written.
+    """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        self.version = FORMAT_VERSION
         self.dtype = np.dtype("<u2")
         self.shape: tuple[int, ...] = ()
 
@@ -62,37 +87,37 @@ class CacheFiles:
             raise ValueError(f"teacher_cache={directory} is a file: name a directory.")
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            os.listdir(directory)
+            entries = os.listdir(directory)
+            header = read_object(path) if path.exists() else None
         except OSError as error:
             raise ValueError(
-                f"teacher_cache={directory} cannot be used ({error.strerror}): name a directory that can be written."
+                f"teacher_cache={directory} cannot be used ({reason(error)}): name a directory that can be written."
             ) from None
-        if not path.exists():
-            foreign = [entry.name for entry in directory.iterdir() if not _OURS.fullmatch(entry.name)]
-            if not path.exists():  # another process may have been faster
-                if foreign:
-                    raise ValueError(
-                        f"teacher_cache={directory} holds {sorted(foreign)[0]} and no {HEADER}: name a directory of "
-                        "its own."
-                    )
-                return None
-        try:
-            header = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(header, dict):
-                raise ValueError("no mapping")
         except ValueError:
+            header = {}
+        if header is None:
+            foreign = sorted(name for name in entries if not _OURS.fullmatch(name) and name != HEADER)
+            if foreign:
+                raise ValueError(
+                    f"teacher_cache={directory} holds {foreign[0]} and no {HEADER}: name a directory of its own."
+                )
+            return None
+        check = header.pop(CHECK, None)
+        unchecked = check is None and header.get("format_version") == 1
+        if not header or not (unchecked or check == _check(header)):
             raise ValueError(
-                f"teacher_cache={directory}: its {HEADER} is not readable: delete the directory, or name another."
-            ) from None
+                f"teacher_cache={directory}: its {HEADER} is not readable, or was changed: delete the directory, or "
+                "name another."
+            )
         return header
 
-    def write_header(self, values: dict[str, Any]) -> None:
+    def write_header(self, values: Mapping[str, Any]) -> None:
         """Writes the header if no other process has meanwhile."""
         try:
-            create_text(self.directory / HEADER, json.dumps(values, indent=2))
+            create_text(self.directory / HEADER, json.dumps({**values, CHECK: _check(values)}, indent=2))
         except OSError as error:
             raise ValueError(
-                f"teacher_cache={self.directory} cannot be written ({error.strerror}): name a directory that can."
+                f"teacher_cache={self.directory} cannot be written ({reason(error)}): name a directory that can."
             ) from None
 
     # --- arrays
@@ -103,7 +128,10 @@ class CacheFiles:
         now = time.time()
         for path in sorted(self.directory.iterdir()):  # of two copies of a document every process takes the same
             if path.name.endswith(".index.npy") and _OURS.fullmatch(path.name):
-                places = self._read_index(path)
+                try:
+                    places = self._read_index(path)
+                except OSError:  # what cannot be read just now is not broken
+                    continue
                 if places is None:
                     for part in (path, self.directory / path.name.replace(".index", "")):
                         _remove_if_stale(part, now)
@@ -130,19 +158,21 @@ class CacheFiles:
             OSError: names the directory.
         """
         name = uuid.uuid4().hex
-        index = np.empty(len(documents), dtype=_INDEX)
+        index = np.zeros(len(documents), dtype=INDEXES[self.version])
         start = 0
         for i, (key, rows) in enumerate(documents.items()):
             crc = zlib.crc32(_bytes(np.ascontiguousarray(rows)))
-            index[i] = (np.frombuffer(key, dtype=np.uint8), start, len(rows), crc)
+            index[i] = (np.frombuffer(key, dtype=np.uint8), start, len(rows), crc, 0)[: len(index.dtype)]
             start += len(rows)
+        if CHECK in index.dtype.names:
+            index[CHECK] = _checks(index)
         rows = np.concatenate(list(documents.values())).astype(self.dtype, copy=False)
         try:
             _write(self.directory / f"{name}.npy", rows)
             _write(self.directory / f"{name}.index.npy", index)
+            places = self._read_index(self.directory / f"{name}.index.npy")
         except OSError as error:
-            raise OSError(error.errno, f"teacher_cache={self.directory} cannot be written: {error.strerror}") from error
-        places = self._read_index(self.directory / f"{name}.index.npy")
+            raise self._error("cannot be written", error) from error
         if places is None:
             raise OSError(f"teacher_cache={self.directory}: {name}.npy was not written whole; is the disk full?")
         return places
@@ -166,9 +196,7 @@ class CacheFiles:
                 break
             except OSError as error:  # what cannot be read now is not broken
                 if wait is None:
-                    raise OSError(
-                        error.errno, f"teacher_cache={self.directory}: {path.name} cannot be read: {error.strerror}"
-                    ) from error
+                    raise self._error(f"{path.name} cannot be read", error) from error
                 time.sleep(wait)
         if whole and (not verify or zlib.crc32(_bytes(rows)) == place.crc):
             return rows
@@ -176,33 +204,74 @@ class CacheFiles:
             (self.directory / f"{place.shard}.index.npy").unlink()
         return None
 
+    def _error(self, what: str, error: OSError) -> OSError:
+        """Returns the error that names this directory."""
+        text = f"teacher_cache={self.directory}: {what}: {reason(error)}"
+        return OSError(text) if error.errno is None else OSError(error.errno, text)
+
     def _read_index(self, path: Path) -> dict[bytes, Place] | None:
-        """Returns the documents of one pair of files, or None if the pair is not whole."""
+        """Returns the documents of one pair of files, or None if the pair is not whole.
+
+        Raises:
+            OSError: one of them cannot be read just now.
+        """
         shard = path.name.removesuffix(".index.npy")
         payload = self.directory / f"{shard}.npy"
         try:
-            index = np.load(path, allow_pickle=False)
+            data = path.read_bytes()
             with open(payload, "rb") as file:
-                if np.lib.format.read_magic(file) != (1, 0):
-                    return None
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                begin = file.tell()
-            size = payload.stat().st_size
-        except (OSError, ValueError, EOFError, SyntaxError):
+                rows = _layout(file.read(_HEAD_BYTES))
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return None
+        index = self._index(data)
+        if index is None or rows is None or rows.fortran or rows.dtype != self.dtype:
             return None
         width = self.dtype.itemsize * int(np.prod(self.shape))
-        if index.dtype != _INDEX or index.ndim != 1 or fortran or dtype != self.dtype:
-            return None
         ends = np.cumsum(index["rows"])
         total = int(ends[-1]) if len(index) else 0
-        if shape != (total, *self.shape) or size != begin + total * width:
+        if rows.shape != (total, *self.shape) or size != rows.begin + total * width:
             return None
         if (index["rows"] < 1).any() or (index["start"] != ends - index["rows"]).any():
             return None
         return {
-            entry["key"].tobytes(): Place(shard, begin + int(entry["start"]) * width, int(entry["rows"]), crc)
+            entry["key"].tobytes(): Place(shard, rows.begin + int(entry["start"]) * width, int(entry["rows"]), crc)
             for entry, crc in zip(index, index["crc"].tolist(), strict=True)
         }
+
+    def _index(self, data: bytes) -> np.ndarray | None:
+        """Returns the entries of an index file, or None if it is not whole."""
+        layout, kind = _layout(data), INDEXES[self.version]
+        if layout is None or layout.dtype != kind or len(layout.shape) != 1:
+            return None
+        if len(data) != layout.begin + layout.shape[0] * kind.itemsize:
+            return None
+        index = np.frombuffer(data, kind, offset=layout.begin)
+        return None if CHECK in kind.names and (index[CHECK] != _checks(index)).any() else index
+
+
+def _layout(head: bytes) -> _Layout | None:
+    """Reads an array's header out of a file's first bytes; None if it is damaged."""
+    file = io.BytesIO(head)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            return None
+        with warnings.catch_warnings():  # of a damaged one numpy may think that Python 2 wrote it
+            warnings.simplefilter("ignore")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # numpy evaluates the text of a literal: nearly any error may come of one wrong bit
+        return None
+    return _Layout(file.tell(), shape, fortran, dtype)
+
+
+def _check(header: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(dict(header), sort_keys=True).encode())
+
+
+def _checks(index: np.ndarray) -> list[int]:
+    """Returns the checksum of each entry of an index, over everything in it but itself."""
+    size = INDEXES[1].itemsize
+    return [zlib.crc32(entry.tobytes()[:size]) for entry in index]
 
 
 def _bytes(rows: np.ndarray) -> memoryview:

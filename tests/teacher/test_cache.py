@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -25,7 +28,7 @@ from balora_plugin.pretrained.fingerprint import model_fingerprint, tokenizer_fi
 from balora_plugin.teacher import cache as teacher_cache
 from balora_plugin.teacher import files as cache_files
 from balora_plugin.teacher.cache import TeacherCache
-from balora_plugin.teacher.files import HEADER
+from balora_plugin.teacher.files import HEADER, CacheFiles
 from balora_plugin.teacher.rows import RowChoice, placed
 
 pytestmark = pytest.mark.hosts
@@ -280,6 +283,12 @@ def flip(path):
     path.write_bytes(bytes(data))
 
 
+def flipped(data, bit):
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
 def pickled(path):
     np.save(path.open("wb"), np.array([{"key": 1}], dtype=object), allow_pickle=True)
 
@@ -318,6 +327,107 @@ def test_damage_in_every_file_at_once_is_computed_again(tmp_path):
 
 
 @both
+@pytest.mark.parametrize("version", cache_files.INDEXES)
+def test_no_flipped_bit_of_a_header_or_an_index_raises_or_is_believed(version, tmp_path, monkeypatch):
+    """Samples of the bits of what numpy parses, of the index's entries and of the rows."""
+    monkeypatch.setattr(teacher_cache, "FORMAT_VERSION", version)
+    cache = opened(tmp_path)
+    batch = padded(TEN[:3])
+    wanted = cache.states(*batch, Teacher())
+    cache.flush()
+    assert json.loads((tmp_path / HEADER).read_text())["format_version"] == version
+    keys = sorted(cache._places)
+    (rows,), (index,) = payloads(tmp_path), files(tmp_path, ".index.npy")
+    draw = random.Random(version).sample
+    heads = range(8 * 128)
+    bits_of = {path: [*draw(heads, 250), *draw(range(8 * 128, 8 * path.stat().st_size), 100)] for path in (rows, index)}
+    whole = {path: path.read_bytes() for path in (rows, index)}
+    noticed = 0
+    for path, bits in bits_of.items():
+        for bit in bits:
+            path.write_bytes(flipped(whole[path], bit))
+            found = opened(tmp_path)
+            noticed += sorted(found._places) != keys
+            if (held := found._read(found._cutter.cut(*batch))) is not None:
+                assert_equal(placed(found.rows.decode(held), batch[1], torch.device("cpu")), wanted)
+            index.write_bytes(whole[index])  # reading rows that are broken removes it
+        path.write_bytes(whole[path])
+    assert noticed > 0
+    assert not opened(tmp_path).missing(*batch)
+
+
+@both
+def test_keys_that_were_exchanged_are_not_believed(tmp_path):
+    cache = opened(tmp_path)
+    batch = padded([TEN[0], (TEN[0][0][::-1], TEN[0][1])])  # two documents with as many rows
+    cache.states(*batch, Teacher())
+    cache.flush()
+    (path,) = files(tmp_path, ".index.npy")
+    entries = np.load(path)
+    assert len(entries) == 2 and entries["rows"][0] == entries["rows"][1]
+    entries["key"] = entries["key"][::-1].copy()
+    np.save(path, entries)
+    assert_kept(opened(tmp_path).states(*batch, Teacher()), expected(*batch))
+
+
+def same_values(damaged, whole):
+    try:
+        return json.loads(damaged) == json.loads(whole)
+    except ValueError:
+        return False
+
+
+@both
+def test_no_flipped_bit_of_cache_json_is_believed(tmp_path):
+    filled(tmp_path)
+    whole = (tmp_path / HEADER).read_bytes()
+    for bit in random.Random(0).sample(range(len(whole) * 8), 300):
+        damaged = flipped(whole, bit)
+        (tmp_path / HEADER).write_bytes(damaged)
+        if same_values(damaged, whole):  # white space between them
+            assert len(opened(tmp_path)) == 9
+            continue
+        with pytest.raises(ValueError) as caught:
+            opened(tmp_path)
+        assert f"teacher_cache={tmp_path}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_named_in_the_words_there_are(tmp_path):
+    """numpy says how many numbers it could write, without a number or text of the system's."""
+    cache = opened(tmp_path)
+    document = ([i % V for i in range(3000)], [True] * 3000)
+    cache.states(*padded([document]), Teacher())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        with pytest.raises(OSError, match=r"teacher_cache=.*: cannot be written: \d+ requested and \d+ written"):
+            cache.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not files(tmp_path, ".tmp")
+    cache.flush()
+    assert len(opened(tmp_path)) == 1
+
+
+@both
+def test_an_index_that_cannot_be_read_just_now_is_not_removed(tmp_path, monkeypatch):
+    filled(tmp_path)
+    old = time.time() - 2 * cache_files.STALE_SECONDS
+    for path in files(tmp_path, ".npy"):
+        os.utime(path, (old, old))
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def busy(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_files, "open", busy, raising=False)
+        assert len(opened(tmp_path)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert len(opened(tmp_path)) == 9
+
+
+@both
 def test_a_file_that_cannot_be_read_just_now_is_not_given_up(tmp_path, monkeypatch):
     cache = opened_after_flush(filled(tmp_path))
     batch = padded(TEN[:3])
@@ -345,7 +455,7 @@ def refused(inputs):
 
 def test_a_directory_that_cannot_be_made_is_named():
     with pytest.raises(ValueError, match="teacher_cache=/proc/nowhere cannot be used"):
-        cache_files.CacheFiles("/proc/nowhere").read_header()
+        CacheFiles("/proc/nowhere").read_header()
 
 
 @both
@@ -429,7 +539,7 @@ def test_payloads_are_plain_arrays(tmp_path):
         else:
             assert (rows.dtype, rows.shape[1]) == (np.uint16, D)
     assert {p.suffix for p in tmp_path.iterdir()} == {".npy", ".json"}
-    assert json.loads((tmp_path / HEADER).read_text())["format_version"] == 1
+    assert json.loads((tmp_path / HEADER).read_text())["format_version"] == 2
 
 
 @both
@@ -460,12 +570,15 @@ def test_a_cache_of_something_else_is_refused(changes, words, tmp_path):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize(("key", "value"), [("format_version", 2), ("kind", "logits"), ("dtype", "float16")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("format_version", 3), ("format_version", [2]), ("kind", "logits"), ("dtype", "float16")]
+)
 def test_a_cache_of_another_format_is_refused(key, value, tmp_path):
     opened(tmp_path)
-    header = json.loads((tmp_path / HEADER).read_text())
-    (tmp_path / HEADER).write_text(json.dumps({**header, key: value}))
-    with pytest.raises(ValueError, match=str(value)):
+    header = CacheFiles(tmp_path).read_header()
+    (tmp_path / HEADER).unlink()
+    CacheFiles(tmp_path).write_header({**header, key: value})
+    with pytest.raises(ValueError, match=re.escape(str(value))):
         opened(tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -13,7 +12,7 @@ from test_cache import HEAD, TEN, D, Teacher, V, assert_equal, opened, padded
 from balora_plugin.fused import TopLogProbs
 from balora_plugin.fused.head import Head
 from balora_plugin.teacher import rows as teacher_rows
-from balora_plugin.teacher.files import HEADER
+from balora_plugin.teacher.files import HEADER, CacheFiles
 from balora_plugin.teacher.rows import AUTOMATIC_TOP_K, HIDDEN_LIMIT, HiddenRows, RowChoice, TopRows
 
 
@@ -144,13 +143,20 @@ def test_log_probabilities_serve_every_form_of_their_temperature(tmp_path):
         assert not opened(tmp_path, top_k=None, temperature=2.0, form=form).missing(*padded(TEN[:3]))
 
 
+def changed_header(directory, changes):
+    """Writes a cache's header anew, with a checksum that fits it."""
+    files = CacheFiles(directory)
+    header = files.read_header()
+    (directory / HEADER).unlink()
+    files.write_header({**header, **changes})
+
+
 @pytest.mark.parametrize(
     "changes", [{"top_k": 0}, {"top_k": 12}, {"top_k": "4"}, {"temperature": None}, {"dtype": "x"}]
 )
 def test_a_header_that_makes_no_sense_is_refused(changes, tmp_path):
     opened(tmp_path, top_k=4)
-    header = json.loads((tmp_path / HEADER).read_text())
-    (tmp_path / HEADER).write_text(json.dumps({**header, **changes}))
+    changed_header(tmp_path, changes)
     with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
         opened(tmp_path, top_k=None)
 

@@ -1,4 +1,8 @@
-"""Factors of the PiSSA start kept on disk by the weight's hash, so that a second run starts at once."""
+"""Factors of the PiSSA start kept on disk by the weight's hash, so that a second run starts at once.
+
+An optimisation: where the directory cannot be had a run goes on without it. A file, whoever wrote it, is used only if
+it holds the leading singular triples of this weight.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 import os
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...atomic import replacing
+from .agreement import are_leading_triples
 from .pissa import FAST_ITERATIONS, FAST_SEED, pissa_factors
 
 logger = logging.getLogger(__name__)
@@ -26,13 +32,28 @@ LARGEST = 32 * 2**30  # bytes of all files; the least recently used go first
 
 
 def cache_directory() -> Path | None:
-    """Returns $BALORA_CACHE, or balora_plugin below the user's cache directory; None if it is "off"."""
+    """Returns $BALORA_CACHE, or balora_plugin below the user's cache directory.
+
+    None if it is "off", or if it stands below the home of a user who has none here: said once.
+    """
     given = os.environ.get(VARIABLE, "")
     if given.lower() in ("off", "0", "false"):
         return None
-    if given:
-        return Path(given).expanduser() / "starts"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "balora_plugin" / "starts"
+    try:
+        if given:
+            return Path(given).expanduser() / "starts"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "balora_plugin" / "starts"
+    except RuntimeError as error:  # no home directory
+        _warn_once(f"{VARIABLE}={given!r}: {error}")
+        return None
+
+
+@cache
+def _warn_once(why: str) -> None:
+    logger.warning(
+        f"BA-LoRA: A0 and B0 are neither read from the disk nor kept for the next run: {why}. Set {VARIABLE} to a "
+        "directory that can be read and written, or to off."
+    )
 
 
 class StartCache:
@@ -48,18 +69,46 @@ class StartCache:
 
     def factors(self, weight: Tensor, rank: int, scaling: float, *, fast: bool) -> tuple[Tensor, Tensor]:
         """Returns A0 (r, in) and B0 (out, r) as [`pissa_factors`], on the weight's device."""
-        path = None
+        name = None
         if self.directory is not None and weight.numel() >= SMALLEST:
-            path = self.directory / f"{_key(weight, rank, scaling, fast)}.safetensors"
-            kept = _read(path, weight, rank)
-            if kept is not None:
+            name = f"{_key(weight, rank, scaling, fast)}.safetensors"
+            kept = self._read(name, weight, rank)
+            if kept is not None and are_leading_triples(weight, *kept, scaling, fast=fast):
                 self.found += 1
-                return kept[0].to(weight.device), kept[1].to(weight.device)
+                return kept
         a, b = pissa_factors(weight, rank, scaling, fast=fast)
         self.computed += 1
-        if path is not None:
-            self._write(path, a, b)
+        if name is not None and self.directory is not None:
+            self._write(self.directory / name, a, b)
         return a, b
+
+    def _read(self, name: str, weight: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+        """Returns A0 and B0 of a file, on the weight's device, if it is whole and has their shapes and dtype."""
+        assert self.directory is not None
+        path = self.directory / name
+        try:
+            if not path.is_file():
+                return None
+            tensors, said = _tensors(path)
+        except SafetensorError:  # damaged
+            return None
+        except OSError as error:
+            self._give_up("read", error)
+            return None
+        with suppress(OSError):  # another user's file: of use all the same
+            os.utime(path)
+        *batch, out_features, in_features = weight.shape
+        shapes = {"A0": (*batch, rank, in_features), "B0": (*batch, out_features, rank)}
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if any((tuple(tensors[key].shape), tensors[key].dtype) != (shape, dtype) for key, shape in shapes.items()):
+            return None
+        if said != _digest(tensors):
+            return None
+        return tensors["A0"].to(weight.device), tensors["B0"].to(weight.device)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        _warn_once(f"{self.directory} cannot be {what} ({error})")
+        self.directory = None
 
     def _write(self, path: Path, a: Tensor, b: Tensor) -> None:
         tensors = {"A0": a.cpu().contiguous(), "B0": b.cpu().contiguous()}
@@ -68,18 +117,18 @@ class StartCache:
             with replacing(path) as temporary:  # whole or not there, also beside another job
                 save_file(tensors, temporary, {"sha256": _digest(tensors)})
         except (OSError, SafetensorError) as error:
-            self.directory = None
-            logger.warning(
-                f"BA-LoRA: A0 and B0 are not kept for the next run: {path.parent} cannot be written ({error}). Set "
-                f"{VARIABLE} to a directory that can, or to off."
-            )
+            self._give_up("written", error)
 
     def prune(self) -> None:
         """Removes what killed runs left half-written, and the least recently used files over LARGEST bytes."""
         if self.directory is None or not self.computed:
             return
         files = []
-        for entry in self.directory.glob("*"):
+        try:
+            entries = list(self.directory.iterdir())
+        except OSError:  # gone, or written and not listed
+            return
+        for entry in entries:
             with suppress(OSError):  # another job removes as well
                 stat = entry.stat()
                 if entry.suffix == ".safetensors":
@@ -109,20 +158,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, weight: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Returns what stands in the file if it is whole; a damaged one is as good as none."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("A0", "B0")}
-            said = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
-        return None
-    with suppress(OSError):  # another user's file: of use all the same
-        os.utime(path)
-    *batch, out_features, in_features = weight.shape
-    shapes = (*batch, rank, in_features), (*batch, out_features, rank)
-    if (tuple(tensors["A0"].shape), tuple(tensors["B0"].shape)) != shapes or said != _digest(tensors):
-        return None
-    return tensors["A0"], tensors["B0"]
+def _tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Returns A0 and B0 of a file, and the hash of both that stands in it."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in ("A0", "B0")}, (file.metadata() or {}).get("sha256")

@@ -19,6 +19,11 @@ from balora_plugin.adapter.start.disk_cache import StartCache, cache_directory
 pytestmark = pytest.mark.hosts
 
 
+@pytest.fixture(autouse=True)
+def _unsaid():
+    disk_cache._warn_once.cache_clear()
+
+
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """The cache in a directory of its own, for matrices of any size; how many were factorised."""
@@ -115,6 +120,75 @@ def test_where_it_lies_and_how_it_is_switched_off(store, monkeypatch, caplog):
         ba_lora(tiny_llama(), targets=["q_proj"])
     assert caplog.text.count("BALORA_CACHE") == 1
     assert len(count) == 6
+
+
+def beyond_a_file(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("BALORA_CACHE", str(tmp_path / "file"))
+
+
+def of_a_name_too_long(tmp_path, monkeypatch):
+    monkeypatch.setenv("BALORA_CACHE", str(tmp_path / ("x" * 300)))
+
+
+def of_an_unknown_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("BALORA_CACHE", "~nobody_of_this_name/cache")
+
+
+def without_a_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("BALORA_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: Path("~no_such_user").expanduser())
+
+
+def not_readable(tmp_path, monkeypatch):
+    """As it is to another user than root, who runs tests in containers."""
+    kept, original = tmp_path / "starts", Path.is_file
+
+    def is_file(path):
+        if kept in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    kept.mkdir()
+    monkeypatch.setattr(Path, "is_file", is_file)
+
+
+@pytest.mark.parametrize("place", [beyond_a_file, of_a_name_too_long, of_an_unknown_user, without_a_home, not_readable])
+def test_a_run_goes_on_without_a_directory_and_says_so_once(place, store, tmp_path, monkeypatch, caplog, ids):
+    _, count = store
+    place(tmp_path, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model = ba_lora(tiny_llama(), targets=["q_proj"])
+    assert len(count) == 4
+    assert caplog.text.count("BALORA_CACHE to a directory") == 1
+    assert torch.equal(logits(model.eval(), ids), logits(tiny_llama().eval(), ids))
+
+
+def test_files_are_believed_only_if_they_are_this_weights_triples(store):
+    """Whoever wrote them: whole files with a hash that fits, of the right shape."""
+    directory, count = store
+    torch.manual_seed(0)
+    weight, other = torch.randn(12, 8), torch.randn(12, 8)
+    expected = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    (path,) = directory.iterdir()
+    foreign = disk_cache.pissa_factors(other, 2, 1.0)
+    wrong = {
+        "another weight's": foreign,
+        "not finite": (expected[0] / 0, expected[1]),
+        "of another dtype": tuple(x.double() for x in expected),
+        "of another shape": (expected[0][:1], expected[1][:, :1]),
+    }
+    for what, (a, b) in wrong.items():
+        tensors = {"A0": a.contiguous(), "B0": b.contiguous()}
+        save_file(tensors, path, {"sha256": disk_cache._digest(tensors)})
+        made = len(count)
+        again = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+        assert all(torch.equal(x, y) for x, y in zip(again, expected, strict=True)), what
+        assert len(count) == made + 1, what
+        StartCache(directory).factors(weight, 2, 1.0, fast=False)  # written anew
+        assert len(count) == made + 1, what
 
 
 def test_small_matrices_are_not_kept(store, monkeypatch):

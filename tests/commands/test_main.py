@@ -1,0 +1,144 @@
+"""`balora`: every failure is one line and an exit code, a traceback only where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from balora_plugin import commands
+from balora_plugin.checkpoint.names import CONFIG_FILE, SETTINGS_FILE, WEIGHTS_FILE
+
+pytestmark = pytest.mark.hosts
+
+EARLIER = Path(__file__).parents[1] / "data" / "before_layout" / "causal_lm"
+ERRORS = [
+    RuntimeError("size mismatch:\n" + "\ta tensor\n" * 1000),
+    KeyError("base_digests"),
+    TypeError("unhashable"),
+    AttributeError("'NoneType' object has no attribute 'x'"),
+    RecursionError("maximum recursion depth exceeded"),
+    MemoryError(),
+    AssertionError(),
+    IndexError("list index out of range"),
+    UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+    ValueError("a value\nin two lines"),
+    OSError(28, "No space left on device"),
+    ModuleNotFoundError("No module named 'sklearn'"),
+]
+LINES = {  # a command line of every subcommand
+    "doctor": [],
+    "export": ["ADAPTER", "--output", "OUTPUT"],
+    "glue": ["--recipe", "ADAPTER", "--output", "OUTPUT"],
+    "verify": ["ADAPTER", "--base", "BASE"],
+}
+
+
+def test_every_subcommand_is_here():
+    assert set(LINES) == set(commands.subcommands())
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]], ids=["plain", "debug"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("name", LINES)
+def test_whatever_goes_wrong_is_one_line(name, error, debug, monkeypatch, capsys):
+    def fails(args):
+        raise error
+
+    monkeypatch.setattr(commands.subcommands()[name], "run", fails)
+    for line in ([*debug, name, *LINES[name]], [name, *LINES[name], *debug]):
+        assert commands.main(line) == 2
+        said = capsys.readouterr().err
+        assert ("Traceback" in said) == bool(debug)
+        last = said.splitlines()[-1]
+        assert last.startswith("Error: ") and len(last) < 1200
+        if not debug:
+            assert said == last + "\n"
+            assert isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ in last
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_an_interrupt_is_no_traceback(name, monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.subcommands()[name], "run", interrupted)
+    assert commands.main([name, *LINES[name]]) == 130
+    assert capsys.readouterr().err == "Error: interrupted\n"
+
+
+def test_a_reader_who_has_gone_is_no_traceback():
+    code = "import sys\nfrom balora_plugin.commands import main\nsys.exit(main(['doctor']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 2
+    assert said.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in said and "Exception ignored" not in said
+
+
+def damaged_config(path):
+    (path / CONFIG_FILE).write_text("[]")
+
+
+def config_of_other_types(path):
+    values = json.loads((path / CONFIG_FILE).read_text())
+    (path / CONFIG_FILE).write_text(json.dumps({**values, "peft_type": {}, "r": []}))
+
+
+def damaged_settings(path):
+    values = json.loads((path / SETTINGS_FILE).read_text())
+    (path / SETTINGS_FILE).write_text(json.dumps({**values, "base_digests": []}))
+
+
+def names_elsewhere(path):
+    values = json.loads((path / SETTINGS_FILE).read_text())
+    values["sha256"]["../" + WEIGHTS_FILE] = "0" * 64
+    (path / SETTINGS_FILE).write_text(json.dumps(values))
+
+
+def damaged_weights(path):
+    (path / WEIGHTS_FILE).write_bytes(b"\x00" * 100)
+    (path / SETTINGS_FILE).unlink()
+
+
+def no_weights(path):
+    (path / WEIGHTS_FILE).unlink()
+    (path / SETTINGS_FILE).unlink()
+
+
+def nothing(path):
+    for file in path.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("command", ["export", "verify"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damaged_config,
+        config_of_other_types,
+        damaged_settings,
+        names_elsewhere,
+        damaged_weights,
+        no_weights,
+        nothing,
+    ],
+)
+def test_a_damaged_adapter_is_one_line(damage, command, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(EARLIER / "checkpoint-4", adapter)
+    damage(adapter)
+    places = {"ADAPTER": str(adapter), "OUTPUT": str(tmp_path / "out"), "BASE": str(EARLIER / "base")}
+    code = commands.main([command, *(places.get(word, word) for word in LINES[command])])
+    said = capsys.readouterr()
+    if code == 1:  # verify: the files are not those that were saved
+        assert command == "verify" and "MISMATCH" in said.out and said.err == ""
+        return
+    assert code == 2, said
+    assert said.err.startswith("Error: ") and said.err.count("\n") == 1 and str(adapter) in said.err
+    assert not (tmp_path / "out").exists()
