@@ -39,6 +39,14 @@ ROWS = PROMPT_COMPLETION[:8]
 EPOCHS = {"rows": ROWS, "max_steps": -1, "num_train_epochs": 2}
 ALL = VOCABULARY  # as many log-probabilities: nothing is lost but their rounding
 TOP = {"teacher_cache_top_k": 8, "temperature": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def _no_probe(monkeypatch):
+    """The probe of packing, a few passes of the pre-trained model, has tests of its own; here passes are counted."""
+    monkeypatch.setattr("balora_plugin.training.packing_probe.PackingProbe.look", lambda probe, inputs: None)
+
+
 forms = pytest.mark.parametrize("kept", [{}, {"teacher_cache_top_k": ALL}], ids=["hidden", "top_k"])
 
 

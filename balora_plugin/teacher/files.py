@@ -162,9 +162,9 @@ class CacheFiles:
         start = 0
         for i, (key, rows) in enumerate(documents.items()):
             crc = zlib.crc32(_bytes(np.ascontiguousarray(rows)))
-            index[i] = (np.frombuffer(key, dtype=np.uint8), start, len(rows), crc, 0)[: len(index.dtype)]
+            index[i] = (np.frombuffer(key, dtype=np.uint8), start, len(rows), crc, 0)[: len(index.dtype.names or ())]
             start += len(rows)
-        if CHECK in index.dtype.names:
+        if CHECK in (index.dtype.names or ()):
             index[CHECK] = _checks(index)
         rows = np.concatenate(list(documents.values())).astype(self.dtype, copy=False)
         try:
@@ -247,7 +247,7 @@ class CacheFiles:
         if len(data) != layout.begin + layout.shape[0] * kind.itemsize:
             return None
         index = np.frombuffer(data, kind, offset=layout.begin)
-        return None if CHECK in kind.names and (index[CHECK] != _checks(index)).any() else index
+        return None if CHECK in (kind.names or ()) and (index[CHECK] != _checks(index)).any() else index
 
 
 def _layout(head: bytes) -> _Layout | None:

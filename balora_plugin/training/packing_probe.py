@@ -52,7 +52,7 @@ class PackingProbe:
     def look(self, inputs: dict[str, Any]) -> None:
         """Does it with this batch, if it was not done yet and two documents stand in one row of it."""
         positions = inputs.get("position_ids")
-        if not self._left or not isinstance(positions, Tensor) or positions.ndim != 2:
+        if not self._left or not isinstance(positions, Tensor) or positions.ndim != 2 or "input_ids" not in inputs:
             return
         self._left -= 1
         pair = _two_documents(inputs)
