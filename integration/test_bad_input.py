@@ -128,8 +128,8 @@ WRONG = {
     "rank_pattern": (lambda: adapter(rank_pattern={"k_proj": 999}), "k_proj: r=999|write r <= 16"),
     "start": (lambda: adapter(init_lora_weights="olora"), "init_lora_weights='olora'|write 'pissa'"),
     "start niter": (
-        lambda: adapter(init_lora_weights="pissa_niter_16"),
-        "init_lora_weights='pissa_niter_16'|write 'pissa'",
+        lambda: adapter(init_lora_weights="pissa_niter_x"),
+        "init_lora_weights='pissa_niter_x'|write 'pissa'",
     ),
     "dora": (lambda: adapter(use_dora=True), "use_dora=True|remove it"),
     "bias": (lambda: adapter(bias="all"), "bias='all'|write bias='none'"),
