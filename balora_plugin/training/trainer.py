@@ -21,7 +21,8 @@ from ..objective.classification import samples_of
 from ..objective.request import StepOutput
 from ..pretrained.quantised import quantised_layers_stay_in_training_mode
 from ..schedules import Lambdas
-from .checks.arguments import check_checkpoint, check_counted
+from .checks.arguments import check_checkpoint
+from .checks.data import check_classes, check_counted
 from .classification import restore_head, save_head
 from .compiling import BACKEND, Asked, take_backend
 from .cost import CostCallback, CostMeter, format_report, write_report
@@ -132,7 +133,10 @@ class BaLoraTrainerMixin(_Base):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if checkpoint and run.initial_head is not None and run.cache is not None:
             run.cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
-        check_counted(self.train_dataset)
+        if run.config.task == "nlu":
+            check_classes(self.train_dataset)
+        else:
+            check_counted(self.train_dataset)
         run.meter = CostMeter(self.args.device)
         callbacks: list[TrainerCallback] = [CostCallback(run.meter)]
         if run.ours:

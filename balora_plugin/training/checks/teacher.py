@@ -48,9 +48,10 @@ def check_teacher(
         )
     for key, neutral in (("bias", "none"), ("trainable_token_indices", None)):
         if getattr(adapter, key, neutral) not in (neutral, None):
+            copied = "" if key == "bias" else "train a copy of the embedding (modules_to_save=['embed_tokens']), "
             raise ValueError(
                 f"{key}={getattr(adapter, key)!r} trains base parameters that the teacher shares: leave it at "
-                f"{neutral!r}, or pass teacher_model=..."
+                f"{neutral!r}, {copied}or pass teacher_model=..."
             )
 
 
