@@ -44,6 +44,7 @@ class Setting:
         choices: The names of a choice.
         minimum: The smallest value of a number or integer; None: any.
         exclusive: The minimum itself is refused.
+        maximum: The largest value of a number that has a minimum; None: any.
         presets: {preset: (what it is for language models, for classifiers)} where it is left out.
         only: The family that reads it; None: both.
     """
@@ -54,6 +55,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     exclusive: bool = False
+    maximum: float | None = None
     presets: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     only: Only | None = None
 
@@ -69,7 +71,16 @@ class Setting:
             *others, last = [f"`{name}`" for name in self.choices]
             return f"{', '.join(others)} or {last}" if others else last
         words = {"number": "number", "integer": "whole number", "flag": "true or false", "path": "path"}[self.kind]
-        return words if self.minimum is None else f"{words} {'>' if self.exclusive else '>='} {self.minimum:g}"
+        return words + self.bounds
+
+    @property
+    def bounds(self) -> str:
+        """The smallest and the largest value, in words that follow "number"; empty where there is none."""
+        if self.minimum is None:
+            return ""
+        if self.maximum is not None:
+            return f" from {self.minimum:g} to {self.maximum:g}"
+        return f" {'>' if self.exclusive else '>='} {self.minimum:g}"
 
     @property
     def meaning(self) -> str:
@@ -109,9 +120,9 @@ class Setting:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
             raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}{hint}.")
-        if not math.isfinite(value) or self._too_small(value):
-            bound = "" if self.minimum is None else f" {'>' if self.exclusive else '>='} {self.minimum:g}"
-            raise ValueError(f"{name}={value!r} must be a finite number{bound}.")
+        too_large = self.maximum is not None and value > self.maximum
+        if not math.isfinite(value) or self._too_small(value) or too_large:
+            raise ValueError(f"{name}={value!r} must be a finite number{self.bounds}.")
 
     def _check_integer(self, name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import character_tokenizer, tiny_llama
 from peft import LoraConfig, PromptTuningConfig
@@ -47,7 +48,8 @@ def train(host, tmp_path, started, *, model=None, rows=None, **changes):
         from trl import SFTConfig
 
         values = {"bf16": False, "gradient_checkpointing": False, **values}
-        args = SFTConfig(**values, dataset_kwargs={"skip_prepare_dataset": True})
+        prepared = {"skip_prepare_dataset": True} if "input_ids" in (rows or [{"input_ids": ()}])[0] else None
+        args = SFTConfig(**values, dataset_kwargs=prepared)
         trainer = BaLoraSFTTrainer(args=args, processing_class=tokenizer, callbacks=[started], **extra)
     else:
         args = TrainingArguments(**values)
@@ -91,6 +93,10 @@ def nothing_counted():
     return [{"input_ids": [5, 6, 7, 8], "labels": [-100] * 4} for _ in range(4)]
 
 
+def text_labels():
+    return [{"input_ids": [5, 6, 7, 8], "labels": "positive"} for _ in range(4)]
+
+
 FLASH = "attn_implementation='flash_attention_2'"
 NAN, INF = float("nan"), float("inf")
 # name -> (settings, made when the test runs; what the error says: key, value, remedy)
@@ -104,7 +110,8 @@ WRONG = {
     "task": (lambda: adapter({"task": "nlu"}), "task='nlu'|write task='nlg' (or 'auto')"),
     "task name": (lambda: adapter({"task": "lm"}), "task='lm'|'nlg'"),
     "form": (lambda: adapter({"consistency": "forward"}), "consistency='forward'|'reverse_kl'"),
-    "temperature": (lambda: adapter({"temperature": 0}), "temperature=0|> 0"),
+    "temperature": (lambda: adapter({"temperature": 0}), "temperature=0|from 0.01 to 100"),
+    "temperature large": (lambda: adapter({"temperature": 1e6}), "temperature=1000000.0|from 0.01 to 100"),
     "diversity_top_k": (lambda: adapter({"diversity_top_k": 1}), "diversity_top_k=1|>= 2"),
     "svd_top_k": (lambda: adapter({"svd_top_k": 0}), "svd_top_k=0|>= 1"),
     "svd_top_k float": (lambda: adapter({"svd_top_k": 2.5}), "svd_top_k=2.5|whole number"),
@@ -150,6 +157,12 @@ WRONG = {
     ),
     "logits": (lambda: {**adapter(), "model": base(config("logit_scale", 0.5))}, "LlamaForCausalLM|logits are not"),
     "nothing counted": (lambda: {**adapter(), "rows": nothing_counted()}, "labels|-100|train_on_inputs"),
+    "no rows": (lambda: {**adapter(), "rows": []}, "train_dataset has no rows|filter"),
+    "text labels": (lambda: {**adapter(), "rows": text_labels()}, "labels|'positive'|whole number"),
+    "tokens trained": (
+        lambda: lora(trainable_token_indices=[1]),
+        "trainable_token_indices=[1]|modules_to_save=['embed_tokens']",
+    ),
     "wrapped twice": (
         lambda: {**adapter(), "model": get_ba_lora_model(tiny_llama(), adapter()["peft_config"])},
         "peft_config is given|leave peft_config out",
@@ -196,6 +209,10 @@ WRONG = {
 }
 ELSEWHERE = {"model": "there/is no such model", "model_init_kwargs": {"attn_implementation": "flash_attention_2"}}
 TRL_ALONE = {
+    "answers cut off": (
+        lambda: {**adapter(), "rows": [{"prompt": text, "completion": "yes"} for text in TEXT], "max_length": 8},
+        "train_dataset has no rows|TRL drops rows whose answer max_length cuts off",
+    ),
     "flash to load": (lambda: {**adapter(), **ELSEWHERE}, f"{FLASH} in model_init_kwargs|GPU|write 'sdpa'"),
     "loss type": (lambda: {**adapter(), "loss_type": "dft"}, "loss_type='dft'|leave it at its default"),
     "template": (lambda: {**adapter(), "chat_template_path": "some/model"}, "chat_template_path='some/model'|.jinja"),
@@ -225,6 +242,17 @@ def gpu(monkeypatch):
     monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     return monkeypatch
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_accelerates_own_compilation_beside_ours(host, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    AcceleratorState._reset_state(True)
+    started = Started()
+    with pytest.raises(ValueError, match=r"ACCELERATE_DYNAMO_BACKEND=inductor.*compile='layers'.*set it to no"):
+        train(host, tmp_path, started, **adapter(compile="layers"))
+    assert started.steps == 0
+    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("host", HOSTS)

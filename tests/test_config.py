@@ -137,7 +137,7 @@ def test_log_probabilities_that_cannot_serve_are_refused(values, words):
 
 def test_boundary_values_are_accepted():
     config = RegularizerConfig(
-        lambda_svd=0, temperature=1e-3, diversity_top_k=0, svd_top_k=1, teacher_interval=1, share_interval=0
+        lambda_svd=0, temperature=0.01, diversity_top_k=0, svd_top_k=1, teacher_interval=1, share_interval=0
     )
     assert config.lambda_svd == 0
 

@@ -29,7 +29,8 @@ def get_ba_lora_model(
 
     Raises:
         TypeError: config is not a BaLoraConfig.
-        ValueError: targets that cannot be adapted (embeddings, LM head, convolutions), a rank too large, NaN weights.
+        ValueError: a model that torch.compile has wrapped; targets that cannot be adapted (embeddings, LM head,
+            convolutions), a rank too large, NaN weights.
 
     >>> import torch
     >>> base = nn.Sequential(nn.Linear(8, 8))
@@ -41,4 +42,9 @@ def get_ba_lora_model(
     """
     if not isinstance(config, BaLoraConfig):
         raise TypeError(f"config must be a BaLoraConfig, not {type(config).__name__}: use peft.get_peft_model.")
+    if hasattr(model, "_orig_mod"):  # else PEFT says of it that it is no PreTrainedModel
+        raise ValueError(
+            f"model is compiled already ({type(model).__name__}), and would not be with an adapter inside: pass the "
+            "model as it was before torch.compile, and compile=True in BaLoraConfig."
+        )
     return build(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, start=True)

@@ -22,6 +22,7 @@ from ..pretrained.attention import check_attention, check_flash
 from ..pretrained.lm_head import check_head
 from ..settings import as_path
 from ..training.checks.arguments import check_arguments
+from ..training.checks.data import check_rows
 from ..training.checks.model import resolve
 from ..training.checks.teacher import check_teacher
 from ..training.trainer import BaLoraTrainerMixin
@@ -51,6 +52,7 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
         regularizers = kwargs.get("regularizers") or getattr(peft_config, "regularizers", None)
         if regularizers is not None:
             regularizers = as_regularizers(regularizers)
+            check_rows(kwargs.get("train_dataset"))
             _check_settings(model, args, peft_config, regularizers, kwargs)
         self._wrap: _Wrap | None = None
         if isinstance(peft_config, BaLoraConfig):

@@ -200,6 +200,12 @@ def problem_of(model: Any, labels: Tensor) -> str:
     config = model.config
     if config.problem_type is None:
         whole = not labels.is_floating_point()
+        if whole and config.num_labels > 1 and labels.ndim > 1 and labels[0].numel() > 1:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} are whole numbers, and problem_type is None, which takes those for one "
+                "class a sample: for several labels a sample write problem_type='multi_label_classification' in the "
+                "model's config, and labels as floats."
+            )
         config.problem_type = REGRESSION if config.num_labels == 1 else SINGLE_LABEL if whole else MULTI_LABEL
     return str(config.problem_type)
 

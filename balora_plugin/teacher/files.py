@@ -159,12 +159,13 @@ class CacheFiles:
         """
         name = uuid.uuid4().hex
         index = np.zeros(len(documents), dtype=INDEXES[self.version])
+        names = _names(index.dtype)
         start = 0
         for i, (key, rows) in enumerate(documents.items()):
             crc = zlib.crc32(_bytes(np.ascontiguousarray(rows)))
-            index[i] = (np.frombuffer(key, dtype=np.uint8), start, len(rows), crc, 0)[: len(index.dtype.names or ())]
+            index[i] = (np.frombuffer(key, dtype=np.uint8), start, len(rows), crc, 0)[: len(names)]
             start += len(rows)
-        if CHECK in (index.dtype.names or ()):
+        if CHECK in names:
             index[CHECK] = _checks(index)
         rows = np.concatenate(list(documents.values())).astype(self.dtype, copy=False)
         try:
@@ -247,7 +248,11 @@ class CacheFiles:
         if len(data) != layout.begin + layout.shape[0] * kind.itemsize:
             return None
         index = np.frombuffer(data, kind, offset=layout.begin)
-        return None if CHECK in (kind.names or ()) and (index[CHECK] != _checks(index)).any() else index
+        return None if CHECK in _names(kind) and (index[CHECK] != _checks(index)).any() else index
+
+
+def _names(kind: np.dtype[Any]) -> tuple[str, ...]:
+    return kind.names or ()
 
 
 def _layout(head: bytes) -> _Layout | None:

@@ -21,7 +21,7 @@ from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
 from .acting import RecordedTerms, warn_of_dropout
-from .checks.arguments import check_arguments, check_saving
+from .checks.arguments import check_arguments, check_compiled_once, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
 from .compiling import Asked, compiled_passes
@@ -108,6 +108,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         classification.set_up(run, host, compiled=how)
     if how:
         run.compiled = compiled_passes(host.args, warn, how, None if given.backend is None else given.backend.mode)
+        check_compiled_once(host.accelerator, how)
     if run.ours:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
     if config.teacher_cache is not None and config.lambda_consistency:

@@ -22,6 +22,8 @@ def _declared(known: Setting) -> tuple[Any, Any]:
     bounds: dict[str, Any] = {"allow_inf_nan": False} if known.kind == "number" else {}
     if known.minimum is not None:
         bounds["gt" if known.exclusive else "ge"] = known.minimum
+    if known.maximum is not None:
+        bounds["le"] = known.maximum
     field = Field(default=known.default, description=known.meaning, **bounds)
     return (kind | None if known.optional else kind), field
 

@@ -1,12 +1,10 @@
-"""Refusals of a host's arguments, data and checkpoints that BA-LoRA cannot train with."""
+"""Refusals of a host's arguments and checkpoints that BA-LoRA cannot train with."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ...adapter.config import BaLoraConfig
@@ -44,6 +42,21 @@ def check_arguments(args: Any) -> None:
             raise ValueError(f"parallelism_config.{key}=True does not work with BA-LoRA yet: use DDP or FSDP.")
 
 
+def check_compiled_once(accelerator: Any, how: bool | str) -> None:
+    """Refuses to compile what accelerate compiles as well; `how`: that the run compiles, as the adapter's `compile`.
+
+    Raises:
+        ValueError: names what asked for it and what to write.
+    """
+    plugin = getattr(accelerator.state, "dynamo_plugin", None)
+    backend = str(getattr(getattr(plugin, "backend", None), "value", "NO"))
+    if how and backend.upper() != "NO":
+        raise ValueError(
+            f"ACCELERATE_DYNAMO_BACKEND={backend.lower()} (in the environment, or accelerate's dynamo_config) and "
+            f"compile={how!r} would compile the model twice: set it to no."
+        )
+
+
 def check_saving(accelerator: Any) -> None:
     """Refuses ways to save under FSDP that leave no adapter behind, and say nothing.
 
@@ -56,32 +69,6 @@ def check_saving(accelerator: Any) -> None:
         raise ValueError(
             f"fsdp_state_dict_type={kind.rpartition('.')[2]}: save_model would write no adapter. Write "
             "fsdp_state_dict_type: FULL_STATE_DICT (the adapter alone is gathered)."
-        )
-
-
-def check_counted(dataset: Any) -> None:
-    """Refuses training data of which no label counts: every loss would be 0, and nothing trained.
-
-    Reads rows until one counts, which where all is well is the first; streams, and rows without labels, are not read.
-
-    Raises:
-        ValueError: names the labels and the usual reasons.
-    """
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        return
-    for index in range(len(dataset)):
-        row = dataset[index]
-        labels = row.get("labels") if isinstance(row, Mapping) else None
-        if labels is None:
-            return
-        labels = torch.as_tensor(labels)  # a classifier's has no dimension
-        if labels.ndim != 1 or not labels.numel() or bool(labels[1:].ne(-100).any()):
-            return
-    if len(dataset):
-        raise ValueError(
-            f"labels: all are -100 in all {len(dataset)} rows of the training data, so no token counts: look for a "
-            "chat template that marks no answer, for prompts longer than the sequence length, or train on the prompts "
-            "too (train_on_inputs: true; completion_only_loss=False)."
         )
 
 

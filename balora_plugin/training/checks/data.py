@@ -1,0 +1,76 @@
+"""Refusals of training data from which nothing could be learnt, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def check_rows(dataset: Any) -> None:
+    """Refuses training data without a row; what has no length is not looked at.
+
+    Raises:
+        ValueError: names the usual reasons.
+    """
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            "train_dataset has no rows: look for a filter that drops all of them, such as one by length (sequence_len "
+            "in Axolotl; TRL drops rows whose answer max_length cuts off), or an empty split."
+        )
+
+
+def check_classes(dataset: Any) -> None:
+    """Refuses a classifier's training data without rows, or whose first label is text.
+
+    Raises:
+        ValueError: names the label and what to write.
+    """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return
+    check_rows(dataset)
+    row = dataset[0]
+    for name in ("labels", "label"):  # a collator renames the second
+        if isinstance(row, Mapping) and row.get(name) is not None:
+            _check_numbers(row[name], 0)
+
+
+def check_counted(dataset: Any) -> None:
+    """Refuses training data without rows, with labels that are text, or of which no label counts: nothing would train.
+
+    Reads rows until one counts, which where all is well is the first; streams, and rows without labels, are not read.
+
+    Raises:
+        ValueError: names the labels and the usual reasons.
+    """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return
+    check_rows(dataset)
+    for index in range(len(dataset)):
+        if _counts(dataset[index], index):
+            return
+    raise ValueError(
+        f"labels: all are -100 in all {len(dataset)} rows of the training data, so no token counts: look for a "
+        "chat template that marks no answer, for prompts longer than the sequence length, or train on the prompts "
+        "too (train_on_inputs: true; completion_only_loss=False)."
+    )
+
+
+def _counts(row: Any, index: int) -> bool:
+    """Returns whether a row has a position that counts; True where it does not say."""
+    labels = row.get("labels") if isinstance(row, Mapping) else None
+    if labels is None:
+        return True
+    _check_numbers(labels, index)
+    labels = torch.as_tensor(labels)
+    return labels.ndim != 1 or not labels.numel() or bool(labels[1:].ne(-100).any())
+
+
+def _check_numbers(labels: Any, index: int) -> None:
+    """Refuses labels that are text, of which a collator makes no tensor."""
+    if isinstance(labels, str) or (isinstance(labels, Sequence) and any(isinstance(each, str) for each in labels)):
+        raise ValueError(
+            f"labels: row {index} of the training data holds text ({str(labels)[:40]!r}): write each class as a whole "
+            "number from 0 to num_labels - 1 (datasets: class_encode_column), or tokenise it for a language model."
+        )
