@@ -12,10 +12,11 @@ PYTEST = -m pytest -n $(shell nproc 2>/dev/null || echo 2) --dist loadfile
 THREADS = OMP_NUM_THREADS=1
 
 QUICK = .venv/bin/python
+LOWEST = .venv-lowest/bin/python
 PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 
-.PHONY: quickstart quickstart-trl test environments test-pins test-newest lint clean
+.PHONY: quickstart quickstart-trl test environments test-pins test-newest test-lowest lint clean
 
 quickstart: .venv-axolotl/.ready
 	$(PINS) -m studies.quickstart
@@ -42,6 +43,10 @@ test-pins: .venv-axolotl/.ready
 test-newest: .venv-newest/.ready
 	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow" tests integration
 
+# before a release: the lower bounds of pyproject.toml really are bounds (their torch comes from PyPI, with CUDA)
+test-lowest: .venv-lowest/.ready
+	$(THREADS) $(LOWEST) $(PYTEST) -m "hosts and not slow" tests
+
 .venv/.ready: requirements/quickstart.txt pyproject.toml
 	$(call environment,.venv,-r requirements/quickstart.txt)
 
@@ -50,6 +55,10 @@ test-newest: .venv-newest/.ready
 
 .venv-newest/.ready: requirements/newest.txt requirements/dev.txt pyproject.toml
 	$(call environment,.venv-newest,-r requirements/newest.txt -r requirements/dev.txt)
+
+.venv-lowest/.ready: TORCH = $(shell grep ^torch== requirements/lowest.txt)
+.venv-lowest/.ready: requirements/lowest.txt requirements/dev.txt pyproject.toml
+	$(call environment,.venv-lowest,-r requirements/lowest.txt -r requirements/dev.txt)
 
 define environment
 	@echo "Setting up $(1) (a few minutes)"
@@ -61,4 +70,4 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-axolotl .venv-newest .cache outputs
+	rm -rf .venv .venv-axolotl .venv-newest .venv-lowest .cache outputs

@@ -80,9 +80,11 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 def collective_device(device: torch.device) -> torch.device:
     """Returns `device`, or this process's accelerator where the process group (plain NCCL) cannot carry its tensors."""
-    accelerator = torch.accelerator.current_accelerator()
-    if f"{device.type}:" in dist.get_backend_config() or accelerator is None:
+    # asked first: builds of torch for GPUs raise at the next question on a machine without one, or name its kind
+    if f"{device.type}:" in dist.get_backend_config() or not torch.accelerator.is_available():
         return device
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 

@@ -22,12 +22,12 @@ class Bounds(NamedTuple):
 
 BOUNDS = {
     "python": Bounds("3.10", "3.11", "3.11", needed=True),
-    "torch": Bounds("2.6", "2.13", "2.13", needed=True),
+    "torch": Bounds("2.10", "2.10", "2.13", needed=True),
     "transformers": Bounds("5.16", "5.16", "5.23", needed=True),
     "peft": Bounds("0.20", "0.20", "0.21", needed=True),
     "trl": Bounds("1.9", "1.9", "1.16"),
     "axolotl": Bounds("0.19", "0.19", "0.19"),
-    "accelerate": Bounds("1.4", "1.13", "1.15"),
+    "accelerate": Bounds("1.13", "1.13", "1.15"),
     "bitsandbytes": Bounds("0.50", "0.50", "0.50"),
 }
 OTHERS = ("deepspeed", "flash-attn")  # optional, and no release of theirs is pinned

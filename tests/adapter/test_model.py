@@ -334,6 +334,7 @@ def test_factors_travel_on_a_device_the_process_group_can_carry(monkeypatch):
     from balora_plugin import distributed
 
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 3)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     for backends, expected in (("cuda:nccl", cuda), ("cpu:gloo,cuda:nccl", cpu)):

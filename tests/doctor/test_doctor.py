@@ -68,6 +68,10 @@ def test_the_bounds_are_those_of_the_project():
         for bound, pins in ((first, older), (last, newest)):
             if name in pins:
                 assert Version(bound).release == pins[name].release[:2], name
+    lowest = requirements("lowest.txt")
+    assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl"} <= set(lowest)
+    for name, pin in lowest.items():
+        assert Version(versions.BOUNDS[name].least) == Version(f"{pin.major}.{pin.minor}"), name
     assert Version(versions.BOUNDS["peft"].least) == Version(TESTED_PEFT[0])
     last = Version(versions.BOUNDS["peft"].last).release
     assert Version(TESTED_PEFT[1]).release == (last[0], last[1] + 1)
@@ -83,8 +87,8 @@ def test_the_bounds_are_those_of_the_project():
         ("peft", "0.21.9", "tested"),
         ("peft", "0.22.0", "newer than tested"),
         ("peft", None, "not installed"),
-        ("torch", "2.5.1", "too old"),
-        ("torch", "2.7.0+cu126", "supported"),
+        ("torch", "2.9.1", "too old"),
+        ("torch", "2.11.0+cu126", "tested"),
         ("torch", "2.14.0.dev20260101", "newer than tested"),
         ("axolotl", "0.19.0.dev0", "tested"),
         ("transformers", "a-checkout", "supported"),
