@@ -187,7 +187,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
     written = rounded.to(dtype)
     print(f"writes   {args.output}: merged model, {_name(dtype)}, {size(size_of(written.state_dict().values()))}")
     _print_lost(args, lost)
-    if lost.much:
+    if lost.much and dtype != torch.float32:
         print("note     rounding the weights takes much of what was trained: --dtype float32 keeps it, and so does")
         print("         serving the adapter without merging")
     if args.dry_run:

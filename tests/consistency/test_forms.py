@@ -36,8 +36,9 @@ def pair(case, seed=0):
 
 def close(found, expected, what):
     assert found.shape == expected.shape, what
-    scale = expected.abs().max().item() + 1e-3
-    assert (found - expected).abs().max().item() <= 1e-12 * scale, what
+    # what is 0 where student and teacher are one may come out as a difference of two numbers of order 1
+    bound = 1e-12 * expected.abs().max().item() + 1e-13
+    assert (found - expected).abs().max().item() <= bound, what
 
 
 def reference(name, student, teacher, temperature):
@@ -202,15 +203,15 @@ import sys
 from balora_plugin import config, consistency
 from balora_plugin.settings import settings_of
 
-known = ("kl", "reverse_kl", "jsd", "mse", "dummy")
 choices = settings_of(config.RegularizerConfig)["consistency"].choices
-assert consistency.NAMES == choices == known
+assert consistency.NAMES == choices and "dummy" in choices, choices
+assert choices[:4] == ("kl", "reverse_kl", "jsd", "mse"), choices
 assert "torch" not in sys.modules
 config.RegularizerConfig(consistency="dummy", teacher_cache="here", teacher_cache_top_k=4)
 try:
     config.RegularizerConfig(consistency="other")
 except ValueError as error:
-    assert "'mse', 'dummy'" in str(error)
+    assert "'dummy'" in str(error), error
 
 import torch
 from balora_plugin import regularizers
@@ -235,7 +236,8 @@ def test_a_new_form_is_one_new_file(tmp_path):
     """Dropped into a copy of the package, it is known everywhere."""
     package, tests = Path(balora_plugin.__file__).parent, Path(__file__).parent
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / package.name / "consistency" / "dummy.py").write_text(NEW_FORM)
+    for name in ("dummy", "another"):  # beside it a second one, which changes nothing for it
+        (tmp_path / package.name / "consistency" / f"{name}.py").write_text(NEW_FORM)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{tests}"}
     found = subprocess.run(
         [sys.executable, "-c", USES_IT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
