@@ -62,3 +62,9 @@ def test_the_limits_are_what_they_were():
     assert RUFF["mccabe"]["max-complexity"] <= 10 and RUFF["pylint"]["max-args"] <= 6
     assert LISTED[EXEMPT] == ["PLR0913"]
     assert set(ABOVE) <= set(RUFF["select"]) and not set(ABOVE) & set(RUFF["ignore"])
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports test files by their bare names, so that of two of one name only one would be collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
