@@ -266,3 +266,9 @@ def as_regularizers(value: Any) -> RegularizerConfig:
     if not isinstance(value, RegularizerConfig):
         raise TypeError(f"regularizers={value!r} must be a RegularizerConfig or a dict of its fields.")
     return value
+
+
+def weights_in_words(config: RegularizerConfig) -> list[str]:
+    """Returns the weights of resolved settings that are not 0, with their values: "lambda_svd=0.005"."""
+    names = [name for name in settings_of(config) if name.startswith("lambda_")]
+    return [f"{name}={getattr(config, name):g}" for name in names if getattr(config, name)]

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..config import weights_in_words
 from ..distributed import process_rank
 from ..pretrained.classifier_head import is_classifier
 from .config import BaLoraConfig
@@ -73,6 +74,4 @@ def _weights(model: PeftModel) -> list[str]:
     config = model.peft_config.get(active[0]) if active else None
     if not isinstance(config, BaLoraConfig):
         return []
-    terms = config.regularizers.resolved("nlu" if is_classifier(model.get_base_model()) else "nlg")
-    names = ("lambda_consistency", "lambda_diversity", "lambda_svd")
-    return [f"{name}={getattr(terms, name):g}" for name in names if getattr(terms, name)]
+    return weights_in_words(config.regularizers.resolved("nlu" if is_classifier(model.get_base_model()) else "nlg"))

@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..config import RegularizerConfig
+from ..config import weights_in_words
 from ..pretrained.classifier_head import is_classifier
 from .host import HostTrainer
-from .metrics import TERMS
 from .run_state import RunState
 
 _GUIDE = "docs/design/training.md, 'Writing a trainer of your own'"
@@ -44,8 +43,10 @@ class RecordedTerms(TrainerCallback):
         self._run, self._host = run, host
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        weights = _weights(self._run.config)
-        if self._run.metrics.recorded or not weights:
+        if self._run.metrics.recorded:
+            return
+        weights = weights_in_words(self._run.config)
+        if not weights:
             return
         kind = type(self._host)
         owner = next((cls.__name__ for cls in kind.__mro__ if "compute_loss" in vars(cls)), kind.__name__)
@@ -55,12 +56,6 @@ class RecordedTerms(TrainerCallback):
             "loss of its own and leaves the terms out. Return what super().compute_loss(...) returns; for weights of "
             f"classes, samples or tokens override weigh_ba_lora_task instead ({_GUIDE}), or set every lambda to 0.",
         )
-
-
-def _weights(config: RegularizerConfig) -> list[str]:
-    """The weights that are not 0, with their values."""
-    names = [f"lambda_{name}" for name in TERMS]
-    return [f"{name}={getattr(config, name):g}" for name in names if getattr(config, name)]
 
 
 def warn_of_dropout(run: RunState) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 from contextlib import nullcontext
@@ -265,7 +264,8 @@ class BaLoraTrainerMixin(_Base):
         inputs = run.inputs(inputs)
         if training and run.packing is not None:
             run.packing.look(inputs)
-        request = dataclasses.replace(requests.step(training), task_weights=weights)
+        request = requests.step(training)
+        request.task_weights = weights
         if return_outputs and training:  # a subclass that adds a loss of its own
             request.return_hidden, request.return_logits = run.config.task == "nlg", run.config.task == "nlu"
         out: StepOutput = model(**inputs, ba_lora=request)
