@@ -61,12 +61,15 @@ def create_text(path: str | os.PathLike[str], text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def remove_abandoned(path: str | os.PathLike[str]) -> None:
-    """Removes what processes that were killed left of writing `path`; a young file may still be being written."""
+def remove_abandoned(path: str | os.PathLike[str], age: float = ABANDONED) -> None:
+    """Removes what processes that were killed left of writing `path`; a young file may still be being written.
+
+    `age`: the seconds after which it is not; 0 for a caller who alone writes there.
+    """
     path = Path(path)
     for left in (path.with_name(f"{path.name}.tmp"), *path.parent.glob(f"{glob.escape(path.name)}.*.tmp")):
         with suppress(OSError):  # another process removes as well
-            if left.stat().st_mtime < time.time() - ABANDONED:
+            if left.stat().st_mtime <= time.time() - age:
                 left.unlink()
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..checkpoint.integrity import check_adapter
 from ..checkpoint.names import SETTINGS_FILE
+from ..checkpoint.placing import withdraw
 from ..pretrained.classifier_head import with_head
 from ..pretrained.quantised import is_quantised_linear, protect_weights
 from .config import BaLoraConfig
@@ -138,8 +139,10 @@ class BaLoraModelMixin(_Base):
             rewritten = state_dict
             if ours and config.delta:
                 rewritten = to_stock_state_dict(self, name, state_dict)
+            directory = save_directory if name == "default" else f"{save_directory}/{name}"
             if ours:
                 configs[name] = stock_config(config, self, name)
+                withdraw(directory)  # an earlier one's settings beside these factors would be a third function
             try:
                 super().save_pretrained(
                     save_directory,
@@ -152,7 +155,6 @@ class BaLoraModelMixin(_Base):
                 if config is not None:
                     configs[name] = config
             if ours:
-                directory = save_directory if name == "default" else f"{save_directory}/{name}"
                 write_side_files(directory, self, name, state_dict)
         card.update(save_directory, self)
 

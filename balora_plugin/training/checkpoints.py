@@ -13,6 +13,7 @@ from ..adapter.config import our_adapters
 from ..checkpoint.integrity import begin_save, is_checkpoint
 from ..checkpoint.lock import only_run
 from ..checkpoint.manifest import seal
+from ..checkpoint.placing import place, retire
 from ..distributed import raise_on_every_process
 from .host import HostTrainer
 
@@ -22,18 +23,24 @@ class Sealing(TrainerCallback):
 
     The host writes trainer_state.json last, and then pushes the checkpoint or deletes older ones: it is sealed between
     the two, so that at every moment one sealed checkpoint is there.
+
+    A push copies the files that the host knows into the output directory, and uploads that while training goes on:
+    `on_push_begin`, right before, has put the whole adapter there, so that the host finds the same bytes.
     """
 
     def __init__(self, host: HostTrainer) -> None:
         self._host = host
         self._training = False
         self._open: str | None = None
+        self._sealed: str | None = None  # until the host has done with it
         self._largest: float | None = None
 
     def begin(self, directory: str, largest: float) -> None:
         """Prepares `directory` for a save, on every rank; `largest`: the largest magnitude of what trained."""
         args = self._host.args
         self._open, self._largest = None, largest
+        if args.should_save and os.path.abspath(directory) == self._root():
+            self._clear_root()
         if self._training and is_checkpoint(directory):
             self._open = os.path.abspath(directory)
         begin_save(
@@ -54,13 +61,32 @@ class Sealing(TrainerCallback):
 
         state.save_to_json = save_and_seal
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._sealed = None
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._sealed is not None and args.should_save:
+            self._clear_root()
+            place(self._sealed, self._root(), our_adapters(self._host.model))
+
+    def _root(self) -> str:
+        return os.path.abspath(str(self._host.args.output_dir))
+
+    def _clear_root(self) -> None:
+        """Waits until nothing of the output directory is being uploaded; what trains no adapter of ours leaves none."""
+        pushed = getattr(self._host, "push_in_progress", None)  # hub_always_push does not wait, and would mix two
+        if pushed is not None and not pushed.is_done():
+            pushed.wait_until_done()
+        if not our_adapters(self._host.model):
+            retire(self._root())
+
     def end(self) -> None:
         """After the run: what is saved now is no checkpoint of a Trainer."""
-        self._training, self._open = False, None
+        self._training, self._open, self._sealed = False, None, None
 
     def _finish(self, directory: str) -> None:
         if directory == self._open:
-            args, self._open = self._host.args, None
+            args, self._open, self._sealed = self._host.args, None, directory
             adapters = our_adapters(self._host.model)
             seal(directory, adapters, largest=self._largest, save_only_model=args.save_only_model)
 
