@@ -15,6 +15,7 @@ def get_ba_lora_model(
     adapter_name: str = "default",
     *,
     autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """Wraps `model` with a BA-LoRA adapter; the base weights stay as they are, bit for bit.
 
@@ -23,6 +24,8 @@ def get_ba_lora_model(
         config: Copied; the caller's object is not changed.
         adapter_name: Name of the adapter.
         autocast_adapter_dtype: Keep the factors of a bfloat16 or float16 base in float32, as PEFT does.
+        low_cpu_mem_usage: Inject the adapter on the meta device, as PEFT does. PEFT leaves it empty for weights that
+            are loaded afterwards; here the start fills it, with the numbers that it has without this option.
 
     Returns:
         A PeftModel subclass. At step 0 it computes exactly what `model` computed.
@@ -47,4 +50,11 @@ def get_ba_lora_model(
             f"model is compiled already ({type(model).__name__}), and would not be with an adapter inside: pass the "
             "model as it was before torch.compile, and compile=True in BaLoraConfig."
         )
-    return build(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, start=True)
+    return build(
+        model,
+        config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        start=True,
+    )

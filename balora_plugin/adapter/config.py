@@ -9,8 +9,9 @@ import logging
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 from peft import LoraConfig
@@ -23,6 +24,8 @@ from ..checkpoint.settings import read_settings, write_settings
 from ..config import RegularizerConfig, as_regularizers
 from ..settings import as_path
 from ..teacher.files import HEADER
+from .delta import not_linears_own
+from .options import NEUTRAL_OPTIONS, OTHER_STARTS
 
 logger = logging.getLogger(__name__)
 
@@ -33,110 +36,6 @@ _REFUSAL = (
     "Use balora_plugin.get_ba_lora_model(model, config), or a BA-LoRA trainer (BaLoraSFTTrainer, BaLoraTrainer) with "
     "peft_config=config."
 )
-
-
-class Neutral(NamedTuple):
-    """The value at which a LoRA option does nothing, why BA-LoRA takes no other, and what to write instead."""
-
-    value: Any
-    reason: str
-    remedy: str
-
-
-_ITS_START = "it is another start of the factors, and BA-LoRA's is the SVD of the weight"
-_WRITE_START = "remove it, with init_lora_weights='pissa' or 'pissa_fast' (or True, for the ordinary LoRA start)"
-
-# LoRA options that replace the function or the teacher
-NEUTRAL_OPTIONS: dict[str, Neutral] = {
-    "use_dora": Neutral(
-        False,
-        "DoRA rescales the adapted weight by trained magnitudes, which the delta form has no place for",
-        "remove it (a larger r adds capacity)",
-    ),
-    "lora_bias": Neutral(
-        False,
-        "a trained bias beside the factors is no part of the update that is saved",
-        "remove it; modules_to_save=[...] trains a whole module with its bias",
-    ),
-    "bias": Neutral(
-        "none",
-        "it trains the base's own biases, which the teacher shares: the pre-trained model would be gone",
-        "write bias='none'; modules_to_save=[...] trains a copy of a whole module, and the teacher keeps the first",
-    ),
-    "layer_replication": Neutral(
-        None,
-        "it builds another model out of the base's layers, so the teacher is not the pre-trained one",
-        "remove it, or load a base that already has those layers",
-    ),
-    "trainable_token_indices": Neutral(
-        None,
-        "it trains rows of the embedding in place, and a head that is tied to it, where the terms read the pre-trained",
-        "remove it and write modules_to_save=['embed_tokens'] (and 'lm_head', where they are to be predicted), "
-        "whose first copies the teacher keeps",
-    ),
-    "megatron_config": Neutral(
-        None,
-        "Megatron's parallel layers are not the linear layers that BA-LoRA factorises",
-        "remove it and split the model with FSDP or DeepSpeed",
-    ),
-    "alora_invocation_tokens": Neutral(
-        None,
-        "an activated LoRA acts behind its invocation tokens alone, and the terms compare whole sequences",
-        "remove it",
-    ),
-    "use_qalora": Neutral(
-        False,
-        "QALoRA pools a layer's inputs, which is another function than the saved B A",
-        "remove it and load the base with a BitsAndBytesConfig",
-    ),
-    "use_bdlora": Neutral(
-        None,
-        "block-diagonal factors are not those of an SVD of the whole weight",
-        "remove it (a smaller r makes smaller factors)",
-    ),
-    "arrow_config": Neutral(
-        None,
-        "Arrow routes among adapters that are trained already, so there is none to train",
-        "train with BA-LoRA first, and give what it saved, a plain LoRA, to Arrow",
-    ),
-    "velora_config": Neutral(
-        None,
-        "VeLoRA compresses what the backward pass reads, so gradients are not those of the terms",
-        "remove it and set gradient_checkpointing=True where memory is short",
-    ),
-    "monteclora_config": Neutral(
-        None,
-        "MonteCLoRA adds noise to the factors, so that student and teacher differ before the first step",
-        "remove it",
-    ),
-    "kasa_config": Neutral(
-        None,
-        "KaSA truncates the base's weights and trains singular values, so the base is not the teacher",
-        "remove it",
-    ),
-    "eva_config": Neutral(None, _ITS_START, _WRITE_START),
-    "corda_config": Neutral(None, _ITS_START, _WRITE_START),
-    "lora_ga_config": Neutral(None, _ITS_START, _WRITE_START),
-    "ensure_weight_tying": Neutral(
-        False,
-        "it makes the head a tied copy of trained embeddings, and the terms read student's and teacher's head apart",
-        "remove it and write modules_to_save=['embed_tokens', 'lm_head'], which trains both as copies of their own",
-    ),
-}
-
-_REWRITES = "it rewrites the base's weights, which are the teacher's: write 'pissa', the like in delta form"
-_DATA = "it needs a pass over data before training: write 'pissa', which starts from the weights"
-# other values of init_lora_weights that PEFT takes: why not, and what instead
-OTHER_STARTS: dict[str, str] = {
-    "gaussian": "it is the ordinary start with other random numbers: write True",
-    "orthogonal": "its two factors do not begin at a zero update: write True (ordinary LoRA), or 'pissa'",
-    "olora": _REWRITES,
-    "corda": f"{_REWRITES}; {_DATA}",
-    "lora_ga": f"{_REWRITES}; {_DATA}",
-    "eva": _DATA,
-    "loftq": "it replaces the base by a quantised one: load the base with a BitsAndBytesConfig, write 'pissa', and "
-    "name the full-precision model in start_from",
-}
 
 
 @functools.cache
@@ -188,6 +87,8 @@ class BaLoraConfig(LoraConfig):
         default=None, metadata={"help": "The full-precision model that a quantised base takes A0 and B0 from."}
     )
 
+    resumed_in = None  # the output directory of the run that a host resumes there; no field, so it is not saved
+
     def __post_init__(self) -> None:
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = str(self.init_lora_weights)
@@ -209,7 +110,26 @@ class BaLoraConfig(LoraConfig):
             raise ValueError(f"r={self.r!r} must be a whole number >= 1.")
         if self.delta:
             self.init_lora_weights = _DeltaStart(self.init_lora_weights)
-        self._register_custom_module({nn.Module: _refuse_stock_injection})
+        self.custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
+        super()._register_custom_module({nn.Module: _refuse_stock_injection})
+
+    def _register_custom_module(self, mapping: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+        """Takes layers of the caller's own, as PEFT does: {class of a module: class of the LoRA layer that adapts it}.
+
+        Like PEFT's they are not saved: a config that is loaded has to be given them again.
+
+        Raises:
+            ValueError: in delta form, a layer that would compute without A0 and B0.
+        """
+        for kind, layer in mapping.items():
+            changed = not_linears_own(layer) if self.delta else None
+            if changed is not None:
+                raise ValueError(
+                    f"_register_custom_module({{{kind.__name__}: {layer.__name__}}}): {layer.__name__} {changed}, so "
+                    "that A0 and B0 would be left out. Instead: a subclass of peft.tuners.lora.Linear that leaves that "
+                    "method alone, or init_lora_weights=True (the ordinary LoRA start), which takes any LoRA layer."
+                )
+        self.custom_modules.update(mapping)
 
     def _take_iterations(self) -> None:
         """`pissa_niter_N` of PEFT's is a randomised SVD too."""
@@ -256,7 +176,10 @@ class BaLoraConfig(LoraConfig):
     def to_lora_config(self, **changes: Any) -> LoraConfig:
         """Returns the LoRA fields alone, as a stock LoraConfig with `changes` applied."""
         values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(LoraConfig) if f.init}
-        return LoraConfig(**{**values, **changes})
+        stock = LoraConfig(**{**values, **changes})
+        if self.custom_modules:
+            stock._register_custom_module(self.custom_modules)
+        return stock
 
     def to_stock_config(self) -> LoraConfig:
         """Returns the LoraConfig of a saved file: rank 2r with the same scaling in delta form, rank r otherwise.
@@ -345,12 +268,16 @@ class BaLoraConfig(LoraConfig):
         """Writes what a saved adapter carries: the *stock* config (rank 2r in delta form) and `ba_lora.json`.
 
         Not over a finished adapter, whose weights these would not describe: Axolotl saves a config before the first
-        step, and a run that then fails must leave the adapter of the run before it as it was.
+        step, and a run that then fails must leave the adapter of the run before it as it was. That is said, unless
+        the run is resumed there (`resumed_in`).
         """
         if is_finished(str(save_directory)):
-            logger.warning(
-                f"{save_directory} holds the adapter of an earlier run: it stays until the new one is saved over it."
-            )
+            own = self.resumed_in is not None and os.path.realpath(self.resumed_in) == os.path.realpath(save_directory)
+            if not own:
+                logger.warning(
+                    f"{save_directory} holds the adapter of an earlier run: it stays until the new one is saved over "
+                    "it."
+                )
             return
         self.to_stock_config().save_pretrained(str(save_directory), **kwargs)
         write_settings(str(save_directory), self.to_settings())

@@ -158,6 +158,34 @@ def delta_weight(module: LoraLayer, adapter_name: str) -> Tensor:
     return update.T if getattr(module, "fan_in_fan_out", False) else update
 
 
+def not_linears_own(layer: type[nn.Module]) -> str | None:
+    """Returns why a class of LoRA layers cannot carry the delta form, in words; None if it can.
+
+    What the form replaces is called by PEFT's own linear layer, in these methods.
+    """
+    if not (isinstance(layer, type) and issubclass(layer, Linear)):
+        return "is no subclass of peft.tuners.lora.Linear"
+    for name in ("forward", "merge", "unmerge", "get_delta_weight", "update_layer", "resolve_lora_variant"):
+        if getattr(layer, name) is not getattr(Linear, name):
+            return f"has a {name} of its own"
+    return None
+
+
+def fill_empty(model: Any, adapter_name: str, start: bool | str, *, autocast: bool) -> None:
+    """Gives a stock adapter that was injected on the meta device (low_cpu_mem_usage) the values that it has otherwise.
+
+    `start`: its init_lora_weights. Every number is drawn as PEFT draws it, so that random states go on alike too.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+            continue
+        for factors in (layer.lora_A, layer.lora_B):
+            factors[adapter_name].to_empty(device="cpu").reset_parameters()
+        layer.reset_lora_parameters(adapter_name, start)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+    model.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast)
+
+
 def is_supported_layer(layer: LoraLayer) -> bool:
     """Returns whether this is a linear layer, Conv1D, one of bitsandbytes, or a targeted parameter (fused experts)."""
     return isinstance(layer, (Linear, ParamWrapper)) or type(layer).__name__ in ("Linear4bit", "Linear8bitLt")

@@ -15,28 +15,26 @@ from peft.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..checkpoint.integrity import check_adapter
 from ..checkpoint.names import SETTINGS_FILE
 from ..checkpoint.placing import withdraw
 from ..pretrained.classifier_head import with_head
-from ..pretrained.quantised import is_quantised_linear, protect_weights
+from ..pretrained.quantised import protect_weights
 from .config import BaLoraConfig
-from .delta import FROZEN, attach_delta, check_peft_version, is_delta
+from .delta import FROZEN, attach_delta, check_peft_version, fill_empty, is_delta
 from .saved import card
-from .saved.reading import LoadOptions, SavedAdapter, check_same_base, load_delta, restore_teacher_head
+from .saved.reading import LoadOptions, SavedAdapter, check_same_base, check_scaling, load_delta, restore_teacher_head
 from .saved.stock import stock_config, to_stock_state_dict
 from .saved.writing import check_finite, write_side_files
+from .start.full_precision import full_precision_of
 from .start.layers import start_layers
 from .targets import check_targets, fill_default_targets, injected_layers
 from .unasked import say_unasked_terms
 
 if TYPE_CHECKING:  # a mixin for type checkers too: its methods call PeftModel's
     from peft import PeftModel as _Base
-
-    from .start.full_precision import FullPrecisionWeights
 else:
     _Base = object
 
@@ -62,7 +60,7 @@ class BaLoraModelMixin(_Base):
         protect_weights(self.get_base_model())
         stock: LoraConfig = self.peft_config[adapter_name]
         layers = injected_layers(self, adapter_name)
-        check_targets(self.get_base_model(), layers)
+        check_targets(self.get_base_model(), layers, config.custom_modules.values())
         for key in _RESOLVED:
             setattr(config, key, getattr(stock, key))
         with_head(config, self.get_base_model())
@@ -71,23 +69,9 @@ class BaLoraModelMixin(_Base):
                 attach_delta(layer, adapter_name)
         self.peft_config[adapter_name] = config
         if config.delta and start:
-            source = self._full_precision(config, layers)
+            source = full_precision_of(config, self.get_base_model(), layers)
             fast = config.init_lora_weights == "pissa_fast"
             start_layers(layers, adapter_name, fast=fast, read=None if source is None else source.read)
-
-    def _full_precision(self, config: BaLoraConfig, layers: list[tuple[str, LoraLayer]]) -> FullPrecisionWeights | None:
-        """Returns where A0 and B0 come from, if not from the base's own weights."""
-        if config.start_from is None:
-            return None
-        quantised = {name: base for name, layer in layers if is_quantised_linear(base := layer.get_base_layer())}
-        if not quantised:
-            raise ValueError(
-                f"start_from={config.start_from!r}, but no targeted layer is quantised: the base's own weights are the "
-                "full-precision ones. Leave start_from out, or load the base with a BitsAndBytesConfig."
-            )
-        from .start.full_precision import FullPrecisionWeights
-
-        return FullPrecisionWeights(os.fspath(config.start_from), self.get_base_model(), quantised)
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as PyTorch does, and says once if the model trains where nothing asks for its terms."""
@@ -182,25 +166,25 @@ class BaLoraModelMixin(_Base):
     ) -> PeftModel:
         """Loads a saved BA-LoRA adapter onto its base, in delta form, ready to go on training.
 
-        Unmodified `PeftModel.from_pretrained` loads the same directory as a plain rank-2r LoRA.
+        Unmodified `PeftModel.from_pretrained` loads the same directory as a plain rank-2r LoRA. A `config` that is
+        given is taken instead of the directory's, with its regularisers, dropout and base_model_name_or_path.
 
         Raises:
-            ValueError: the directory is not a BA-LoRA adapter, or was saved for other modules.
+            ValueError: the directory is not a BA-LoRA adapter, was saved for other modules, or for another rank or
+                scaling than `config` has.
         """
-        if config is None:
-            saved = SavedAdapter.open(model_id, kwargs)
-            config = BaLoraConfig.from_settings(saved.settings, str(saved.files))
-        if not isinstance(config, BaLoraConfig):
-            raise TypeError(f"config must be a BaLoraConfig, got {type(config).__name__}.")
-        config.inference_mode = not is_trainable
+        chosen = SavedAdapter.open(model_id, kwargs).config_or(config)
+        chosen.inference_mode = not is_trainable
         peft_model = build(
             model,
-            config,
+            chosen,
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
             start=False,
         )
+        if config is not None and config.base_model_name_or_path is not None:
+            peft_model.peft_config[adapter_name].base_model_name_or_path = config.base_model_name_or_path
         peft_model.load_adapter(
             model_id,
             adapter_name,
@@ -239,6 +223,8 @@ class BaLoraModelMixin(_Base):
                 )
             if saved.settings is not None:  # ours, as an ordinary LoRA
                 check_adapter(saved.settings, saved.files)
+                if isinstance(existing, BaLoraConfig):
+                    check_scaling(self, adapter_name, saved)
             if is_trainable:
                 check_same_base(self, saved)
             result = super().load_adapter(
@@ -370,14 +356,17 @@ def build(
 ) -> PeftModel:
     """Injects a stock adapter, then gives the model our class, then puts the layers in delta form.
 
-    `start=False`: the factors come from a file.
+    `start=False`: the factors come from a file, and with low_cpu_mem_usage they are on the meta device until then.
     """
     check_peft_version()
     config = copy.deepcopy(config)
     with_head(config, model)
     fill_default_targets(config, model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
+    start_as = False if config.delta else config.init_lora_weights
+    stock = config.to_lora_config(init_lora_weights=start_as)
+    if not start:
+        stock.base_model_name_or_path = None  # PEFT would warn of a base that has moved
     peft_model = get_peft_model(
         model,
         stock,
@@ -387,6 +376,8 @@ def build(
     )
     peft_model.__class__ = CLASSES[type(peft_model)]
     try:
+        if start and low_cpu_mem_usage:
+            fill_empty(peft_model, adapter_name, start_as, autocast=autocast_adapter_dtype)
         peft_model._adopt(config, adapter_name, start=start)
     except Exception:
         base = peft_model.unload()  # leave the caller's model as it was

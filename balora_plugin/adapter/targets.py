@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from peft import PeftModel
@@ -40,8 +41,8 @@ def injected_layers(model: PeftModel, adapter_name: str) -> list[tuple[str, Lora
     ]
 
 
-def check_targets(base: Any, layers: list[tuple[str, LoraLayer]]) -> None:
-    """Refuses an adapter on the LM head, or on a kind of layer that BA-LoRA does not adapt.
+def check_targets(base: Any, layers: list[tuple[str, LoraLayer]], custom: Collection[type[nn.Module]] = ()) -> None:
+    """Refuses an adapter on the LM head, or on a kind of layer that BA-LoRA does not adapt; `custom`: the caller's own.
 
     Raises:
         ValueError: names the module and what to write.
@@ -53,7 +54,7 @@ def check_targets(base: Any, layers: list[tuple[str, LoraLayer]]) -> None:
                 f"target_modules matches the LM head {name!r}: the terms read its weight directly and would "
                 "ignore an adapter. Remove it from target_modules (or write 'all-linear', which leaves it out)."
             )
-        if not is_supported_layer(layer):
+        if not (is_supported_layer(layer) or isinstance(layer, tuple(custom))):
             kept, remedy = layer.get_base_layer(), "Remove it from target_modules."
             if isinstance(kept, nn.Embedding):
                 leaf = name.rpartition(".")[2]

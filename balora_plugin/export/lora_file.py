@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapter.config import NEUTRAL_OPTIONS
+from ..adapter.options import NEUTRAL_OPTIONS
 from ..checkpoint.integrity import check_adapter
 from ..checkpoint.json_file import read_object
 from ..checkpoint.location import AdapterFiles

@@ -9,7 +9,7 @@ from helpers import ba_lora
 from models import tiny_llama
 
 from balora_plugin import BaLoraConfig
-from balora_plugin.adapter.config import NEUTRAL_OPTIONS, OTHER_STARTS
+from balora_plugin.adapter.options import NEUTRAL_OPTIONS, OTHER_STARTS
 
 pytestmark = pytest.mark.hosts
 

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,8 +21,9 @@ from ...checkpoint.settings import read_settings
 from ...pretrained.classifier_head import read_teacher_head
 from ...pretrained.probe import stored_probe
 from ..config import BaLoraConfig
-from ..delta import FROZEN, num_experts, split_factors
+from ..delta import FROZEN, num_experts, split_factors, target_key
 from ..guard import native_factors
+from ..targets import injected_layers
 from . import provenance
 from .stock import delta_layers
 from .writing import init_files
@@ -45,6 +47,20 @@ class SavedAdapter:
         """Returns whether this is an adapter of ours in delta form."""
         return self.settings is not None and self.settings["delta_form"]
 
+    def config_or(self, given: PeftConfig | None) -> BaLoraConfig:
+        """Returns the config that was given, or of None the saved one.
+
+        Raises:
+            TypeError: another kind of config.
+            ValueError: another rank or scaling than the saved factors have; nothing is saved here that is ours.
+        """
+        config = BaLoraConfig.from_settings(self.settings, str(self.files)) if given is None else given
+        if not isinstance(config, BaLoraConfig):
+            raise TypeError(f"config must be a BaLoraConfig, got {type(config).__name__}.")
+        if self.settings is not None:
+            check_settings(self.settings, config, str(self.files))
+        return config
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -57,18 +73,42 @@ class LoadOptions:
 
 
 def check_settings(settings: dict[str, Any], config: BaLoraConfig, model_id: str) -> None:
-    """Refuses to load factors into an adapter that would scale them differently.
+    """Refuses to load factors by a config that would scale them differently, or has another kind of them.
 
     Raises:
         ValueError: names the setting, both values and the remedy.
     """
     neutral = type(config)()
-    for key in ("r", "lora_alpha", "use_rslora"):
+    for key in ("r", "lora_alpha", "use_rslora", "init_lora_weights"):
         saved, here = settings["config"].get(key, getattr(neutral, key)), getattr(config, key)
-        if saved != here:
+        same = settings["delta_form"] == config.delta if key == "init_lora_weights" else saved == here
+        if not same:
             raise ValueError(
                 f"{key}={here!r} here, but the adapter in {model_id!r} has {key}={saved!r}: write {saved!r}."
             )
+
+
+def check_scaling(model: PeftModel, adapter_name: str, saved: SavedAdapter) -> None:
+    """Refuses to load factors into an adapter of this name that would scale them differently, patterns included.
+
+    Patterns are compared by what they give each layer: written otherwise they may mean the same.
+
+    Raises:
+        ValueError: names the setting, both values and the remedy.
+    """
+    assert saved.settings is not None
+    here: BaLoraConfig = model.peft_config[adapter_name]
+    check_settings(saved.settings, here, str(saved.files))
+    there = {key: saved.settings["config"].get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for name, layer in injected_layers(model, adapter_name):
+        found = {"rank_pattern": layer.r[adapter_name], "alpha_pattern": layer.lora_alpha[adapter_name]}
+        for (key, value), default in zip(found.items(), (here.r, here.lora_alpha), strict=True):
+            module = target_key(name, layer)
+            if value != there[key].get(get_pattern_key(list(there[key]), module), default):
+                raise ValueError(
+                    f"{key}={getattr(here, key)!r} here, but the adapter in {str(saved.files)!r} has "
+                    f"{key}={there[key]!r}, another value for {module}: write {there[key]!r}."
+                )
 
 
 def read_factors(
@@ -132,7 +172,7 @@ def load_delta(model: PeftModel, adapter_name: str, saved: SavedAdapter, options
         ValueError: files that are not whole, or of an adapter with another rank, scaling or base.
     """
     assert saved.settings is not None
-    check_settings(saved.settings, model.peft_config[adapter_name], str(saved.files))
+    check_scaling(model, adapter_name, saved)
     check_adapter(saved.settings, saved.files)
     if options.trains:
         check_same_base(model, saved)

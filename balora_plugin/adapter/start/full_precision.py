@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,10 +17,30 @@ from transformers.pytorch_utils import Conv1D
 
 from ...checkpoint.location import AdapterFiles
 from ...pretrained.quantised import dequantised, is_quantised_linear
+from ..config import BaLoraConfig
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # |W - Q(W)| / |W|: about 0.1 for 4-bit, 0.01 for int8; 1.4 for a model that has nothing to do with the base
 SAME_MODEL = 0.5
+
+
+def full_precision_of(
+    config: BaLoraConfig, base: nn.Module, layers: list[tuple[str, LoraLayer]]
+) -> FullPrecisionWeights | None:
+    """Returns where A0 and B0 of a base's adapted `layers` come from, if not from the base's own weights.
+
+    Raises:
+        ValueError: `start_from` over a base that is not quantised.
+    """
+    if config.start_from is None:
+        return None
+    quantised = {name: module for name, layer in layers if is_quantised_linear(module := layer.get_base_layer())}
+    if not quantised:
+        raise ValueError(
+            f"start_from={config.start_from!r}, but no targeted layer is quantised: the base's own weights are the "
+            "full-precision ones. Leave start_from out, or load the base with a BitsAndBytesConfig."
+        )
+    return FullPrecisionWeights(os.fspath(config.start_from), base, quantised)
 
 
 class FullPrecisionWeights:

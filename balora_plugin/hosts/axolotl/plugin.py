@@ -158,6 +158,7 @@ class BaLoraPlugin(BasePlugin):
         check_expert_kernel(cfg, config.target_parameters or wrapped.peft_config["default"].target_parameters)
         if not cfg.merge_lora:
             kbit.check_quantised(cfg, wrapped, inference=self._inference)
+        config.resumed_in = _resumed_in(cfg)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             wrapped.print_trainable_parameters()
         return wrapped, config
@@ -251,6 +252,15 @@ def check_resumed(cfg: Any) -> None:
         _pass_over_the_cut(cfg, checkpoint, adapters)
     else:
         check_whole(checkpoint, adapters)
+
+
+def _resumed_in(cfg: Any) -> str | None:
+    """Returns the output directory, where Axolotl is going to resume one of its own checkpoints; else None."""
+    here = os.path.realpath(cfg.output_dir)
+    checkpoint = cfg.resume_from_checkpoint
+    if not checkpoint and cfg.auto_resume_from_checkpoints and os.path.isdir(here):
+        checkpoint = get_last_checkpoint(here)
+    return here if checkpoint and os.path.dirname(os.path.realpath(checkpoint)) == here else None
 
 
 def _check_kind(cfg: Any, key: str, checkpoint: str) -> None:

@@ -10,7 +10,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...adapter.config import NEUTRAL_OPTIONS, BaLoraConfig
+from ...adapter.config import BaLoraConfig
+from ...adapter.options import NEUTRAL_OPTIONS
 from ...pretrained.classifier_head import is_classifier, teacher_head
 
 # starts that rewrite the base weights: switching such an adapter off gives a residual model, not the pre-trained one
