@@ -125,7 +125,6 @@ def test_a_push_that_is_going_on_is_not_written_into(hub, tmp_path):
     unfinished, seen, push = Future(), [], made._push_from_checkpoint
 
     class Slow:
-        jobs = [unfinished]
         is_done = staticmethod(unfinished.done)
 
         @staticmethod

@@ -46,7 +46,7 @@ ALONE = {
     "finite": {"torch"},
     "fused": {"torch"},
     "compile": {"torch"},
-    "checkpoint": {"huggingface_hub"},
+    "checkpoint": {"huggingface_hub", "numpy"},
     "adapter.start.pissa": {"torch"},
     "commands.__init__": set(),
 }

@@ -87,8 +87,6 @@ class BaLoraConfig(LoraConfig):
         default=None, metadata={"help": "The full-precision model that a quantised base takes A0 and B0 from."}
     )
 
-    resumed_in = None  # the output directory of the run that a host resumes there; no field, so it is not saved
-
     def __post_init__(self) -> None:
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = str(self.init_lora_weights)
@@ -110,6 +108,8 @@ class BaLoraConfig(LoraConfig):
             raise ValueError(f"r={self.r!r} must be a whole number >= 1.")
         if self.delta:
             self.init_lora_weights = _DeltaStart(self.init_lora_weights)
+        # no fields, so that they are not saved; the first: the output directory of a run that a host resumes there
+        self.resumed_in: str | None = None
         self.custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
         super()._register_custom_module({nn.Module: _refuse_stock_injection})
 

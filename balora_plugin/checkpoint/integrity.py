@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import zipfile
@@ -28,6 +27,7 @@ from .names import (
     WEIGHTS_FILE,
 )
 from .settings import changed_files, read_settings
+from .weights import largest_saved
 
 _ARCHIVES = (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE)  # zip files: their directory stands at their end
 _STARTS_ANEW = {OPTIMIZER_FILE: "the optimizer", SCHEDULER_FILE: "the learning rate's schedule"}
@@ -94,11 +94,12 @@ def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool
         open_manifest(directory)
 
 
-def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str | None:
+def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT, *, fresh_optimizer: bool = False) -> str | None:
     """Returns what is wrong with a checkpoint of a BA-LoRA trainer; None if training can be resumed from it exactly.
 
     A Trainer writes the adapter (ba_lora.json last of it), the optimizer and scheduler, and last trainer_state.json.
     `adapters`: the names of the model's BA-LoRA adapters, each of which has to be whole where PEFT saves it.
+    `fresh_optimizer`: for a run that does without optimizer, schedule and random states, which may be missing.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -108,11 +109,12 @@ def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT) -> str |
         manifest = read_manifest(directory)
     except ValueError as error:
         return str(error)
-    flaw = _trainers_flaw(path, manifest, sharded=sharded)
+    asked = {"sharded": sharded, "fresh_optimizer": fresh_optimizer}
+    flaw = _trainers_flaw(path, manifest, **asked)
     for name in adapters:
-        flaw = flaw or _saved_flaw(directory, name, sharded=sharded)
+        flaw = flaw or _saved_flaw(directory, name, **asked)
     if manifest is not None:
-        flaw = flaw or manifest_flaw(directory, manifest, adapters, sharded=sharded)
+        flaw = flaw or manifest_flaw(directory, manifest, adapters, **asked)
     return flaw
 
 
@@ -126,7 +128,7 @@ def unchecked(directory: str) -> str | None:
     )
 
 
-def _trainers_flaw(path: Path, manifest: Manifest | None, *, sharded: bool) -> str | None:
+def _trainers_flaw(path: Path, manifest: Manifest | None, *, sharded: bool, fresh_optimizer: bool) -> str | None:
     """Returns what is wrong with a Trainer's own files in a checkpoint: its state, optimizer and scheduler."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -138,7 +140,7 @@ def _trainers_flaw(path: Path, manifest: Manifest | None, *, sharded: bool) -> s
         return f"{STATE_FILE} is cut short"
     for name in _ARCHIVES:
         if not (path / name).exists():
-            if name in _STARTS_ANEW and not sharded:
+            if name in _STARTS_ANEW and not sharded and not fresh_optimizer:
                 cause = " (save_only_model=True leaves it out)" if manifest is None or manifest.save_only_model else ""
                 return f"{name} is missing{cause}, so {_STARTS_ANEW[name]} would start anew"
         elif flaw := _archive_flaw(path / name, thorough=manifest is None):
@@ -161,7 +163,7 @@ def _archive_flaw(path: Path, *, thorough: bool) -> str | None:
     return None if bad is None else f"{path.name} is damaged ({bad})"
 
 
-def _saved_flaw(directory: str, name: str, *, sharded: bool) -> str | None:
+def _saved_flaw(directory: str, name: str, *, sharded: bool, fresh_optimizer: bool) -> str | None:
     """Returns what is wrong with one adapter of a checkpoint, the random states of its ranks included."""
     where = directory if name == "default" else os.path.join(directory, name)
     try:
@@ -172,21 +174,38 @@ def _saved_flaw(directory: str, name: str, *, sharded: bool) -> str | None:
         return None
     for file in random_states(settings["ranks"]) if settings is not None and "ranks" in settings else ():
         path = Path(directory, file)
+        if fresh_optimizer and not path.exists():
+            continue
         if not zipfile.is_zipfile(path):  # ranks write theirs when they get to it
             return f"{file} is {'cut short' if path.exists() else 'missing'}"
     flaw = adapter_flaw(settings, AdapterFiles(where))
     return flaw if flaw is None or name == "default" else f"adapter {name!r}: {flaw}"
 
 
-def check_whole(directory: str, adapters: Sequence[str] = _DEFAULT) -> None:
-    """Refuses to resume from a checkpoint that is not whole; `adapters` as for [`checkpoint_flaw`].
+def check_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, fresh_optimizer: bool = False) -> None:
+    """Refuses to resume from a checkpoint that is not whole; `adapters` and the rest as for [`checkpoint_flaw`].
 
     Raises:
-        ValueError: names what is missing and the last whole checkpoint beside it.
+        ValueError: names what is missing, and the last whole checkpoint beside it or how to go on without.
     """
-    flaw = checkpoint_flaw(directory, adapters)
-    if flaw is not None:
-        raise ValueError(f"cannot resume from {directory}: {flaw}. {_remedy(directory, adapters)}")
+    flaw = checkpoint_flaw(directory, adapters, fresh_optimizer=fresh_optimizer)
+    if flaw is None:
+        return
+    remedy = _remedy(directory, adapters)
+    if not fresh_optimizer and checkpoint_flaw(directory, adapters, fresh_optimizer=True) is None:
+        remedy = f"{_without_optimizer(directory, adapters)} {remedy}"
+    raise ValueError(f"cannot resume from {directory}: {flaw}. {remedy}")
+
+
+def _without_optimizer(directory: str, adapters: Sequence[str]) -> str:
+    """Returns how to go on from weights whose optimizer was not kept, in the words of each host."""
+    load = "load the model from there"
+    if adapters:
+        load = f"balora_plugin.BaLoraModel.from_pretrained(base, {directory!r}, is_trainable=True)"
+    return (
+        f"To go on with a fresh optimizer: trainer.train(resume_from_checkpoint={directory!r}, fresh_optimizer=True). "
+        f"To begin a new run with its weights, without resuming: {load} (Axolotl: lora_model_dir: {directory}). Else:"
+    )
 
 
 @dataclass(frozen=True)
@@ -195,20 +214,22 @@ class Recommended:
 
     path: str | None
     passed_over: tuple[str, ...]
+    unseen: bool = False  # nothing says how large its weights are, and they could not be read
 
     def in_words(self) -> str:
         """Returns why checkpoints were passed over, as sentences that follow others; empty if none were."""
-        return "".join(
-            f" ({name} is whole, but holds weights beyond {LARGEST:g}, as a learning rate far too high gives.)"
+        words = [
+            f" ({name} is whole, but holds weights beyond {LARGEST:g} (or NaN), as a learning rate far too high gives.)"
             for name in self.passed_over
-        )
+        ]
+        return "".join(words) + (f" (The weights of {self.path} were not checked.)" if self.unseen else "")
 
 
 def recommended(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str | None = None) -> Recommended:
     """Finds the newest `checkpoint-N` in `directory`, but `but`, that is whole and whose weights are plausible.
 
     Weights beyond [`LARGEST`] are not: none that can be used in half precision are. What a manifest says of them is
-    asked, and the weights that it was written for are those that the hashes name.
+    asked, and the weights that it was written for are those that the hashes name; without one the files are read.
     """
     found: list[tuple[int, str]] = []
     for entry in os.scandir(directory) if os.path.isdir(directory) else ():
@@ -217,17 +238,14 @@ def recommended(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str 
             found.append((int(match[1]), entry.path))
     passed_over: list[str] = []
     for _, path in sorted(found, reverse=True):
-        if checkpoint_flaw(path, adapters) is None:
-            if _plausible(path):
-                return Recommended(path, tuple(passed_over))
-            passed_over.append(path)
+        if checkpoint_flaw(path, adapters) is not None:
+            continue
+        manifest = read_manifest(path)
+        largest = largest_saved(path, adapters) if manifest is None else manifest.largest
+        if largest is None or largest <= LARGEST:  # not NaN
+            return Recommended(path, tuple(passed_over), unseen=manifest is None and largest is None)
+        passed_over.append(path)
     return Recommended(None, tuple(passed_over))
-
-
-def _plausible(path: str) -> bool:
-    manifest = read_manifest(path)
-    largest = None if manifest is None else manifest.largest
-    return largest is None or (math.isfinite(largest) and largest <= LARGEST)
 
 
 def last_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str | None = None) -> str | None:

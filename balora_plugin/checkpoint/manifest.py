@@ -50,6 +50,10 @@ class Manifest:
         states = [] if self.save_only_model else random_states(self.ranks)
         return [STATE_FILE, *own, *states, *([] if sharded else [settings_path(name) for name in adapters])]
 
+    def replaceable(self) -> set[str]:
+        """Returns the files that a run with a fresh optimizer does without."""
+        return {OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE, *random_states(self.ranks)}
+
 
 def random_states(ranks: Sequence[int]) -> list[str]:
     """Returns a Trainer's files of random states; of no ranks: those of a single process."""
@@ -100,16 +104,24 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest | None:
     return found
 
 
-def manifest_flaw(directory: str, found: Manifest, adapters: Sequence[str], *, sharded: bool) -> str | None:
-    """Returns which file is missing, or not the one that was saved with the others; None if all are."""
+def manifest_flaw(
+    directory: str, found: Manifest, adapters: Sequence[str], *, sharded: bool, fresh_optimizer: bool = False
+) -> str | None:
+    """Returns which file is missing, or not the one that was saved with the others; None if all are.
+
+    `fresh_optimizer`: a run that goes without the optimizer's files and the random states, where they are missing.
+    """
+    optional = found.replaceable() if fresh_optimizer else set()
     if not found.sha256:
         return f"{MANIFEST_FILE}, which is written last, lists nothing yet"
     for name in found.required(adapters, sharded=sharded):
-        if name not in found.sha256:
+        if name not in found.sha256 and name not in optional:
             return f"{name} is missing" if not Path(directory, name).exists() else f"{name} was not saved with the rest"
     for name, digest in found.sha256.items():
         path = Path(directory, name)
         if not path.is_file():
+            if name in optional:
+                continue
             return f"{name} is missing"
         if file_digest(path) != digest:
             return (

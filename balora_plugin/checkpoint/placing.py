@@ -49,7 +49,7 @@ def place(source: str | os.PathLike[str], target: str | os.PathLike[str], adapte
 
 
 def _place_one(source: Path, target: Path) -> None:
-    settings = read_settings(AdapterFiles(source))
+    settings = read_settings(AdapterFiles(str(source)))
     os.makedirs(target, exist_ok=True)
     withdraw(target)
     named = () if settings is None else [name for name in settings["sha256"] if name != CONFIG_FILE]

@@ -128,12 +128,11 @@ def _model(
     from ..pretrained import probe
     from ..pretrained.identity import base_identity, compare
 
+    if stored is not None and stored.vocabulary != probe.vocabulary_of(model):
+        return [_vocabulary(probe.vocabulary_of(model) or 0, stored.vocabulary)]  # its hash would say "another model"
     here = base_identity(model)
     verdict = compare(recorded, here)
     checks = [_base(verdict, recorded, here)]
-    if stored is not None and stored.vocabulary != probe.vocabulary_of(model):
-        text = f"has {probe.vocabulary_of(model)} entries here, {stored.vocabulary} when the adapter was trained"
-        return [*checks, Check("vocabulary", text, mismatch=True)]
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
@@ -179,6 +178,19 @@ def _base(verdict: str, recorded: BaseIdentity | None, here: BaseIdentity) -> Ch
     }
     compared = verdict in ("same", "dtype", "other", "config")
     return Check("base", texts[verdict], mismatch=verdict == "other", compared=compared)
+
+
+def _vocabulary(here: int, trained: int) -> Check:
+    """A base whose vocabulary is not the one of training: tokens are added, and embeddings resized, before it."""
+    text = f"has {here} entries here, {trained} when the adapter was trained, {abs(trained - here)} "
+    if here < trained:
+        text += (
+            f"more: name the base as it was prepared for training, with tokens added and resize_token_embeddings"
+            f"({trained}), saved; balora export --merge adds the rows by itself where the adapter holds them"
+        )
+    else:
+        text += "fewer: name the base as it was before tokens were added to this one"
+    return Check("vocabulary", text, mismatch=True)
 
 
 def _logits(what: str, logits: Any, recorded: Any, allowed: float) -> Check:

@@ -27,6 +27,8 @@ from ..training.checks.model import resolve
 from ..training.checks.teacher import check_teacher
 from ..training.trainer import BaLoraTrainerMixin
 
+_ROWS = 64  # clone_chat_template resizes the embeddings to a multiple of this
+
 
 class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
     """A drop-in for [`trl.SFTTrainer`]: with `peft_config=BaLoraConfig(...)` it trains with BA-LoRA.
@@ -135,11 +137,8 @@ def _check_settings(
         path = as_path("chat_template_path", getattr(args, "chat_template_path", None))
         if path is not None:
             args.chat_template_path = path  # TRL takes text alone
-        if path is not None and not (os.path.isfile(path) and path.endswith((".jinja", ".j2"))):
-            raise ValueError(
-                f"chat_template_path={path!r} clones another tokenizer's template and resizes the embeddings, which "
-                "the teacher shares: pass a .jinja file, or prepare model and tokenizer beforehand."
-            )
+            if not (os.path.isfile(path) and path.endswith((".jinja", ".j2"))):
+                _check_template(path, model, kwargs.get("processing_class"))
     if isinstance(kwargs.get("processing_class"), ProcessorMixin):
         raise ValueError(
             "processing_class is a multimodal processor: BA-LoRA does not train vision-language models yet; pass the "
@@ -147,6 +146,45 @@ def _check_settings(
         )
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
+
+
+def _check_template(path: str, model: Any, tokenizer: Any) -> None:
+    """Refuses another tokenizer's chat template where TRL, which clones it, would change the model's vocabulary.
+
+    TRL adds that tokenizer's special tokens and resizes the embeddings to the next multiple of 64: with neither to do
+    the template and the end-of-sequence token are all that changes.
+
+    Raises:
+        ValueError: names the path, what would change, and what to write.
+    """
+    key = f"chat_template_path={path!r}"
+    try:
+        source = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise ValueError(f"{key} is no .jinja file, and no tokenizer that loads ({why}): name one of both.") from None
+    name = model if isinstance(model, str) else model.config._name_or_path
+    here = tokenizer or AutoTokenizer.from_pretrained(name)
+    known = here.get_vocab()
+    needed = [token.content for token in source.added_tokens_decoder.values()] + [source.eos_token]
+    new = sorted({token for token in needed if token is not None and token not in known})
+    if new:
+        raise ValueError(
+            f"{key} would add {len(new)} tokens ({', '.join(new[:3])}) to the vocabulary, of which the teacher has no "
+            "rows: clone it beforehand (trl.clone_chat_template), save model and tokenizer, train on these with "
+            "modules_to_save=['embed_tokens', 'lm_head']; or name a .jinja file whose tokens are there."
+        )
+    if isinstance(model, str):
+        rows = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    else:
+        rows = model.get_input_embeddings().num_embeddings
+    wanted = -(-len(known) // _ROWS) * _ROWS
+    if rows != wanted:
+        raise ValueError(
+            f"{key} would resize the embeddings from {rows} to {wanted} rows, which the teacher shares: write the "
+            f"template to a file, open('chat.jinja', 'w').write(AutoTokenizer.from_pretrained({path!r}).chat_template), "
+            f"and chat_template_path='chat.jinja', eos_token={source.eos_token!r}."
+        )
 
 
 def _load(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -204,3 +205,12 @@ def write_report(report: dict[str, Any], directory: str) -> str:
     path = os.path.join(directory, COST_FILE)
     Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def publish(meter: CostMeter, args: Any, **facts: Any) -> None:
+    """Writes what a run has cost into its output directory, and prints it where progress is shown."""
+    device = torch.cuda.get_device_name(args.device) if meter.cuda else platform.machine() or "cpu"
+    report = meter.report(**facts, device=device, torch=torch.__version__)
+    write_report(report, args.output_dir)
+    if not args.disable_tqdm:
+        print(format_report(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,44 @@ from .host import HostTrainer
 from .run_state import RunState, active_config
 
 
-def asked_for(resume_from_checkpoint: Any, output_dir: Any) -> str | None:
+def asked_for(host: HostTrainer, resume_from_checkpoint: Any, *, fresh_optimizer: bool = False) -> str | None:
     """Returns the checkpoint that `train()` is asked to go on from, a path as text; None for none.
 
-    `True` is the last one in `output_dir`; where there is none the host says so.
+    `True` is the last one in the output directory; where there is none the host says so.
+
+    Raises:
+        ValueError: `fresh_optimizer` without a checkpoint, or under an engine that loads weights and optimizer in one.
     """
     if resume_from_checkpoint is True:
-        return get_last_checkpoint(str(output_dir))
-    return as_path("resume_from_checkpoint", resume_from_checkpoint or None)
+        checkpoint = get_last_checkpoint(str(host.args.output_dir))
+    else:
+        checkpoint = as_path("resume_from_checkpoint", resume_from_checkpoint or None)
+    if fresh_optimizer and checkpoint is None:
+        raise ValueError(
+            "fresh_optimizer=True without a checkpoint to resume: name it in resume_from_checkpoint, or leave "
+            "fresh_optimizer out."
+        )
+    if fresh_optimizer and host.is_deepspeed_enabled:
+        raise ValueError(
+            "fresh_optimizer=True does not work with DeepSpeed, which loads weights and optimizer together: begin a "
+            f"new run with balora_plugin.BaLoraModel.from_pretrained(base, {checkpoint!r}, is_trainable=True)."
+        )
+    return checkpoint
 
 
-def check_resumable(host: HostTrainer, run: RunState | None, checkpoint: str) -> None:
+def advance(scheduler: Any, steps: int) -> None:
+    """Takes a fresh learning-rate schedule to where it is after so many steps."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's would step once a process
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+        for _ in range(steps):
+            scheduler.step()
+
+
+def check_resumable(host: HostTrainer, run: RunState | None, checkpoint: str, *, fresh_optimizer: bool = False) -> None:
     """Refuses a checkpoint that training cannot be resumed from exactly, or of another kind of adapter.
+
+    `fresh_optimizer`: exactly but for the optimizer's state and the random states.
 
     Raises:
         ValueError: names the file and the last whole checkpoint.
@@ -38,7 +65,7 @@ def check_resumable(host: HostTrainer, run: RunState | None, checkpoint: str) ->
     ours = our_adapters(host.model)
     if run is None and not ours:
         return
-    check_whole(checkpoint, ours)
+    check_whole(checkpoint, ours, fresh_optimizer=fresh_optimizer)
     if run is None:
         return
     note = unchecked(checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,11 +29,11 @@ from .checkpoints import Sealing, alone_in
 from .checks.data import check_classes, check_counted
 from .classification import restore_head, save_head
 from .compiling import compile_for_the_host, take_backend
-from .cost import CostCallback, CostMeter, format_report, write_report
+from .cost import CostCallback, CostMeter, publish
 from .finite_guard import saved_weight
 from .metrics import TermMetrics
 from .repeated_samples import drop_rows, refill, repeated_rows
-from .resuming import asked_for, check_resumable, position
+from .resuming import advance, asked_for, check_resumable, position
 from .run_state import RunState, active_config
 from .set_up import Given, open_run
 from .sharded_adapter import RestoreAdapter, frozen_factors
@@ -73,6 +72,7 @@ class BaLoraTrainerMixin(_Base):
     model: Any
     ba_lora_run: RunState | None = None
     ba_lora_requests: StepRequests | None = None
+    _fresh_optimizer = False
     ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -158,16 +158,21 @@ class BaLoraTrainerMixin(_Base):
         return self.ba_lora_run is not None or bool(our_adapters(self.model))
 
     def train(
-        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        *args: Any,
+        fresh_optimizer: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Trains as the host does; refuses a checkpoint that is not whole, or of another kind of adapter.
 
         The output directory belongs to this run alone until it ends. A run that is resumed after its last step does
-        nothing, and says so.
+        nothing, and says so. `fresh_optimizer`: resumes weights, step and schedule alone (save_only_model=True).
         """
-        checkpoint = asked_for(resume_from_checkpoint, self.args.output_dir)
+        self._fresh_optimizer = fresh_optimizer
+        checkpoint = asked_for(self, resume_from_checkpoint, fresh_optimizer=fresh_optimizer)
         if checkpoint is not None:
-            check_resumable(self, self.ba_lora_run, checkpoint)
+            check_resumable(self, self.ba_lora_run, checkpoint, fresh_optimizer=fresh_optimizer)
             resume_from_checkpoint = checkpoint
         if not self._is_ours():
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -212,23 +217,21 @@ class BaLoraTrainerMixin(_Base):
 
     def _report_cost(self, run: RunState) -> None:
         """One table at the end of training, and `ba_lora_cost.json` in the output directory."""
-        meter = run.meter
-        if meter is None or not meter.steps or not self.is_world_process_zero():
-            return
-        report = meter.report(
-            compiled="" if run.compiled is None else run.compiled.in_use(),
-            teacher_interval=run.config.teacher_interval,
-            device=torch.cuda.get_device_name(self.args.device) if meter.cuda else platform.machine() or "cpu",
-            torch=torch.__version__,
-        )
-        write_report(report, self.args.output_dir)
-        if not self.args.disable_tqdm:
-            print(format_report(report))
+        if run.meter is not None and run.meter.steps and self.is_world_process_zero():
+            compiled = "" if run.compiled is None else run.compiled.in_use()
+            publish(run.meter, self.args, compiled=compiled, teacher_interval=run.config.teacher_interval)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begins or restores the host's state; of streamed data the place where the checkpoint's run was."""
         trained = super()._init_training_state(*args, **kwargs)
         return trained if self.ba_lora_run is None else position(self, self.ba_lora_run.resumed, trained)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads both as the host does; with a fresh optimizer neither: the schedule goes to the checkpoint's step."""
+        if checkpoint is not None and self._fresh_optimizer:
+            advance(self.lr_scheduler, self.state.global_step)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the host's step, its time counted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from helpers import ba_lora, fresh, logits, train
 from models import tiny_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from balora_plugin import BaLoraConfig, BaLoraModel, get_ba_lora_model
 from balora_plugin.checkpoint import integrity
 from balora_plugin.checkpoint.names import INIT_FILE, SETTINGS_FILE, WEIGHTS_FILE
+from balora_plugin.checkpoint.settings import file_digest
+from balora_plugin.checkpoint.weights import largest_saved
 
 pytestmark = pytest.mark.hosts
 
@@ -204,3 +207,51 @@ def test_a_save_over_an_older_checkpoint_takes_its_wholeness_first(run):
     integrity.begin_save(str(directory))  # the run's own state is no checkpoint's
     assert (directory / "trainer_state.json").exists()
     integrity.begin_save(str(directory / "checkpoint-9"))
+
+
+def without_manifest(run, change):
+    """checkpoint-3 of `run`, of an earlier release, with its weights changed and their hash with them."""
+    _, directory = run
+    path = directory / "checkpoint-3" / WEIGHTS_FILE
+    tensors = {key: change(value) for key, value in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    settings = json.loads((path.parent / SETTINGS_FILE).read_text())
+    settings["sha256"][WEIGHTS_FILE] = file_digest(path)
+    (path.parent / SETTINGS_FILE).write_text(json.dumps(settings))
+    assert integrity.checkpoint_flaw(str(path.parent)) is None
+    return integrity.recommended(str(directory))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e30])
+def test_a_checkpoint_without_a_manifest_is_looked_at(run, dtype, value):
+    def last(tensor):
+        changed = tensor.to(dtype)
+        changed.view(-1)[-1] = value
+        return changed
+
+    _, directory = run
+    found = without_manifest(run, last)
+    assert found.path == str(directory / "checkpoint-2") and not found.unseen
+    assert "checkpoint-3 is whole, but holds weights beyond 65504 (or NaN)" in found.in_words()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_its_largest_value_is_the_one_that_torch_finds(run, dtype):
+    _, directory = run
+    found = without_manifest(run, lambda tensor: tensor.to(dtype))
+    assert found == integrity.Recommended(str(directory / "checkpoint-3"), ())
+    expected = max(t.abs().max().item() for t in load_file(directory / "checkpoint-3" / WEIGHTS_FILE).values())
+    assert largest_saved(str(directory / "checkpoint-3"), ["default"]) == expected
+
+
+def test_weights_that_cannot_be_looked_at_are_said(tmp_path):
+    path = tmp_path / "checkpoint-1"
+    path.mkdir()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"):
+        torch.save({}, path / name)
+    (path / "trainer_state.json").write_text("{}")
+    found = integrity.recommended(str(tmp_path), ())
+    assert found.path == str(path) and found.in_words() == f" (The weights of {path} were not checked.)"
+    (path / "model.safetensors").write_bytes(b"12345678half")
+    assert integrity.recommended(str(tmp_path), ()).passed_over == (str(path),)

@@ -326,6 +326,25 @@ def test_a_changed_or_missing_file_is_named(name, base, adapter, capsys):
         assert code == 1 and "is missing" in out
 
 
+def test_a_vocabulary_of_another_size_is_named_with_what_to_do(base, ids, tmp_path, capsys):
+    """Tokens were added before training: the base as it was published would be called another model."""
+    model = loaded(base)
+    model.resize_token_embeddings(100, mean_resizing=False)
+    model.save_pretrained(tmp_path / "prepared")
+    adapter = ba_lora(model, modules_to_save=["embed_tokens", "lm_head"])
+    train(adapter, ids, steps=1)
+    adapter.save_pretrained(tmp_path / "adapter")
+    code, out = verify(capsys, tmp_path / "adapter", "--base", base)
+    assert code == 1 and mismatches(out) == ["vocabulary"] and "ANOTHER" not in out
+    assert "96 entries here, 100 when the adapter was trained, 4 more" in out
+    assert "resize_token_embeddings(100)" in out and "balora export --merge" in out
+    code, out = verify(capsys, tmp_path / "adapter", "--base", tmp_path / "prepared")
+    assert code == 0, out
+    ba_lora(loaded(base)).save_pretrained(tmp_path / "before")
+    code, out = verify(capsys, tmp_path / "before", "--base", tmp_path / "prepared")
+    assert code == 1 and "4 fewer: name the base as it was before tokens were added" in out
+
+
 def test_factors_that_compute_something_else_are_caught_even_with_their_hash(base, adapter, capsys):
     """The probe, not the hash: what was written is not what was trained."""
     from balora_plugin.checkpoint.settings import file_digest
