@@ -607,7 +607,7 @@ def test_the_starter_and_the_schema(tmp_path, monkeypatch):
     assert all("description" in field for field in schema["properties"].values())
 
 
-def test_auto_resume_from_checkpoints(written, ids):
+def test_auto_resume_from_checkpoints(written, ids, caplog):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = run(written(**settings))
     expected = logits(whole.model.eval(), ids)
@@ -623,7 +623,9 @@ def test_auto_resume_from_checkpoints(written, ids):
     cfg = load_cfg(str(path))
     load_model_and_tokenizer(cfg=cfg)
     assert cfg.resume_from_checkpoint == str(Path(whole.args.output_dir) / "checkpoint-2")
-    resumed = run(path)
+    with caplog.at_level("WARNING"):
+        resumed = run(path)
+    assert not [line for line in caplog.messages if "earlier run" in line]  # its own
     assert len(history(resumed, "loss")) == 4
     assert torch.equal(logits(resumed.model.eval(), ids), expected)
 

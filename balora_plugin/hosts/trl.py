@@ -181,9 +181,9 @@ def _check_template(path: str, model: Any, tokenizer: Any) -> None:
     wanted = -(-len(known) // _ROWS) * _ROWS
     if rows != wanted:
         raise ValueError(
-            f"{key} would resize the embeddings from {rows} to {wanted} rows, which the teacher shares: write the "
-            f"template to a file, open('chat.jinja', 'w').write(AutoTokenizer.from_pretrained({path!r}).chat_template), "
-            f"and chat_template_path='chat.jinja', eos_token={source.eos_token!r}."
+            f"{key} would resize the embeddings from {rows} to {wanted} rows, which the teacher shares: write its "
+            f"template to a file, open('chat.jinja', 'w').write(AutoTokenizer.from_pretrained({path!r}).chat_template)"
+            f", and chat_template_path='chat.jinja', eos_token={source.eos_token!r}."
         )
 
 
