@@ -137,8 +137,6 @@ def _check_settings(
         path = as_path("chat_template_path", getattr(args, "chat_template_path", None))
         if path is not None:
             args.chat_template_path = path  # TRL takes text alone
-            if not (os.path.isfile(path) and path.endswith((".jinja", ".j2"))):
-                _check_template(path, model, kwargs.get("processing_class"))
     if isinstance(kwargs.get("processing_class"), ProcessorMixin):
         raise ValueError(
             "processing_class is a multimodal processor: BA-LoRA does not train vision-language models yet; pass the "
@@ -146,6 +144,9 @@ def _check_settings(
         )
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
+    template = getattr(args, "chat_template_path", None)
+    if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+        _check_template(template, model, kwargs.get("processing_class"))
 
 
 def _check_template(path: str, model: Any, tokenizer: Any) -> None:
@@ -163,9 +164,9 @@ def _check_template(path: str, model: Any, tokenizer: Any) -> None:
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:120]
         raise ValueError(f"{key} is no .jinja file, and no tokenizer that loads ({why}): name one of both.") from None
-    name = model if isinstance(model, str) else model.config._name_or_path
-    here = tokenizer or AutoTokenizer.from_pretrained(name)
-    known = here.get_vocab()
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
+    known = tokenizer.get_vocab()
     needed = [token.content for token in source.added_tokens_decoder.values()] + [source.eos_token]
     new = sorted({token for token in needed if token is not None and token not in known})
     if new:

@@ -73,11 +73,11 @@ class Sealing(TrainerCallback):
         return os.path.abspath(str(self._host.args.output_dir))
 
     def _clear_root(self) -> None:
-        """Waits until nothing of the output directory is being uploaded; what trains no adapter of ours leaves none."""
+        """Waits until nothing of the output directory is being uploaded; another kind of adapter takes ours away."""
         pushed = getattr(self._host, "push_in_progress", None)  # hub_always_push does not wait, and would mix two
         if pushed is not None and not pushed.is_done():
             pushed.wait_until_done()
-        if not our_adapters(self._host.model):
+        if "default" not in our_adapters(self._host.model):
             retire(self._root())
 
     def end(self) -> None:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
@@ -45,8 +46,10 @@ def asked_for(host: HostTrainer, resume_from_checkpoint: Any, *, fresh_optimizer
 
 
 def advance(scheduler: Any, steps: int) -> None:
-    """Takes a fresh learning-rate schedule to where it is after so many steps."""
+    """Takes a fresh learning-rate schedule to where it is after so many steps, unless a metric leads it."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's would step once a process
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
         for _ in range(steps):
