@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def _largest_in(file: Path) -> float:
     try:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if length <= _HEADER else None
+            header: Any = json.loads(opened.read(length)) if length <= _HEADER else None
         tensors = [entry for name, entry in header.items() if name != "__metadata__"]
         largest = [_largest_of(file, 8 + length, entry) for entry in tensors if entry["dtype"] in _TYPES]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -38,12 +39,12 @@ def _largest_in(file: Path) -> float:
     return float(np.max(largest, initial=0.0))  # NaN if one is
 
 
-def _largest_of(file: Path, start: int, entry: dict[str, object]) -> float:
-    begin, end = entry["data_offsets"]  # type: ignore[misc]  # of another form it is caught
-    kind = np.dtype(_TYPES[str(entry["dtype"])])
+def _largest_of(file: Path, start: int, entry: dict[str, Any]) -> float:
+    begin, end = entry["data_offsets"]
+    kind: np.dtype[Any] = np.dtype(_TYPES[entry["dtype"]])
     if begin == end:
         return 0.0
-    values = np.memmap(file, kind, "r", offset=start + begin, shape=((end - begin) // kind.itemsize,))
+    values: Any = np.memmap(file, kind, "r", offset=start + begin, shape=((end - begin) // kind.itemsize,))
     if entry["dtype"] == "BF16":
         values = (values.astype("<u4") << 16).view("<f4")
     return float(np.max(np.abs(values)))

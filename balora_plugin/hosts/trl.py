@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 from transformers.processing_utils import ProcessorMixin
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, clone_chat_template
 from trl.trainer.utils import create_model_from_path
 
 from ..adapter.build import get_ba_lora_model
@@ -58,7 +58,7 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
             _check_settings(model, args, peft_config, regularizers, kwargs)
         self._wrap: _Wrap | None = None
         if isinstance(peft_config, BaLoraConfig):
-            model, args = _load(model, args, kwargs)
+            model, args = _with_template(*_load(model, args, kwargs), kwargs)
             self._wrap = _Wrap(peft_config, as_regularizers(regularizers), args)
             model = self.wrap_ba_lora_model(model)
             peft_config = None
@@ -144,9 +144,32 @@ def _check_settings(
         )
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
-    template = getattr(args, "chat_template_path", None)
-    if template is not None and not (os.path.isfile(template) and template.endswith((".jinja", ".j2"))):
+    template = _tokenizer_of_template(args)
+    if template is not None:
         _check_template(template, model, kwargs.get("processing_class"))
+
+
+def _tokenizer_of_template(args: Any) -> str | None:
+    """Returns the tokenizer whose chat template `chat_template_path` names; None for a file, and for nothing."""
+    path = getattr(args, "chat_template_path", None)
+    return None if path is None or (os.path.isfile(path) and path.endswith((".jinja", ".j2"))) else path
+
+
+def _with_template(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """Clones another tokenizer's template as TRL does, but before the model is wrapped.
+
+    TRL's resizing, though it changes no size, sets requires_grad of all that is inside modules_to_save.
+    """
+    path = _tokenizer_of_template(args)
+    if path is None:
+        return model, args
+    tokenizer = kwargs.get("processing_class")
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    model, kwargs["processing_class"], _ = clone_chat_template(model, tokenizer, path)
+    args = copy.copy(args)
+    args.chat_template_path = args.eos_token = None  # the template's own token is in force
+    return model, args
 
 
 def _check_template(path: str, model: Any, tokenizer: Any) -> None:
