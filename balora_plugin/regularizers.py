@@ -22,6 +22,30 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def cross_entropy(student: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, dft: bool = False) -> Tensor:
+    """The task term, mean over the rows whose label is not -100.
+
+    Args:
+        student: (rows, D) logits, differentiable.
+        labels: (rows,) the index of each row's target; -100 = not counted.
+        label_smoothing: The part of each target that is spread evenly over all D: (1 - s) (-log p_label) plus s times
+            the mean of -log p over D, as transformers' label_smoothing_factor.
+        dft: Each row's term times its p_label, through which no gradient flows (dynamic fine-tuning, arXiv 2508.05629),
+            as TRL's loss_type="dft". Not together with smoothing.
+
+    Raises:
+        ValueError: smoothing outside 0 to 1, or both.
+
+    >>> z = torch.tensor([[0.0, 0.0], [5.0, 0.0]])
+    >>> round(cross_entropy(z, torch.tensor([1, -100])).item(), 4)  # log 2
+    0.6931
+    >>> round(cross_entropy(z, torch.tensor([1, -100]), dft=True).item(), 4)
+    0.3466
+    """
+    rows = cross_entropy_rows(student, labels, label_smoothing=label_smoothing, dft=dft)
+    return rows.sum() / (labels != -100).sum().clamp(min=1)
+
+
 def consistency(student: Tensor, teacher: Tensor, *, form: str = "kl", temperature: float = 1.0) -> Tensor:
     """Distance of the student's outputs from the pre-trained model's (CR; paper, section "consistency").
 
@@ -99,6 +123,28 @@ def singular_value_ratio(s: Tensor, k: int, norm: str) -> Tensor:
 def consistency_rows(student: Tensor, teacher: Tensor, *, form: str = "kl", temperature: float = 1.0) -> Tensor:
     """[`consistency`] per row: (rows, D), (rows, D) -> (rows,)."""
     return known_form(form).dense(upcast(student), upcast(teacher.detach()), temperature)
+
+
+def cross_entropy_rows(student: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, dft: bool = False) -> Tensor:
+    """[`cross_entropy`] per row: (rows, D), (rows,) -> (rows,), 0 where the label is -100."""
+    check_task_form(label_smoothing, dft)
+    rows = F.cross_entropy(upcast(student), labels, reduction="none", label_smoothing=label_smoothing)
+    return rows * torch.exp(-rows.detach()) if dft else rows
+
+
+def check_task_form(label_smoothing: float, dft: bool) -> None:
+    """Refuses a form of the task term that there is not.
+
+    Raises:
+        ValueError: names what was given and what to write.
+    """
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing!r} is a part of the target: write a number from 0 to 1.")
+    if dft and label_smoothing:
+        raise ValueError(
+            f"label_smoothing={label_smoothing!r} beside dft: the probability of a target that is smoothed is not "
+            "defined: set one of the two to 0."
+        )
 
 
 def known_form(form: str) -> Form:

@@ -179,7 +179,7 @@ WRONG = {
         "teacher_model='some/model'|AutoModelForCausalLM",
     ),
     "teacher alone": (lambda: {"teacher_model": tiny_llama()}, "teacher_model is given|pass regularizers"),
-    "label smoothing": (lambda: {**adapter(), "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1|set it to 0"),
+    "label smoothing": (lambda: {**adapter(), "label_smoothing_factor": 1.5}, "label_smoothing_factor=1.5|from 0 to 1"),
     "kernels": (lambda: {**adapter(), "use_liger_kernel": True}, "use_liger_kernel=True|set it to False"),
     "loss function": (lambda: {**adapter(), "compute_loss_func": lambda *a, **k: 0}, "compute_loss_func|remove it"),
     "compiled twice": (
@@ -214,7 +214,11 @@ TRL_ALONE = {
         "train_dataset has no rows|TRL drops rows whose answer max_length cuts off",
     ),
     "flash to load": (lambda: {**adapter(), **ELSEWHERE}, f"{FLASH} in model_init_kwargs|GPU|write 'sdpa'"),
-    "loss type": (lambda: {**adapter(), "loss_type": "dft"}, "loss_type='dft'|leave it at its default"),
+    "loss type": (lambda: {**adapter(), "loss_type": "focal"}, "loss_type='focal'|write 'nll' or 'dft'"),
+    "two forms": (
+        lambda: {**adapter(), "loss_type": "dft", "label_smoothing_factor": 0.1},
+        "label_smoothing_factor=0.1|loss_type='dft'|set it to 0",
+    ),
     "template": (lambda: {**adapter(), "chat_template_path": "some/model"}, "chat_template_path='some/model'|.jinja"),
 }
 CASES = [(case, host) for case in WRONG for host in HOSTS] + [(case, "trl") for case in TRL_ALONE]

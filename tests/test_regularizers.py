@@ -402,3 +402,66 @@ def test_the_mean_over_rows_does_not_grow_with_length():
         batchmean.append(F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean").item())
     assert ours == pytest.approx([ours[0]] * 3, rel=1e-12)
     assert batchmean == pytest.approx([length * ours[0] for length in (16, 64, 256)], rel=1e-12)
+
+
+# ---- the task term ----
+
+
+def cross_entropy_loop(student, labels, smoothing=0.0, dft=False):
+    total, count = 0.0, 0
+    for z, label in zip(student, labels, strict=True):
+        if label == -100:
+            continue
+        p = softmax_list(z)
+        even = -math.fsum(math.log(x) for x in p) / len(p)
+        row = (1 - smoothing) * -math.log(p[label]) + smoothing * even
+        total, count = total + (p[label] * row if dft else row), count + 1
+    return total / max(count, 1)
+
+
+TASKS = ({}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"dft": True})
+
+
+def labels_of(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, columns, (rows,), generator=generator)
+    return labels.masked_fill(torch.rand(rows, generator=generator) < 0.3, -100)
+
+
+@RANDOM
+@given(**SHAPES, task=st.sampled_from(TASKS))
+def test_the_task_term_is_its_definition(rows, columns, seed, task):
+    z, labels = double(rows, columns, seed=seed, scale=3.0).requires_grad_(), labels_of(rows, columns, seed)
+    value = reg.cross_entropy(z, labels, **task)
+    expected = cross_entropy_loop(
+        z.tolist(), labels.tolist(), task.get("label_smoothing", 0.0), dft=task.get("dft", False)
+    )
+    assert value.item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    (gradient,) = torch.autograd.grad(value, z)
+    p, counted, s = z.detach().softmax(-1), labels != -100, task.get("label_smoothing", 0.0)
+    onehot = F.one_hot(labels.clamp(min=0), columns).double()
+    by_hand = p - ((1 - s) * onehot + s / columns)
+    if task.get("dft"):
+        by_hand = (p * onehot).sum(-1, keepdim=True) * (p - onehot)
+    by_hand = by_hand * counted.unsqueeze(1) / counted.sum().clamp(min=1)
+    torch.testing.assert_close(gradient, by_hand, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_the_smoothed_task_terms_gradient_is_its_values(smoothing):
+    z = double(4, 5, seed=3).requires_grad_()
+    labels = torch.tensor([0, -100, 4, 2])
+    assert torch.autograd.gradcheck(lambda z: reg.cross_entropy(z, labels, label_smoothing=smoothing), (z,))
+
+
+def test_the_task_term_of_nothing_counted_is_0_with_a_gradient_of_0():
+    z = double(3, 4).requires_grad_()
+    for task in TASKS:
+        value = reg.cross_entropy(z, torch.full((3,), -100), **task)
+        assert value.item() == 0.0 and not torch.autograd.grad(value, z)[0].any()
+
+
+@pytest.mark.parametrize("task", [{"label_smoothing": 1.5}, {"label_smoothing": 0.1, "dft": True}])
+def test_a_form_of_the_task_term_that_there_is_not_is_named(task):
+    with pytest.raises(ValueError, match=f"label_smoothing={task['label_smoothing']}"):
+        reg.cross_entropy(double(2, 3), torch.tensor([0, 1]), **task)

@@ -1,7 +1,7 @@
 """A block of rows: their terms and the gradient by the logits, written out and computed in place. Imports torch alone.
 
 With p = softmax(z) and H its entropy, per row:
-    task         d/dz = p - onehot
+    task         d/dz = p - onehot; smoothed p - ((1 - s) onehot + s / V); dft p_label (p - onehot)
     -H           d/dz = p (log p + H); over the top K the same on the K renormalised probabilities
     consistency  as the form's file in balora_plugin/consistency/ has it
 All share p = exp(z) / total, the form where it can at T = 1 (`Form.joint`). It is never formed: its factors go into
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..consistency._form import Exponentials, Pool
 from ..regularizers import FORMS
-from .loss import TermForm, TopLogProbs
+from .loss import TaskForm, TermForm, TopLogProbs
 from .top import top_consistency
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class Weights(NamedTuple):
 
 class Rows(NamedTuple):
     """Rows of the student, states (M, d) or logits (M, V), their targets (M,), and the teacher's: the like, or its
-    log-probabilities, or None. `task` (M,): factors of each row's task loss; None: 1."""
+    log-probabilities, or None. `task` (M,): factors of each row's task loss; None: 1, which the form dft does not take.
+    """
 
     student: Tensor
     labels: Tensor
@@ -68,11 +69,12 @@ def token_chunk(
 ) -> Tensor:
     """Turns logits into the gradient of the weighted loss by them (if `differentiate`); returns what each row adds.
 
-    The gradient, by logits in nats, lacks -weights.task (times block.task) at the labels, which is the caller's to take
-    off, for all its blocks at once.
+    The gradient, by logits in nats, lacks -weights.task (times block.task, and 1 - smoothing) at the labels, which is
+    the caller's to take off, for all its blocks at once.
 
     Args:
-        block: Logits (C, V) of the student, float32 or float64, and of the teacher; both are overwritten.
+        block: Logits (C, V) of the student, float32 or float64, and of the teacher; both are overwritten. With the form
+            dft `task` is multiplied by the probabilities of the labels.
         pool: pool(i), i from 2 on, gives (C, V) scratch buffers.
         entropic: Whether weights.diversity is not 0; a compiler cannot ask it of a tensor.
         unit: What logits are counted in, in nats: 1, or log 2 where [`in_base_2`] allows it.
@@ -102,7 +104,7 @@ def token_chunk(
     else:
         (e,) = _exponentials((z,), (pool(2),), unit)
     chosen = z.gather(1, target)
-    task, hit = e.log_total - chosen, hits(z, labels, chosen)
+    task, hit = _task(z, chosen, e, form.task, factors, unit), hits(z, labels, chosen)
     task, a = by_row(task, factors), by_row(a, factors)
     product = z.mul_(e.values)  # p = e.values * e.inverse, log p = z - e.log_total
     mean = product.sum(dim=-1, keepdim=True).mul_(e.inverse)
@@ -117,6 +119,7 @@ def token_chunk(
         product.mul_(c * e.inverse).addcmul_(e.values, (share - c * mean).mul_(e.inverse))
     else:
         torch.mul(e.values, share * e.inverse, out=product)
+    _take_off_the_even_part(product, a, form.task)
     if top and entropic:
         product.scatter_add_(1, index, c * top_p * (top_log_p + top_entropy))
     if e_t is not None:
@@ -198,6 +201,26 @@ def _exponentials(logits: tuple[Tensor, ...], out: tuple[Tensor, ...], unit: flo
         )
     columns = zip(out, totals.reciprocal().unbind(), log(totals).unbind(), strict=True)
     return [Exponentials(*column) for column in columns]
+
+
+def _task(z: Tensor, chosen: Tensor, e: Exponentials, form: TaskForm, factors: Tensor | None, unit: float) -> Tensor:
+    """Each row's task loss (C, 1) without its factor, in units, from its logits z (C, V), `chosen` at its label.
+
+    With dft the factors (C,) take the label's probability in, in place.
+    """
+    if form.dft:
+        assert factors is not None
+        log_p = chosen - e.log_total
+        factors.mul_((log_p.exp() if unit == 1.0 else log_p.exp2()).squeeze(1))
+    if form.smoothing:  # -log p_j is log_total - z_j: their mean takes that of z
+        chosen = torch.lerp(chosen, z.mean(dim=-1, keepdim=True), form.smoothing)
+    return e.log_total - chosen
+
+
+def _take_off_the_even_part(gradient: Tensor, a: Any, form: TaskForm) -> None:
+    """Of a smoothed target, which every token has: from the gradient (C, V), `a` the task's factor of each row."""
+    if form.smoothing:
+        gradient.sub_(a * (form.smoothing / gradient.shape[-1]))
 
 
 def by_row(value: Any, factors: Tensor | None) -> Any:

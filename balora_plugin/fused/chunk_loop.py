@@ -94,7 +94,7 @@ class ChunkLoop:
         self.differentiate = any(execution.wants)
         self.hidden = hidden
         teacher = loss.teacher
-        factors = None if loss.task_rows is None else loss.task_rows.to(self.wide)
+        factors = self._factors(labels, loss.task_rows)
         rows = Rows(hidden, labels, teacher.hidden if isinstance(teacher, TeacherStates) else teacher, factors)
         counted = (labels != IGNORED).nonzero().squeeze(-1)  # before any product
         self.counted = None if counted.numel() == labels.numel() else counted
@@ -142,10 +142,17 @@ class ChunkLoop:
         if not self.differentiate:
             return terms
         if self.weights.task:
-            at_labels = by_row(torch.full_like(target, -self.weights.task, dtype=self.wide), rows.task)
+            sharp = self.weights.task * (1.0 - self.form.task.smoothing)
+            at_labels = by_row(torch.full_like(target, -sharp, dtype=self.wide), rows.task)
             z.scatter_add_(1, target, at_labels if slopes is None else at_labels * slopes)
         self.gradients.add(part, z, states, self.head)
         return terms
+
+    def _factors(self, labels: Tensor, given: Tensor | None) -> Tensor | None:
+        """Factors of the rows' task losses, or None where all are 1; of dft, which writes into them, our own."""
+        if given is None:
+            return torch.ones(labels.shape, dtype=self.wide, device=labels.device) if self.form.task.dft else None
+        return given.to(self.wide, copy=self.form.task.dft)
 
     def _logits(
         self, states: Tensor, teacher: Tensor | TopLogProbs | None

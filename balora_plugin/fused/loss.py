@@ -12,13 +12,25 @@ from .head import Head
 IGNORED = -100
 
 
+class TaskForm(NamedTuple):
+    """The form of a row's task loss: its cross-entropy, of whose target the part `smoothing` is spread evenly over the
+    vocabulary; with `dft` times the probability of its target, which has no gradient. Not both."""
+
+    smoothing: float = 0.0
+    dft: bool = False
+
+
+PLAIN_TASK = TaskForm()  # the cross-entropy itself
+
+
 class TermForm(NamedTuple):
-    """Which consistency term (a name of `balora_plugin.consistency`) at which temperature, and the entropy over the
-    `top_k` most likely tokens (0 = full vocabulary)."""
+    """Which consistency term (a name of `balora_plugin.consistency`) at which temperature, the entropy over the `top_k`
+    most likely tokens (0 = full vocabulary), and the form of the task loss."""
 
     consistency: str = "kl"
     temperature: float = 1.0
     top_k: int = 0
+    task: TaskForm = PLAIN_TASK
 
 
 class TopLogProbs(NamedTuple):

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .chunk_loop import ChunkLoop
 from .head import Head
-from .loss import Execution, TeacherStates, TermForm, TokenLoss, TopLogProbs, Wants
+from .loss import Execution, TaskForm, TeacherStates, TermForm, TokenLoss, TopLogProbs, Wants
 from .saved_gradients import kept_dtype, scaled
 
 
@@ -33,6 +33,8 @@ def compute_token_terms(
     form: str,
     temperature: float,
     top_k: int,
+    smoothing: float,
+    dft: bool,
     scale: float,
     softcap: float | None,
     compiled: bool,
@@ -51,8 +53,8 @@ def compute_token_terms(
     elif teacher_hidden is not None:
         own = None if teacher_weight is None else Head(teacher_weight, teacher_bias, scale, softcap)
         teacher = TeacherStates(teacher_hidden, own)
-    head, terms = Head(weight, bias, scale, softcap), TermForm(form, temperature, top_k)
-    loss = TokenLoss(head, teacher, terms, weights, compiled, task_rows)
+    terms = TermForm(form, temperature, top_k, TaskForm(smoothing, dft))
+    loss = TokenLoss(Head(weight, bias, scale, softcap), teacher, terms, weights, compiled, task_rows)
     return ChunkLoop(hidden, labels, loss, Execution(chunk_size, dtype, Wants(*wants))).run()
 
 
@@ -69,8 +71,8 @@ def flat(hidden: Tensor, labels: Tensor, loss: TokenLoss, execution: Execution) 
         if teacher.head is not None:
             bias = teacher.head.bias
             own = (teacher.head.weight.detach(), None if bias is None else bias.detach())
-    name, temperature, top_k = loss.form
-    form = (name, float(temperature), top_k, float(head.scale), head.softcap)
+    name, temperature, top_k, task = loss.form
+    form = (name, float(temperature), top_k, float(task.smoothing), task.dft, float(head.scale), head.softcap)
     factors = None if loss.task_rows is None else loss.task_rows.detach()
     how = (loss.compiled, execution.chunk_size, execution.dtype, list(execution.wants))
     return hidden, head.weight, head.bias, labels, states, *own, *top, loss.weights, factors, *form, *how

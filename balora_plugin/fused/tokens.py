@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..consistency import NAMES
+from ..regularizers import check_task_form
 from .head import Head
-from .loss import IGNORED, Execution, TeacherStates, TermForm, TokenLoss, TopLogProbs, Wants
+from .loss import IGNORED, Execution, TaskForm, TeacherStates, TermForm, TokenLoss, TopLogProbs, Wants
 from .ops import flat, token_terms_op
 from .project import default_chunk, product_dtype
 from .top import TOP_FORMS
@@ -58,6 +59,8 @@ def token_terms(
     teacher_top: TopLogProbs | None = None,
     compiled: bool = False,
     task_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    dft: bool = False,
 ) -> TokenTerms:
     """Cross-entropy, consistency and entropy from hidden states, logits = softcap((hidden @ weight.T + bias) * scale).
 
@@ -80,16 +83,20 @@ def token_terms(
             rest, at this temperature, see [`top_log_probs`][balora_plugin.fused.top]. The consistency term is then
             taken over K + 1 buckets (docs/method.md); not for "mse".
         task_weights: (M,) factor of each row's cross-entropy, in `loss` and in `task`; no gradient. None: 1.
+        label_smoothing, dft: The form of the cross-entropy, as in
+            [`regularizers.cross_entropy`][balora_plugin.regularizers.cross_entropy].
         compiled: Run the passes over the logits as compiled loops (seconds at the first call for each vocabulary).
 
     Raises:
-        ValueError: shapes that do not match, or a consistency weight without teacher_hidden or teacher_top.
+        ValueError: shapes that do not match, a consistency weight without teacher_hidden or teacher_top, or a form of
+            the cross-entropy that there is not.
 
     >>> hidden, weight = torch.ones(3, 4), torch.ones(8, 4)
     >>> terms = token_terms(hidden, hidden, weight, torch.tensor([1, -100, 2]), lambda_consistency=1.0)
     >>> terms.count.item(), round(terms.loss.item(), 4)  # 2 log 8
     (2, 4.1589)
     """
+    check_task_form(label_smoothing, dft)
     _check_shapes(hidden, teacher_hidden, weight, labels, lambda_consistency if teacher_top is None else 0.0)
     if teacher_weight is None and teacher_bias is not None:
         raise ValueError("teacher_bias is given without teacher_weight: pass both, or neither.")
@@ -109,7 +116,8 @@ def token_terms(
         raise ValueError(f"task_weights must be like labels {tuple(labels.shape)}, got {tuple(task_weights.shape)}.")
     weights = torch.tensor([lambda_task, lambda_consistency, lambda_diversity], dtype=torch.float64)
     head = Head(weight, bias, float(scale), softcap)
-    loss = TokenLoss(head, teacher, TermForm(form, float(temperature), top_k), weights, compiled, task_weights)
+    terms = TermForm(form, float(temperature), top_k, TaskForm(float(label_smoothing), dft))
+    loss = TokenLoss(head, teacher, terms, weights, compiled, task_weights)
     return weighted_token_terms(hidden, labels, loss, chunk_size)
 
 

@@ -16,12 +16,13 @@ from trl.trainer.utils import create_model_from_path
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
 from ..config import RegularizerConfig, as_regularizers
+from ..fused.loss import PLAIN_TASK
 from ..objective.batches import main_input
 from ..objective.request import StepOutput
 from ..pretrained.attention import check_attention, check_flash
 from ..pretrained.lm_head import check_head
 from ..settings import as_path
-from ..training.checks.arguments import check_arguments
+from ..training.checks.arguments import check_arguments, check_loss_function
 from ..training.checks.data import check_rows
 from ..training.checks.model import resolve
 from ..training.checks.teacher import check_teacher
@@ -142,8 +143,7 @@ def _check_settings(
             "processing_class is a multimodal processor: BA-LoRA does not train vision-language models yet; pass the "
             "tokenizer of a text-only model."
         )
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
+    check_loss_function(kwargs.get("compute_loss_func"), PLAIN_TASK)
     template = _tokenizer_of_template(args)
     if template is not None:
         _check_template(template, model, kwargs.get("processing_class"))

@@ -52,10 +52,11 @@ def token_loss(
 ) -> TokenLoss:
     """What a request asks of the tokens; the teacher's tensors (B, T, ...), `task_rows` of the targets (B, T)."""
     config, lambdas = request.config, request.lambdas
+    name, temperature, top_k = config.consistency or "kl", config.temperature or 1.0, config.diversity_top_k or 0
     return TokenLoss(
         head=head.alone,
         teacher=teacher,
-        form=TermForm(config.consistency or "kl", config.temperature or 1.0, config.diversity_top_k or 0),
+        form=TermForm(name, temperature, top_k, request.task_form),
         weights=torch.tensor([1.0, lambdas.consistency, lambdas.diversity], dtype=torch.float64),
         compiled=request.compiled is not None and head.weight.device.type != "cpu",  # as measured: docs/benchmarks.md
         task_rows=task_rows,

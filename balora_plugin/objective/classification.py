@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..distributed import world_size
+from ..fused.loss import PLAIN_TASK
 from ..pretrained.classifier_head import last_tokens, reads_last_token
 from ..pretrained.switch import TeacherSwitch
 from ..regularizers import upcast
@@ -25,6 +26,7 @@ from .classification_terms import (
     MULTI_LABEL,
     REGRESSION,
     SINGLE_LABEL,
+    check_form,
     consistency_of,
     diversity_of,
     spectrum_of_samples,
@@ -71,7 +73,7 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
     found = _Found(count=counted.sum())
     with torch.autocast(logits.device.type, enabled=False):  # it would take the covariance in half precision
         task = upcast(outputs.loss) * found.count  # the model's own loss, a mean
-        task = _weighted(task, request.task_weights, logits, _Labels(labels, problem, counted))
+        task = _task(task, request, logits, _Labels(labels, problem, counted))
         with request.part("token_terms"):
             if teacher is not None:
                 found.consistency(request, logits, teacher, counted, problem)
@@ -103,17 +105,20 @@ class _Labels(NamedTuple):
     counted: Tensor
 
 
-def _weighted(task: Tensor, weights: Tensor | None, logits: Tensor, labels: _Labels) -> Tensor:
-    """The sum of the samples' task losses, each times its weight: (N,), or (N, D) for each of its labels; None: `task`.
+def _task(plain: Tensor, request: StepRequest, logits: Tensor, labels: _Labels) -> Tensor:
+    """The sum of the samples' task losses in the form that is asked for, from logits (N, D).
 
-    logits (N, D).
+    Each times its weight, (N,), or (N, D) for each of its labels. `plain`: the model's own sum, where neither is asked.
     """
-    if weights is None:
-        return task
-    check_task_weights(weights, labels.values)
-    rows = task_rows(logits, labels.values, labels.problem)
-    weights = weights.unsqueeze(1) if weights.ndim == 1 else weights
-    return torch.where(labels.counted, (rows * weights.to(rows)).mean(dim=-1), 0.0).sum()
+    weights, form = request.task_weights, request.task_form
+    check_form(form, labels.problem)
+    if weights is None and form == PLAIN_TASK:
+        return plain
+    rows = task_rows(logits, labels.values, labels.problem, form)
+    if weights is not None:
+        check_task_weights(weights, labels.values)
+        rows = rows * (weights.unsqueeze(1) if weights.ndim == 1 else weights).to(rows)
+    return torch.where(labels.counted, rows.mean(dim=-1), 0.0).sum()
 
 
 class _Found:

@@ -6,24 +6,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..fused.loss import PLAIN_TASK, TaskForm
 from ..fused.spectrum import usable_k
-from ..regularizers import consistency_rows, covariance, known_form, spectral, upcast
+from ..regularizers import consistency_rows, covariance, cross_entropy_rows, known_form, spectral, upcast
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classification", "multi_label_classification"
 
 
-def task_rows(logits: Tensor, labels: Tensor, problem: str) -> Tensor:
+def task_rows(logits: Tensor, labels: Tensor, problem: str, form: TaskForm) -> Tensor:
     """Each sample's task loss as transformers' classifiers take its mean: (N, D) logits -> (N, 1), of labels (N, D).
 
-    Of a label of -100: 0.
+    Of a label of -100: 0. `form` is for classes alone.
     """
-    logits = upcast(logits)
     if problem == SINGLE_LABEL:
-        return F.cross_entropy(logits, labels.reshape(len(logits)), reduction="none").unsqueeze(1)
+        rows = cross_entropy_rows(logits, labels.reshape(len(logits)), label_smoothing=form.smoothing, dft=form.dft)
+        return rows.unsqueeze(1)
+    logits = upcast(logits)
     labels = labels.reshape(logits.shape).to(logits)
     if problem == MULTI_LABEL:
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     return (logits - labels).square()
+
+
+def check_form(form: TaskForm, problem: str) -> None:
+    """Refuses a form of the task loss that has no meaning for a kind of task: it is one of the cross-entropy.
+
+    Raises:
+        ValueError: names the host's argument, its value, the kind of task and what to write.
+    """
+    if problem == SINGLE_LABEL or form == PLAIN_TASK:
+        return
+    said = "loss_type='dft'" if form.dft else f"label_smoothing_factor={form.smoothing!r}"
+    remedy = "leave it at its default" if form.dft else "set it to 0"
+    kind = "a regression" if problem == REGRESSION else "several labels a sample"
+    raise ValueError(f"{said} is for one class a sample, and problem_type={problem!r} is {kind}: {remedy}.")
 
 
 def consistency_of(student: Tensor, teacher: Tensor, *, problem: str, form: str, temperature: float) -> Tensor:

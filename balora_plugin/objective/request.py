@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from ..config import RegularizerConfig
 from ..fused.factor import FactorCache
 from ..fused.head import Head
+from ..fused.loss import PLAIN_TASK, TaskForm
 from ..pretrained.switch import TeacherSwitch
 from ..schedules import Lambdas
 from ..teacher.cache import TeacherCache
@@ -37,7 +38,7 @@ class StepRequest:
     `return_hidden`: the student's final hidden states, in their graph, for logits that somebody may ask for.
     `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
     part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
-    device.
+    device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask.
     """
 
     config: RegularizerConfig
@@ -58,6 +59,7 @@ class StepRequest:
     counts: bool = True
     part: Callable[[str], AbstractContextManager[None]] = uncounted
     task_weights: Tensor | None = None
+    task_form: TaskForm = PLAIN_TASK
 
 
 class CompiledPasses(NamedTuple):

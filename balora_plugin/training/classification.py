@@ -6,10 +6,12 @@ import os
 from typing import Any
 
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ..checkpoint.names import HEAD_FILE
+from ..fused.loss import TaskForm
+from ..objective.classification_terms import MULTI_LABEL, REGRESSION, check_form
 from ..pretrained.classifier_head import (
     half_heads,
     hand_over,
@@ -42,6 +44,7 @@ def set_up(run: RunState, host: HostTrainer, *, compiled: bool | str) -> None:
         deepspeed=bool(host.is_deepspeed_enabled),
     )
     check_tokenizer(classifier, host.processing_class)
+    run.task_form = _form_of_task(classifier, run.task_form)
     if run.teacher is not None and config.lambda_consistency:
         check_same_head(classifier, run.teacher)
     if config.lambda_consistency and (
@@ -55,6 +58,17 @@ def set_up(run: RunState, host: HostTrainer, *, compiled: bool | str) -> None:
     _keep_small_updates(run, host)
     if config.head_warmup_steps:
         run.callbacks.append(HeadWarmup(run, host))
+
+
+def _form_of_task(classifier: PreTrainedModel, form: TaskForm) -> TaskForm:
+    """The form of the task loss, as far as the model's config says what its labels are."""
+    config = classifier.config
+    problem = config.problem_type or (REGRESSION if config.num_labels == 1 else None)
+    if problem == MULTI_LABEL:
+        form = form._replace(smoothing=0.0)  # the host says that it switches smoothing off for them
+    if problem is not None:
+        check_form(form, problem)
+    return form
 
 
 def _keep_small_updates(run: RunState, host: HostTrainer) -> None:

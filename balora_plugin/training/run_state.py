@@ -16,6 +16,7 @@ from ..adapter.config import BaLoraConfig
 from ..config import RegularizerConfig
 from ..distributed import is_sharded
 from ..fused.head import Head
+from ..fused.loss import PLAIN_TASK, TaskForm
 from ..fused.project import project
 from ..objective.batches import without_crossings
 from ..objective.request import CompiledPasses
@@ -60,6 +61,7 @@ class RunState:
         wrapped: The model as the trainer has it, with any adapter.
         extend: The host's keywords for a forward pass, added to a batch (`extend_ba_lora_inputs`).
         to_device: The host's own way to bring a batch to its device.
+        task_form: The form of the task term that the host's arguments ask for.
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
         cache: The teacher's outputs on disk.
@@ -82,6 +84,7 @@ class RunState:
     warn: WarnOnce
     extend: Callable[[Inputs], Inputs]
     to_device: Callable[[Inputs], Inputs]
+    task_form: TaskForm = PLAIN_TASK
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
     cache: TeacherCache | None = None

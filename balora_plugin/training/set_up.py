@@ -21,7 +21,7 @@ from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
 from .acting import RecordedTerms, warn_of_dropout
-from .checks.arguments import check_arguments, check_compiled_once, check_saving
+from .checks.arguments import check_arguments, check_compiled_once, check_loss_function, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
 from .compiling import Asked, compiled_passes
@@ -32,6 +32,7 @@ from .metrics import TermMetrics
 from .packing_probe import PackingProbe
 from .resuming import NothingLeft
 from .run_state import Inputs, RunState, WarnOnce, active_config
+from .task_form import task_form_of
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +47,7 @@ class BaLoraHost(HostTrainer, Protocol):
     """A Trainer with the mixin: what its class says of BA-LoRA."""
 
     ba_lora_head_checked: bool
+    ba_lora_loss_type: str | None
 
     def check_ba_lora_task(self, config: RegularizerConfig) -> None:
         """Refuses a family of models that the host does not train."""
@@ -99,6 +101,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         extend=lambda batch: host.extend_ba_lora_inputs(batch),
         to_device=lambda batch: host._prepare_inputs(batch),
         packing=PackingProbe(bare, warn) if config.task == "nlg" else None,
+        task_form=task_form_of(host.args, host.ba_lora_loss_type),
         teacher=_ready_teacher(host, bare, config, given.teacher_model),
     )
     if run.ours:
@@ -144,8 +147,7 @@ def _check(
     check_arguments(host.args)
     if isinstance(adapter, BaLoraConfig):
         check_saving(host.accelerator)
-    if getattr(host, "compute_loss_func", None) is not None:
-        raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
+    check_loss_function(getattr(host, "compute_loss_func", None), task_form_of(host.args, host.ba_lora_loss_type))
     check_attention(bare, host.args)
     config = resolve(bare, regularizers)
     if config.lambda_consistency:

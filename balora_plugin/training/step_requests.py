@@ -67,6 +67,7 @@ class StepRequests:
             cache=cache,
             teacher_head=run.initial_head_on(args.device),
             counts=run.counts,
+            task_form=run.task_form,
         )
 
     def may_judge(self) -> bool:

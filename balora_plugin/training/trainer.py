@@ -61,8 +61,9 @@ class BaLoraTrainerMixin(_Base):
         teacher_model: An explicit second model as teacher, in eval mode. Not needed with an adapter.
 
     Logs `balora/task`, `balora/consistency`, `balora/diversity`, `balora/svd` (unweighted means), `balora/loss`
-    (weighted total) and `balora/share_*`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone;
-    evaluation measures every configured term, at its full weight whatever the schedule.
+    (weighted total) and `balora/share_*`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone,
+    in the form that label_smoothing_factor and loss_type ask for; evaluation measures every configured term, at its
+    full weight whatever the schedule.
 
     A subclass may override the hooks [`wrap_ba_lora_model`], [`check_ba_lora_task`], [`extend_ba_lora_inputs`],
     [`weigh_ba_lora_task`] and
@@ -74,6 +75,7 @@ class BaLoraTrainerMixin(_Base):
     ba_lora_requests: StepRequests | None = None
     _fresh_optimizer = False
     ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
+    ba_lora_loss_type: str | None = None  # TRL's "nll" or "dft", for a host whose arguments have no loss_type
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from balora_plugin import regularizers as reg
 from balora_plugin.consistency import NAMES
-from balora_plugin.fused import chunk, chunk_loop, ops, token_terms, tokens
+from balora_plugin.fused import chunk, chunk_loop, ops, token_terms, tokens, top_log_probs
 from balora_plugin.fused.head import Head
-from balora_plugin.fused.loss import Execution, TeacherStates, TermForm, TokenLoss, Wants
+from balora_plugin.fused.loss import PLAIN_TASK, Execution, TaskForm, TeacherStates, TermForm, TokenLoss, Wants
 from balora_plugin.fused.project import Projection, default_chunk, project
 
 FORMS = NAMES
@@ -92,6 +91,8 @@ def dense_terms(
     lambda_task=1.0,
     teacher_weight=None,
     teacher_bias=None,
+    task_weights=None,
+    **task_form,
 ):
     """The loss and the sums from all M x V logits and the functions of `regularizers`."""
 
@@ -103,8 +104,9 @@ def dense_terms(
     rows = labels != -100
     count = int(rows.sum())
     z = logits(hidden, weight, bias)[rows]
+    task = reg.cross_entropy_rows(z, labels[rows], **task_form)
     sums = {
-        "task": F.cross_entropy(z, labels[rows], reduction="sum"),
+        "task": (task if task_weights is None else task * task_weights[rows]).sum(),
         "consistency": z.sum() * 0,
         "diversity": count * reg.token_entropy(z, top_k=top_k),
         "entropy": -count * reg.token_entropy(z),
@@ -141,9 +143,10 @@ def check(example, tolerance, **extra):
 
 
 ALL = {"lambda_consistency": 0.7, "lambda_diversity": 0.4}
+TASKS = ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.7}, {"dft": True})
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     m=st.integers(1, 12),
     vocabulary=st.integers(2, 12),
@@ -157,13 +160,59 @@ ALL = {"lambda_consistency": 0.7, "lambda_diversity": 0.4}
     softcap=st.sampled_from([None, 3.0]),
     weights=st.sampled_from([(1.0, 0.7, 0.4), (0.0, 0.7, 0.0), (0.5, 0.0, 0.4)]),
     trains=st.sampled_from(["hidden", "hidden weight", "weight bias", "hidden weight bias"]),
+    task=st.sampled_from(TASKS),
+    weighted=st.booleans(),
 )
-def test_equals_the_dense_terms(m, vocabulary, seed, chunk_size, bias, weights, trains, **options):
-    options |= dict(zip(("lambda_task", "lambda_consistency", "lambda_diversity"), weights, strict=True))
+def test_equals_the_dense_terms(m, vocabulary, seed, chunk_size, bias, weights, trains, task, weighted, **options):
+    options |= dict(zip(("lambda_task", "lambda_consistency", "lambda_diversity"), weights, strict=True)) | task
+    if weighted:
+        options["task_weights"] = random(m, seed=seed + 5).abs() + 0.1
     example = case(m, vocabulary, seed=seed, ignored=0.0, bias=bias, trains=trains, **options)
     if m > 2:
         example.labels[1::3] = -100
     check(example, 1e-12, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("task", TASKS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_form_of_the_task_loss_leaves_what_it_is_given(task, dtype):
+    """Nor does it write into weights; also where nothing is differentiated."""
+    weights = random(11, seed=9, dtype=dtype).abs()
+    before = weights.clone()
+    example = case(**ALL, **task, task_weights=weights).to(dtype)
+    weights = example.options["task_weights"]
+    check(example, 1e-12 if dtype == torch.float64 else 2e-5, chunk_size=4)
+    with torch.no_grad():
+        silent = example.fused(chunk_size=4)
+    assert silent.task.item() == pytest.approx(example.dense()[1]["task"].item(), rel=1e-5)
+    assert torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("task", TASKS[1:])
+def test_the_task_loss_has_its_form_beside_k_log_probabilities(task):
+    example = case(m=9, vocabulary=14, ignored=0.0, trains="hidden weight", **task)
+    top = top_log_probs(random(9, 5, seed=7), random(14, 5, seed=8), k=4)
+    options = {"lambda_consistency": 0.7, "teacher_top": top, "chunk_size": 4}
+    plain = token_terms(example.hidden, None, example.weight, example.labels, lambda_task=0.0, **options)
+    loss, sums = example.dense()
+    terms = token_terms(example.hidden, None, example.weight, example.labels, **options, **task)
+    assert terms.task.item() == pytest.approx(sums["task"].item(), rel=1e-12)
+    found, parts = (torch.autograd.grad(x, example.leaves) for x in (terms.loss, loss + plain.loss))
+    for value, expected in zip(found, parts, strict=True):
+        assert relative_error(value, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"label_smoothing": -0.1}, "label_smoothing=-0.1"),
+        ({"label_smoothing": float("nan")}, "label_smoothing=nan"),
+        ({"label_smoothing": 0.1, "dft": True}, "beside dft"),
+    ],
+)
+def test_a_form_that_there_is_not_is_named(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        case().fused(**wrong)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -247,7 +296,12 @@ def test_a_student_equal_to_the_teacher_has_no_consistency_loss():
 
 
 @pytest.mark.parametrize(
-    "options", [{"form": "jsd", "top_k": 3, "temperature": 2.0}, {"form": "mse", "softcap": 2.0, "scale": 0.5}]
+    "options",
+    [
+        {"form": "jsd", "top_k": 3, "temperature": 2.0},
+        {"form": "mse", "softcap": 2.0, "scale": 0.5},
+        {"softcap": 2.0, "label_smoothing": 0.3},
+    ],
 )
 def test_gradcheck(options):
     example = case(m=4, vocabulary=5, d=2, ignored=0.0, bias=True, trains="hidden weight bias", **ALL, **options)
@@ -404,12 +458,12 @@ def test_a_teacher_bias_alone_is_refused():
         token_terms(hidden, hidden, weight, torch.tensor([1, 2]), lambda_consistency=1.0, teacher_bias=torch.ones(4))
 
 
-def operator_inputs(example, teacher, form, trains):
+def operator_inputs(example, teacher, form, trains, task=PLAIN_TASK):
     """What the operator is called with, chunks of 4 rows."""
     head = Head(example.weight, example.options["bias"], 0.5, 3.0)
     weights = torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
     wants = Wants(*(name in trains.split() for name in Wants._fields))
-    loss = TokenLoss(head, teacher, TermForm(form, 2.0, 3), weights)
+    loss = TokenLoss(head, teacher, TermForm(form, 2.0, 3, task), weights)
     return ops.flat(example.hidden, example.labels, loss, Execution(4, torch.float64, wants))
 
 
@@ -419,6 +473,14 @@ def test_the_operator_is_registered_right(trains, form):
     example = case(bias=True, trains=trains, **ALL)
     torch.library.opcheck(
         ops.token_terms_op, operator_inputs(example, TeacherStates(example.teacher_hidden), form, trains)
+    )
+
+
+@pytest.mark.parametrize("task", [TaskForm(0.1), TaskForm(dft=True)])
+def test_the_operator_is_registered_right_for_each_form_of_the_task(task):
+    example = case(bias=True, trains="hidden", **ALL)
+    torch.library.opcheck(
+        ops.token_terms_op, operator_inputs(example, TeacherStates(example.teacher_hidden), "kl", "hidden", task)
     )
 
 
@@ -455,9 +517,10 @@ def test_logits_of_any_size(offset, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("diversity", [0.0, 0.4])
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, False), (0.3, None, True), (2.0, 3.0, True)])
-def test_base_2_and_base_e_are_the_same(scale, softcap, bias, diversity, dtype, monkeypatch):
+@pytest.mark.parametrize("task", TASKS)
+def test_base_2_and_base_e_are_the_same(scale, softcap, bias, diversity, dtype, task, monkeypatch):
     """Where exponentials are cheaper to the base 2 logits are counted in units of log 2; both ways are the formulas."""
-    options = {"lambda_consistency": 0.7, "lambda_diversity": diversity, "scale": scale, "softcap": softcap}
+    options = {"lambda_consistency": 0.7, "lambda_diversity": diversity, "scale": scale, "softcap": softcap, **task}
     example = case(m=9, vocabulary=13, d=5, trains=("hidden", "weight", "bias"), bias=bias, **options).to(dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     units = []
@@ -492,9 +555,14 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "softcap", "diversity"), [(1.0, 0, None, 0.3), (2.0, 4, 3.0, 0.3), (1.0, 4, None, 0.0)]
+    ("temperature", "top_k", "softcap", "diversity", "task"),
+    [
+        (1.0, 0, None, 0.3, {}),
+        (2.0, 4, 3.0, 0.3, {"label_smoothing": 0.2}),
+        (1.0, 4, None, 0.0, {"dft": True}),
+    ],
 )
-def test_compiled_passes_are_the_eager_ones(form, temperature, top_k, softcap, diversity, small_blocks):
+def test_compiled_passes_are_the_eager_ones(form, temperature, top_k, softcap, diversity, task, small_blocks):
     torch.manual_seed(3)
     m, d, v = 11, 5, 17  # three whole blocks and a rest
     hidden, teacher = torch.randn(2, m, d, dtype=torch.float64)
@@ -516,6 +584,8 @@ def test_compiled_passes_are_the_eager_ones(form, temperature, top_k, softcap, d
             softcap=softcap,
             bias=leaves[2],
             compiled=compiled,
+            task_weights=None if softcap else torch.linspace(0.1, 2.0, m, dtype=torch.float64),
+            **task,
         )
         terms.loss.backward()
         values = [getattr(terms, name) for name in ("loss", "task", "consistency", "diversity", "entropy", "correct")]

@@ -51,6 +51,11 @@ class BaLoraBlock(_Settings):
         description="Put the terms on `adapter: lora`, or on full fine-tuning (with teacher_cache, or "
         "lambda_consistency: 0), instead.",
     )
+    loss_type: Literal["nll", "dft"] | None = Field(
+        default=None,
+        description="The task term's form: the cross-entropy (nll, also null), or each token's times the probability "
+        "of its target (dft), as TRL's loss_type.",
+    )
     text_columns: list[str] | None = Field(
         default=None,
         min_length=1,
@@ -103,6 +108,13 @@ class BaLoraArgs(BaseModel):
 
     ba_lora: BaLoraBlock | None = Field(
         default=None, description="Settings of BA-LoRA's regularisers, for `adapter: ba_lora`."
+    )
+    label_smoothing_factor: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With BA-LoRA's terms: the part of each target that goes to the whole vocabulary, as in "
+        "transformers' TrainingArguments (Axolotl itself does not read it).",
     )
 
     @model_validator(mode="before")

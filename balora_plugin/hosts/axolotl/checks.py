@@ -17,6 +17,7 @@ from ...pretrained.attention import FLAGS, attention_of, check_flash, is_flash
 from ...settings import settings_of
 from ...training.checks.teacher import MUTATING_STARTS
 from ...training.compiling import BACKEND, LAYERS
+from ...training.task_form import task_form
 from .asked import check_expert_kernel, check_peft_block
 from .classification import check as check_classification
 from .classification import is_classification
@@ -66,7 +67,7 @@ _BNB_OPTIONS: dict[str, tuple[Any, ...] | None] = {  # of a BitsAndBytesConfig -
 STARTS = ("pissa", "pissa_fast", True, None)
 
 # of the block, beside the fields of RegularizerConfig
-HOST_KEYS = ("compile", "start_from", "apply_to", "text_columns", "label_column")
+HOST_KEYS = ("compile", "start_from", "apply_to", "loss_type", "text_columns", "label_column")
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
 _OURS = [
     name
@@ -201,6 +202,7 @@ def check_refused(data: Any) -> None:
 
 def _check_terms(data: dict[str, Any], block: dict[str, Any]) -> None:
     """What the core refuses once the model is there, said before and in the YAML's words."""
+    task_form(data.get("label_smoothing_factor"), block.get("loss_type"))
     target = block.get("apply_to")
     cached = block.get("teacher_cache") and not is_classification(data)
     if target == "full" and block.get("lambda_consistency") != 0 and not cached:

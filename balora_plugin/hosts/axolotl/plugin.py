@@ -168,7 +168,13 @@ class BaLoraPlugin(BasePlugin):
             return None
         from .trainer import trainer_class
 
-        return trainer_class(None if cfg.adapter == ADAPTER else regularizers_of(cfg))
+        terms = None if cfg.adapter == ADAPTER else regularizers_of(cfg)
+        return trainer_class(terms, (cfg.get("ba_lora") or {}).get("loss_type"))
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        if not active(cfg) or not cfg.label_smoothing_factor:
+            return None
+        return {"label_smoothing_factor": cfg.label_smoothing_factor}
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """A classifier's data; None leaves everything else to Axolotl.

@@ -47,10 +47,9 @@ class AxolotlBaLoraTrainer(BaLoraTrainerMixin, AxolotlTrainer, TaskPerplexity):
         self.state.tokens = {"trainable": tokens["trainable"] + trainable, "total": tokens["total"] + total}
 
 
-def trainer_class(terms: RegularizerConfig | None) -> type:
-    """The trainer, carrying `terms` for an adapter that has none of its own."""
-    return (
-        AxolotlBaLoraTrainer
-        if terms is None
-        else type("AxolotlBaLoraTrainer", (AxolotlBaLoraTrainer,), {"terms": terms})
-    )
+def trainer_class(terms: RegularizerConfig | None, loss_type: str | None = None) -> type:
+    """The trainer, carrying `terms` for an adapter that has none of its own, and the YAML's `loss_type`."""
+    if terms is None and loss_type is None:
+        return AxolotlBaLoraTrainer
+    carried = {"terms": terms, "ba_lora_loss_type": loss_type}
+    return type("AxolotlBaLoraTrainer", (AxolotlBaLoraTrainer,), carried)

@@ -13,6 +13,8 @@ from ...checkpoint.names import INIT_FILE, STATE_FILE
 from ...checkpoint.settings import read_settings
 from ...config import RegularizerConfig
 from ...distributed import is_sharded
+from ...fused.loss import TaskForm
+from ..task_form import task_form_of
 
 
 def check_arguments(args: Any) -> None:
@@ -21,16 +23,12 @@ def check_arguments(args: Any) -> None:
     Raises:
         ValueError: names the argument, its value and what to write.
     """
-    refused: list[tuple[str, Any, str]] = [
-        ("label_smoothing_factor", 0.0, "the consistency term already softens the targets; set it to 0"),
-        ("use_liger_kernel", False, "it replaces the forward that computes the terms; set it to False"),
-        ("loss_type", ("nll", "chunked_nll"), "BA-LoRA's task loss is the cross-entropy; leave it at its default"),
-    ]
-    for key, allowed, remedy in refused:
-        value = getattr(args, key, None)
-        if value is None or value in (allowed if isinstance(allowed, tuple) else (allowed,)):
-            continue
-        raise ValueError(f"{key}={value!r} does not work with BA-LoRA: {remedy}.")
+    if getattr(args, "use_liger_kernel", None):
+        raise ValueError(
+            f"use_liger_kernel={args.use_liger_kernel!r} does not work with BA-LoRA: it replaces the forward that "
+            "computes the terms; set it to False."
+        )
+    task_form_of(args)
     if getattr(args, "n_gpu", 1) > 1:
         raise ValueError(
             f"n_gpu={args.n_gpu}: nn.DataParallel is not supported. Launch with `accelerate launch` or `torchrun`, or "
@@ -40,6 +38,17 @@ def check_arguments(args: Any) -> None:
     for key in ("cp_enabled", "sp_enabled", "tp_enabled"):
         if getattr(parallelism, key, False):
             raise ValueError(f"parallelism_config.{key}=True does not work with BA-LoRA yet: use DDP or FSDP.")
+
+
+def check_loss_function(function: Any, form: TaskForm) -> None:
+    """Refuses a loss of somebody else's; `form`: what the arguments ask, for which TRL 1.9 sets a function of its own.
+
+    Raises:
+        ValueError: names the argument and what to do.
+    """
+    if function is None or (form.dft and getattr(function, "__module__", "").startswith("trl.")):
+        return
+    raise ValueError("compute_loss_func does not work with BA-LoRA, whose loss it would replace: remove it.")
 
 
 def check_compiled_once(accelerator: Any, how: bool | str) -> None:
