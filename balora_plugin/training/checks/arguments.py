@@ -23,7 +23,6 @@ def check_arguments(args: Any) -> None:
     """
     refused: list[tuple[str, Any, str]] = [
         ("label_smoothing_factor", 0.0, "the consistency term already softens the targets; set it to 0"),
-        ("use_liger_kernel", False, "it replaces the forward that computes the terms; set it to False"),
         ("loss_type", ("nll", "chunked_nll"), "BA-LoRA's task loss is the cross-entropy; leave it at its default"),
     ]
     for key, allowed, remedy in refused:
