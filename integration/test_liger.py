@@ -30,18 +30,14 @@ def trainer(host, tmp_path, *, liger, settings=None, **extra):
     tokenizer = character_tokenizer()
     rows = [tokenizer(f"The number {i} comes before {i + 1}")["input_ids"] for i in range(8)]
     data = Dataset.from_list([{"input_ids": row, "labels": list(row)} for row in rows])
-    adapter = BaLoraConfig(
-        r=4, lora_alpha=4, target_modules="all-linear", regularizers=RegularizerConfig(**TERMS)
-    )
+    adapter = BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=RegularizerConfig(**TERMS))
     extra |= {"train_dataset": data, "eval_dataset": data.select(range(4)), "peft_config": adapter}
     if host == "transformers":
         collator = DataCollatorForSeq2Seq(tokenizer)
         return BaLoraTrainer(model=tiny_llama(), args=TrainingArguments(**values), data_collator=collator, **extra)
     from trl import SFTConfig
 
-    args = SFTConfig(
-        **values, bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True}
-    )
+    args = SFTConfig(**values, bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True})
     return BaLoraSFTTrainer(model=tiny_llama(), args=args, processing_class=tokenizer, **extra)
 
 
@@ -75,9 +71,7 @@ def test_the_callers_arguments_stay_as_they_are_and_the_teacher_has_the_same_ker
         str(tmp_path), use_liger_kernel=True, use_cpu=True, report_to=[], liger_kernel_config={"rope": False}
     )
     teacher = tiny_llama()
-    ours = BaLoraTrainer(
-        model=tiny_llama(), args=args, teacher_model=teacher, regularizers=RegularizerConfig(**TERMS)
-    )
+    ours = BaLoraTrainer(model=tiny_llama(), args=args, teacher_model=teacher, regularizers=RegularizerConfig(**TERMS))
     assert args.liger_kernel_config == {"rope": False}
     off = {"rope": False, "fused_linear_cross_entropy": False, "cross_entropy": False}
     assert ours.args.liger_kernel_config == off
