@@ -61,7 +61,7 @@ def of_command_line(arguments: list[str] | None = None) -> Iterator[Finding]:
     for argument in sys.argv[1:] if arguments is None else arguments:
         if argument.startswith("--") and argument[2:].replace("-", "_").startswith(ADAPTER):
             why = "Axolotl drops command-line options of a plug-in's block"
-            yield Finding(argument, None, why, "write it in the YAML", False)
+            yield Finding(argument, None, why, "write it in the YAML")
 
 
 def findings_of(data: dict[str, Any], *, model: bool = True) -> Iterator[Finding]:
@@ -133,9 +133,7 @@ def _names(data: dict[str, Any]) -> Iterator[Finding]:
     adapter = str(data.get("adapter") or "")
     for key in _BLOCK_ONLY:
         if key in data and (adapter == ADAPTER or "ba_lora" in data):
-            yield Finding(
-                key, repr(data[key]), "stands at top level, where it is ignored", f"write ba_lora.{key}", False
-            )
+            yield Finding(key, repr(data[key]), "stands at top level, where it is ignored", f"write ba_lora.{key}")
     if adapter != ADAPTER and adapter.lower().replace("-", "_") in (ADAPTER, "balora"):
         yield Finding("adapter", adapter, "is not an adapter Axolotl or BA-LoRA knows", "did you mean ba_lora?")
     for key in data:
@@ -147,7 +145,7 @@ def _names(data: dict[str, Any]) -> Iterator[Finding]:
         near = difflib.get_close_matches(key, _OURS, n=1, cutoff=0.85)
         if near or key.startswith("lambda"):
             remedy = f"write it as ba_lora.{near[0] if near else nearest_field(key)}"
-            yield Finding(key, repr(data[key]), "stands at top level, where it is ignored", remedy, False)
+            yield Finding(key, repr(data[key]), "stands at top level, where it is ignored", remedy)
 
 
 def _adapter(data: dict[str, Any]) -> Iterator[Finding]:

@@ -84,10 +84,10 @@ def switch_off(cfg: Any) -> None:
         for key in CHOOSING_EXPERTS:
             cfg[key] = {"expert_backend": None, "experts_implementation": "grouped_mm"}.get(key, False)
     if off:
-        logger.warning("BA-LoRA switches off what another part does here, and trains the same: %s", in_words(off))
+        logger.warning("BA-LoRA switches off what another part does here, and trains the same: %s", _in_words(off))
 
 
-def in_words(off: list[SwitchedOff]) -> str:
+def _in_words(off: list[SwitchedOff]) -> str:
     """Returns the keys by what takes their place: `a, b (the reason); c (another)`."""
     by_instead: dict[str, list[str]] = {}
     for key, _, instead in off:
