@@ -25,6 +25,7 @@ from balora_plugin.hosts.axolotl.errors import SettingError
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin, target_modules
 
 from . import yaml_survey
+from .axolotl_run import history, run
 
 ROOT = Path(__file__).parent.parent
 OURS = "balora_plugin.BaLoraPlugin"
@@ -280,3 +281,11 @@ def test_the_survey_counts_our_examples_and_yamls_of_every_kind(tmp_path):
     assert counted and all(each.state == "accepted" for each in counted)
     text = yaml_survey.report(list(outcomes.values()) + ours)
     assert f"{len(counted) + 2} of {len(counted) + 3} work" in text
+
+
+def test_a_run_with_everything_superseded_trains_as_one_without(written, llama):
+    on = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True, "chunked_cross_entropy": True}
+    runs = [run(written(max_steps=2)), run(written(max_steps=2, plugins=[CCE, OURS], cut_cross_entropy=True, **on))]
+    for key in ("loss", "grad_norm", "balora/consistency", "balora/svd"):
+        first, second = (history(trainer, key) for trainer in runs)
+        assert len(first) == 2 and first == second, key
