@@ -349,7 +349,7 @@ WRONG = {
         },
         "write use_reentrant: false",
     ),
-    "compiled_twice": ({"ba_lora": {"compile": True}, "torch_compile": True}, "torch_compile: True"),
+    "compiled_twice": ({"ba_lora": {"compile": True}, "torch_compile": True}, "torch_compile: true"),
     "block_not_a_block": ({"ba_lora": True}, "ba_lora"),
     "negative": ({"ba_lora": {"lambda_svd": -1}}, "lambda_svd"),
     "nan": ({"ba_lora": {"lambda_svd": float("nan")}}, "lambda_svd"),
@@ -370,9 +370,6 @@ WRONG = {
         "ba_lora.compile: true does not work with apply_to: lora",
     ),
     "layout": ({"ba_lora": {"svd_layout": "flattened", "svd_input": "centered_logits"}}, "svd_layout"),
-    "mlp_kernel": ({"lora_mlp_kernel": True}, "lora_mlp_kernel"),
-    "qkv_kernel": ({"lora_qkv_kernel": True}, "lora_qkv_kernel"),
-    "o_kernel": ({"lora_o_kernel": True}, "lora_o_kernel"),
     "rl": ({"rl": "dpo"}, "rl: dpo"),
     "reward_model": ({"reward_model": True}, "reward_model"),
     "flash_in_float32": ({"flash_attention": True}, "flash_attention"),
@@ -398,26 +395,10 @@ WRONG = {
         "peft_init_lora_weights: pissa",
     ),
     "weight_true": ({"ba_lora": {"lambda_svd": True}}, "ba_lora.lambda_svd: true"),
-    "cce_by_default": (
-        {
-            "plugins": [
-                "balora_plugin.BaLoraPlugin",
-                "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
-            ]
-        },
-        "turns cut_cross_entropy on",
-    ),
     "dora": ({"peft_use_dora": True}, "peft_use_dora"),
     "relora": ({"relora": True}, "relora"),
     "eaft": ({"use_eaft": True}, "use_eaft"),
 }
-
-
-@pytest.mark.parametrize("key", checks._REFUSED)
-def test_every_refused_key_is_named(key):
-    with pytest.raises(ValueError, match=f"^{key}: "):
-        checks.check_refused({key: True})
-    checks.check_refused({key: False})
 
 
 @pytest.mark.parametrize(
@@ -507,9 +488,10 @@ def test_a_wrong_yaml_gives_one_clear_line_before_the_model_loads(case, written)
     path = written(**changes)
     result = CliRunner().invoke(cli, ["train", str(path), "--launcher", "python"])
     assert result.exit_code == 1
-    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1, result.output
-    assert words in lines[0]
+    _, _, error = result.output.rpartition("Error: ")
+    assert result.output.count("Error: ") == 1, result.output
+    lines = [line for line in error.splitlines() if words in line]
+    assert lines, result.output
     assert len(lines[0]) < 350  # the longest lists every field of the block
     assert "Traceback" not in result.output
 
@@ -544,20 +526,6 @@ def test_what_only_the_loaded_model_tells_is_one_clear_error_before_the_first_st
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             load_model_and_tokenizer(cfg=load_cfg(str(written(**changes))))
-
-
-@pytest.mark.parametrize(
-    ("plugin", "key"),
-    [
-        ("axolotl.integrations.liger.LigerPlugin", "liger_fused_linear_cross_entropy"),
-        ("axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin", "cut_cross_entropy"),
-    ],
-)
-def test_other_plugins_losses_are_refused(plugin, key, written):
-    path = written(plugins=["balora_plugin.BaLoraPlugin", plugin], **{key: True})
-    with pytest.raises((ValueError, ImportError)) as caught:
-        load_cfg(str(path))
-    assert key in str(caught.value)
 
 
 @pytest.mark.parametrize("option", ["--ba_lora.lambda-svd", "--ba-lora.lambda-svd=0.1", "--ba_lora__lambda_svd"])

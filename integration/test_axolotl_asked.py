@@ -13,7 +13,6 @@ from axolotl.cli.utils import load_model_and_tokenizer
 from axolotl.integrations.base import BasePlugin
 from models import tiny_mixtral
 
-from balora_plugin.hosts.axolotl.checks import check_raw
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin
 
 KERNELS_PLUGIN = "axolotl.integrations.kernels.KernelsPlugin"
@@ -44,7 +43,7 @@ def asking(written, monkeypatch):
     ("block", "words"),
     [
         ({"loftq_config": {"loftq_bits": 4}}, "peft.loftq_config: {'loftq_bits': 4} is a start that BA-LoRA does not"),
-        ({"loftq_config": {}, "use_dora": True}, "peft.use_dora: True is not read by Axolotl"),
+        ({"loftq_config": {}, "use_dora": True}, "peft.use_dora: true is not read by Axolotl"),
         ({"lora_bias": "all"}, "peft.lora_bias: 'all' is not read by Axolotl"),
     ],
 )
@@ -86,27 +85,6 @@ def test_options_that_the_adapter_cannot_have_are_refused_before_the_model_loads
     cfg = load_cfg(str(asking(options)))
     with pytest.raises(ValueError, match=re.escape(words)):
         BaLoraPlugin().pre_model_load(cfg)
-
-
-KERNELS = [
-    {"use_scattermoe": True},
-    {"use_sonicmoe": True},
-    {"expert_backend": "sonicmoe"},
-    {"experts_implementation": "scattermoe"},
-    {"experts_implementation": "deep_ep_sonicmoe"},
-]
-
-
-@pytest.mark.parametrize("adapter", [{"adapter": "ba_lora"}, {"adapter": "lora", "ba_lora": {"apply_to": "lora"}}])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: "-".join(map(str, kernel.items())))
-def test_kernels_that_read_the_adapter_of_experts_are_refused(kernel, adapter):
-    values = {"lora_r": 4, "lora_alpha": 4, "lora_target_modules": ["q_proj"], **adapter}
-    parameters = {"lora_target_parameters": ["mlp.experts.gate_up_proj"]}
-    key, value = next(iter(kernel.items()))
-    with pytest.raises(ValueError, match=rf"{key}: {str(value).lower()} with lora_target_parameters: .*grouped_mm"):
-        check_raw({**values, **kernel, **parameters})
-    check_raw({**values, **kernel})  # adapters elsewhere are none of its business
-    check_raw({**values, **parameters, "experts_implementation": "grouped_mm", "use_scattermoe": False})
 
 
 def test_experts_that_peft_targets_by_their_old_names_count_too(written, tmp_path, workspace):

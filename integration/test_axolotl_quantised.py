@@ -270,7 +270,7 @@ def test_a_base_stored_by_another_method(written, tmp_path):
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"load_in_4bit: true contradicts base_model: .* stored as fp8"):
+    with pytest.raises(ValueError, match=r"base_model: .* is stored as fp8, from which"):
         loaded(written(base_model=str(tmp_path / "gptq"), **FOUR))
 
 

@@ -180,7 +180,6 @@ WRONG = {
     ),
     "teacher alone": (lambda: {"teacher_model": tiny_llama()}, "teacher_model is given|pass regularizers"),
     "label smoothing": (lambda: {**adapter(), "label_smoothing_factor": 1.5}, "label_smoothing_factor=1.5|from 0 to 1"),
-    "kernels": (lambda: {**adapter(), "use_liger_kernel": True}, "use_liger_kernel=True|set it to False"),
     "loss function": (lambda: {**adapter(), "compute_loss_func": lambda *a, **k: 0}, "compute_loss_func|remove it"),
     "compiled twice": (
         lambda: {**adapter(compile=True), "torch_compile": True},

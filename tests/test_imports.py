@@ -14,7 +14,7 @@ import balora_plugin
 ROOT = Path(__file__).parents[1]
 # each may import what stands above it, and itself; docs/design/ says what each is for
 LAYERS = (
-    ("_version", "atomic", "distributed", "finite", "settings"),
+    ("_version", "atomic", "distributed", "findings", "finite", "settings"),
     ("consistency",),
     ("config", "schedules", "regularizers"),
     ("fused",),
@@ -36,6 +36,7 @@ TREES = ("balora_plugin", "benchmarks", "studies", "integration")
 # third-party packages a part may import, where fewer than the plug-in needs
 ALONE = {
     "_version": set(),
+    "findings": set(),
     "settings": set(),
     "consistency": {"torch"},
     "consistency.__init__": set(),

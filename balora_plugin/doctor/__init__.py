@@ -2,6 +2,6 @@
 
 from .machine import Machine, look
 from .report import Line, Report, about
-from .requested import Problem, problems
+from .requested import problems
 
-__all__ = ["Line", "Machine", "Problem", "Report", "about", "look", "problems"]
+__all__ = ["Line", "Machine", "Report", "about", "look", "problems"]

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..findings import Finding
 from ..pretrained.attention import FLASH, attention_of, flash_lacks
 from . import versions
 from .machine import Machine
-from .requested import Problem, problems
+from .requested import problems
 from .versions import ABSENT, BOUNDS, NEWER, OLD
 
 TOGETHER = (
@@ -35,7 +36,7 @@ class Report:
 
     lines: list[Line]
     config: str | None = None
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)
 
     @property
     def usable(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..findings import Finding
 from ..pretrained.attention import FLAGS, attention_of, flash_lacks, is_flash
 from . import versions
 from .machine import Machine
@@ -14,25 +15,12 @@ PLUGIN = "balora_plugin.BaLoraPlugin"
 NEEDS = {"xformers": ("xformers", "xformers"), "sage": ("sageattention", "sageattention")}  # module, pip's name
 
 
-class Problem(NamedTuple):
-    """One setting that cannot run here."""
-
-    key: str
-    value: Any
-    why: str
-    remedy: str
-
-    def __str__(self) -> str:
-        value = "" if self.value is None else f" {str(self.value).lower() if self.value is True else self.value}"
-        return f"{self.key}:{value} {self.why}{self.remedy and f': {self.remedy}'}"
-
-
 def for_axolotl(values: dict[str, Any]) -> bool:
     """Returns whether a YAML is one that Axolotl is to run: plain keys have no base_model."""
     return "base_model" in values
 
 
-def problems(values: dict[str, Any], machine: Machine) -> list[Problem]:
+def problems(values: dict[str, Any], machine: Machine) -> list[Finding]:
     """Returns everything in a YAML that cannot run on `machine`.
 
     Args:
@@ -46,21 +34,21 @@ def problems(values: dict[str, Any], machine: Machine) -> list[Problem]:
     return found
 
 
-def _hosts(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+def _hosts(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     if for_axolotl(values) and not machine.has("axolotl"):
-        yield Problem(
+        yield Finding(
             "base_model", values["base_model"], "needs Axolotl, which is not installed", versions.remedy("axolotl")
         )
     if values.get("adapter") == "ba_lora" and PLUGIN not in (values.get("plugins") or []):
-        yield Problem("adapter", "ba_lora", "is this plug-in's, and no line names it", f"write plugins: [{PLUGIN}]")
+        yield Finding("adapter", "ba_lora", "is this plug-in's, and no line names it", f"write plugins: [{PLUGIN}]")
 
 
-def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     key, value, name = attention_of(values)
     instead = "write attn_implementation: sdpa"
     for flag in FLAGS if key == "attn_implementation" else ():
         if values.get(flag):
-            yield Problem(
+            yield Finding(
                 flag, values[flag], f"stands beside {key}: {value}, and Axolotl takes one line alone", "remove it"
             )
     if is_flash(name):
@@ -68,41 +56,41 @@ def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
         lacks = flash_lacks(name, device, machine.capability, machine.modules.__contains__)
         if lacks is not None:
             instead = instead if key == "attn_implementation" else f"{instead} in its place"
-            yield Problem(key, value, lacks[0], f"{lacks[1]}, or {instead}" if lacks[1] else instead)
+            yield Finding(key, value, lacks[0], f"{lacks[1]}, or {instead}" if lacks[1] else instead)
         half = values.get("bf16", "auto") or values.get("fp16") or values.get("bfloat16") or values.get("float16")
         if not half and lacks is None:
-            yield Problem(key, value, "computes in half precision alone, this run in float32", "write bf16: true")
+            yield Finding(key, value, "computes in half precision alone, this run in float32", "write bf16: true")
     elif name in NEEDS and NEEDS[name][0] not in machine.modules:
         package = NEEDS[name][1]
-        yield Problem(key, value, f"needs the package {package}", f"pip install {package}, or {instead}")
+        yield Finding(key, value, f"needs the package {package}", f"pip install {package}, or {instead}")
     elif name == "flex_attention" and machine.device == "cpu":
-        yield Problem(key, value, "has no backward pass on a CPU", instead)
+        yield Finding(key, value, "has no backward pass on a CPU", instead)
 
 
-def _precision(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+def _precision(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     without = machine.device == "cpu" and not values.get("use_cpu")
     for key in ("bf16", "bfloat16"):
         if values.get(key) is True and without:
-            yield Problem(key, True, "needs a GPU, and there is none here", f"write {key}: false")
+            yield Finding(key, True, "needs a GPU, and there is none here", f"write {key}: false")
         elif values.get(key) is True and machine.device != "cpu" and not machine.bf16:
-            yield Problem(key, True, f"is not computed by {machine.name}", f"write {key}: false and fp16: true")
+            yield Finding(key, True, f"is not computed by {machine.name}", f"write {key}: false and fp16: true")
     for key in ("fp16", "float16"):
         if values.get(key) is True and without:
-            yield Problem(key, True, "needs a GPU, and there is none here", f"write {key}: false")
+            yield Finding(key, True, "needs a GPU, and there is none here", f"write {key}: false")
     if for_axolotl(values) and without and values.get("bf16", "auto") == "auto" and values.get("fp16") is None:
-        yield Problem(
+        yield Finding(
             "bf16",
             "auto",
             "becomes fp16: true where there is no GPU, which needs one",
             "write bf16: false, fp16: false",
         )
     if values.get("tf32") is True and (machine.capability or (0, 0)) < (8, 0):
-        yield Problem("tf32", True, "needs a CUDA device of compute capability 8.0 or more", "write tf32: false")
+        yield Finding("tf32", True, "needs a CUDA device of compute capability 8.0 or more", "write tf32: false")
     if values.get("fp8") and (machine.capability or (0, 0)) < (8, 9):
-        yield Problem("fp8", values["fp8"], "needs a CUDA device of compute capability 8.9 or more", "remove it")
+        yield Finding("fp8", values["fp8"], "needs a CUDA device of compute capability 8.9 or more", "remove it")
 
 
-def _quantisation(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+def _quantisation(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     optimizer = str(values.get("optimizer") or values.get("optim") or "")
     lines: list[tuple[str, Any]] = [(key, True) for key in ("load_in_4bit", "load_in_8bit") if values.get(key) is True]
     if "8bit" in optimizer or "bnb" in optimizer:
@@ -112,20 +100,20 @@ def _quantisation(values: dict[str, Any], machine: Machine) -> Iterator[Problem]
     command = versions.remedy("bitsandbytes")
     for key, value in lines:
         instead = f"write {key}: false" if value is True else f"write {key}: adamw_torch"
-        yield Problem(key, value, f"needs bitsandbytes, which {machine.bitsandbytes}", f"{command}, or {instead}")
+        yield Finding(key, value, f"needs bitsandbytes, which {machine.bitsandbytes}", f"{command}, or {instead}")
 
 
-def _compiling(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+def _compiling(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     block = _block(values)
     how = block.get("compile") or values.get("compile")
     key = "ba_lora.compile" if block.get("compile") else "compile" if how in (True, "layers") else None
     bring = "apt install g++" if machine.device == "cpu" else "pip install triton, apt install gcc"
     if key is not None and machine.compiler is None:
-        yield Problem(key, how, "has no compiler here, so it would run eagerly", f"{bring}, or remove it")
+        yield Finding(key, how, "has no compiler here, so it would run eagerly", f"{bring}, or remove it")
     backend = values.get("torch_compile_backend") or ("inductor" if values.get("torch_compile") is True else None)
     padded = not (values.get("sample_packing") or values.get("packing") or values.get("padding_free"))
     if (how is True or backend == "ba_lora") and how != "layers" and is_flash(attention_of(values)[2]) and padded:
-        yield Problem(
+        yield Finding(
             key or "torch_compile_backend",
             how or backend,
             "makes no graph of padded batches under flash attention, so it would run eagerly",
@@ -135,18 +123,18 @@ def _compiling(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
         return
     name = "torch_compile_backend" if values.get("torch_compile_backend") else "torch_compile"
     if backend not in machine.backends:
-        yield Problem(name, backend, "is no backend here", f"write one of {_some(machine.backends)}")
+        yield Finding(name, backend, "is no backend here", f"write one of {_some(machine.backends)}")
     elif backend in ("inductor", "ba_lora") and machine.compiler is None:
-        yield Problem(name, values[name], "has no compiler here", f"{bring}, or remove it")
+        yield Finding(name, values[name], "has no compiler here", f"{bring}, or remove it")
 
 
-def _engines(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+def _engines(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     value = values.get("deepspeed")
     if value and not machine.has("deepspeed"):
-        yield Problem("deepspeed", _brief(value), "needs the package deepspeed", "pip install deepspeed")
+        yield Finding("deepspeed", _brief(value), "needs the package deepspeed", "pip install deepspeed")
 
 
-def _paths(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
+def _paths(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     """Finds paths that look local and are not there; names on the hub are not looked up."""
     block = _block(values)
     named = [(key, values.get(key)) for key in ("base_model", "lora_model_dir", "resume_from_checkpoint", "deepspeed")]
@@ -158,7 +146,7 @@ def _paths(values: dict[str, Any], machine: Machine) -> Iterator[Problem]:
                 named.append((f"{key}[{index}].path", entry.get("path")))
     for key, value in named:
         if isinstance(value, str) and looks_local(value) and not os.path.exists(os.path.expanduser(value)):
-            yield Problem(key, value, "does not exist", "write a path that does (relative ones count from here)")
+            yield Finding(key, value, "does not exist", "write a path that does (relative ones count from here)")
 
 
 def looks_local(name: str) -> bool:
@@ -167,16 +155,11 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name) or name.endswith(ends)
 
 
-def _of_the_plugin(values: dict[str, Any], known: set[str]) -> list[Problem]:
-    """Returns the first finding of the plug-in's own checks, if it is about another key."""
+def _of_the_plugin(values: dict[str, Any], known: set[str]) -> list[Finding]:
+    """Returns the findings of the plug-in's own checks that are about other keys."""
     from ..hosts.axolotl.plugin import BaLoraPlugin
 
-    try:
-        BaLoraPlugin.check(values)
-    except ValueError as error:
-        key, _, rest = str(error).partition(":")
-        return [] if key in known else [Problem(key, None, rest.strip(), "")]
-    return []
+    return [finding for finding in BaLoraPlugin.findings(values) if finding.key not in known]
 
 
 def _block(values: dict[str, Any]) -> dict[str, Any]:

@@ -109,8 +109,8 @@ class RunState:
         return isinstance(self.adapter, BaLoraConfig)
 
     def inputs(self, batch: Inputs) -> Inputs:
-        """Returns what a batch gives to the model's forward: without a host's notes to itself, which begin with _."""
-        plain = {key: value for key, value in batch.items() if not key.startswith("_")}
+        """Returns what a batch gives to the model's forward: without a host's notes to itself and to Liger's loss."""
+        plain = {key: value for key, value in batch.items() if not key.startswith("_") and key != "skip_logits"}
         return self.extend(without_crossings(plain))
 
     def logits_of(self, hidden: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .compiling import Asked, compiled_passes
 from .fill_cache import open_run_cache
 from .finite_guard import FiniteGuard
 from .host import HostTrainer
+from .liger import give_kernels, without_losses
 from .metrics import TermMetrics
 from .packing_probe import PackingProbe
 from .resuming import NothingLeft
@@ -86,6 +87,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     warn = WarnOnce()
     bare = host.model.get_base_model() if isinstance(host.model, PeftModel) else host.model
     config = _check(host, bare, adapter, regularizers, given)
+    host.args = without_losses(host.args, warn)
     if not host.ba_lora_head_checked and config.task == "nlg":
         check_head(bare)
     protect_weights(bare)  # a base under another adapter too
@@ -164,5 +166,6 @@ def _ready_teacher(host: HostTrainer, bare: Any, config: RegularizerConfig, teac
         if config.task == "nlg":
             check_head(teacher)
         check_same_attention(bare, teacher)
+        give_kernels(teacher, host.args)
         teacher.requires_grad_(False).eval().to(host.args.device)
     return teacher

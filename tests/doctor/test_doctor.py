@@ -339,7 +339,7 @@ def test_the_plugins_own_checks_are_asked_too(tmp_path):
     for changes, key, words in (
         ({"ba_lora": {"lambda_svdd": 0.1}}, "ba_lora.lambda_svdd", "did you mean lambda_svd?"),
         ({"lora_r": None}, "lora_r", "write for example lora_r: 16"),
-        ({"lora_mlp_kernel": True}, "lora_mlp_kernel", "set it to false"),
+        ({"relora": True}, "relora", "remove it (changes what is trained)"),
     ):
         (found,) = problems({**values, **changes}, here)
         assert found.key == key and words in str(found)

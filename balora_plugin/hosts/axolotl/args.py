@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, create_model, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from ...config import RegularizerConfig
+from ...findings import Finding
 from ...settings import Setting, settings_of
 from .checks import HOST_KEYS, check_raw, nearest_field
 
@@ -69,23 +71,8 @@ class BaLoraBlock(_Settings):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise ValueError(f"ba_lora: {data!r} must be a block of settings, or absent.")
-        flags = {"compile", *(name for name, known in _SETTINGS.items() if known.kind == "flag")}
-        for key, value in data.items():
-            if isinstance(value, bool) and key not in flags:  # pydantic would make a weight of 1.0 of it
-                raise ValueError(f"ba_lora.{key}: {str(value).lower()} is no value for it: write a number or a name.")
-            if key == "compile" and value not in (True, False, "layers"):
-                raise ValueError(f"ba_lora.compile: {value!r} is no way to compile: write true, false or layers.")
-            if key not in cls.model_fields:
-                near = nearest_field(str(key))
-                if str(key) in ("r", "alpha", "dropout") or str(key).startswith(("lora_", "peft_")):
-                    hint = f"the adapter's own keys stand at top level: write {_top_level(str(key))} there."
-                elif near:
-                    hint = f"did you mean {near}?"
-                else:
-                    hint = "axolotl ba-lora schema prints what there is."
-                raise ValueError(f"ba_lora.{key}: {data[key]!r} is not a setting: {hint}")
+        for finding in _unknown(data):
+            raise ValueError(finding.sentence())
         return data
 
     @model_validator(mode="after")
@@ -101,6 +88,53 @@ class BaLoraBlock(_Settings):
     def regularizers(self) -> RegularizerConfig:
         """The settings as the core takes them."""
         return RegularizerConfig.from_dict(self.model_dump(exclude=set(HOST_KEYS)))
+
+
+def _unknown(block: Any) -> Iterator[Finding]:
+    """Finds keys of a block that it does not have, and values that pydantic would make something else of."""
+    if not isinstance(block, dict):
+        yield Finding("ba_lora", repr(block), "must be a block of settings, or absent")
+        return
+    flags = {"compile", *(name for name, known in _SETTINGS.items() if known.kind == "flag")}
+    for key, value in block.items():
+        name = f"ba_lora.{key}"
+        if key not in BaLoraBlock.model_fields:
+            near = nearest_field(str(key))
+            if str(key) in ("r", "alpha", "dropout") or str(key).startswith(("lora_", "peft_")):
+                hint = f"the adapter's own keys stand at top level: write {_top_level(str(key))} there"
+            elif near:
+                hint = f"did you mean {near}?"
+            else:
+                hint = "axolotl ba-lora schema prints what there is"
+            yield Finding(name, repr(value), "is not a setting", hint)
+        elif isinstance(value, bool) and key not in flags:  # pydantic would make a weight of 1.0 of it
+            yield Finding(name, value, "is no value for it", "write a number or a name")
+        elif key == "compile" and value not in (True, False, "layers"):
+            yield Finding(name, repr(value), "is no way to compile", "write true, false or layers")
+
+
+def of_block(block: Any, task: str) -> Iterator[Finding]:
+    """Finds everything that is wrong in a `ba_lora:` block as it was written; `task`: nlg or nlu."""
+    if block is None:
+        return
+    unknown = list(_unknown(block))
+    yield from unknown
+    if unknown:
+        return
+    try:
+        BaLoraBlock.model_validate(block).regularizers().resolved(task)
+    except ValidationError as error:
+        yield from map(_of_pydantic, error.errors())
+    except ValueError as error:
+        yield Finding.of_error(str(error))
+
+
+def _of_pydantic(error: Any) -> Finding:
+    where = ".".join(["ba_lora", *map(str, error["loc"])])
+    message = error["msg"].removeprefix("Value error, ")
+    if message.startswith("ba_lora"):
+        return Finding.of_error(message)
+    return Finding(where, f"{error['input']!r}:", message.removesuffix("."))
 
 
 class BaLoraArgs(BaseModel):

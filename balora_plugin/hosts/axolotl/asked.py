@@ -2,61 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 from ...adapter.config import BaLoraConfig
+from ...findings import Finding
+from .superseded import expert_kernels
 
 _STARTS = "write peft_init_lora_weights: pissa, pissa_fast or true (over a quantised base too: load_in_4bit: true)"
-_EXPERT_KERNELS = ("scattermoe", "sonicmoe")
-_CHOOSING = ("expert_backend", "experts_implementation", "use_scattermoe", "use_sonicmoe")
 
 
-def check_peft_block(data: Any) -> None:
-    """Refuses what stands under `peft:`, of which nothing would reach the adapter.
-
-    Raises:
-        ValueError: names the key, its value and what to write.
-    """
+def peft_block(data: Any) -> Iterator[Finding]:
+    """Finds what stands under `peft:`, of which nothing would reach the adapter."""
     block = data.get("peft")
     for key, value in block.items() if isinstance(block, Mapping) else ():
+        value = dict(value) if isinstance(value, Mapping) else value
         if key == "loftq_config" and value:
-            value = dict(value) if isinstance(value, Mapping) else value
-            raise ValueError(f"peft.loftq_config: {value} is a start that BA-LoRA does not make: remove it, {_STARTS}.")
-        if value not in (None, False, {}, []):
-            raise ValueError(
-                f"peft.{key}: {value!r} is not read by Axolotl: write the adapter's own key at top level (lora_..., "
-                "peft_...), or remove it."
+            yield Finding(
+                "peft.loftq_config", value, "is a start that BA-LoRA does not make", f"remove it, {_STARTS}", True
             )
+        elif value not in (None, False, {}, []):
+            remedy = "write the adapter's own key at top level (lora_..., peft_...), or remove it"
+            yield Finding(f"peft.{key}", _quoted(value), "is not read by Axolotl", remedy)
 
 
-def expert_kernel(data: Any) -> str:
-    """Returns the line of a YAML that chooses kernels for experts which read lora_A and lora_B; empty without one."""
-    for key in _CHOOSING:
-        value = data.get(key)
-        if value is True or any(name in str(value) for name in _EXPERT_KERNELS):
-            return f"{key}: {str(value).lower()}"
-    return ""
+def _quoted(value: Any) -> Any:
+    return repr(value) if isinstance(value, str) else value
 
 
 def check_expert_kernel(data: Any, parameters: Any) -> None:
     """Refuses kernels that read lora_A and lora_B of adapted expert parameters past the layer's forward.
 
+    The last look, at the adapter itself: where the YAML tells, [`superseded.switch_off`] has turned them off.
+
     Args:
-        data: The YAML, written or validated.
+        data: The final config.
         parameters: The names of the adapted parameters; empty without any.
 
     Raises:
         ValueError: names both settings and what to write.
     """
-    line = expert_kernel(data)
-    if line and parameters:
-        raise ValueError(
-            f"{line} with lora_target_parameters: {list(parameters)}: these kernels read lora_A and lora_B themselves "
-            "and would leave out the frozen factors and the teacher: write experts_implementation: grouped_mm, or "
-            "adapt no experts."
+    lines = expert_kernels(data)
+    if lines and parameters:
+        key, value = lines[0]
+        why = (
+            f"with lora_target_parameters: {list(parameters)}: these kernels read lora_A and lora_B themselves and "
+            "would leave out the frozen factors and the teacher"
         )
+        remedy = "write experts_implementation: grouped_mm, or adapt no experts"
+        raise ValueError(Finding(key, value, why, remedy).sentence())
 
 
 def options_of_plugins(cfg: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import DataCollatorWithPadding, GenerationConfig, set_seed
 
 from ...classification.data import columns_of, tokenised
 from ...classification.scores import scores
+from ...findings import Finding
 from ...pretrained.classifier_head import head_names
 
 logger = logging.getLogger("axolotl.balora_plugin")
@@ -133,44 +135,38 @@ def set_up_trainer(cfg: Any, trainer: Any) -> None:
         trainer.compute_metrics = scores
 
 
-def check(data: dict[str, Any], block: dict[str, Any]) -> None:
-    """What in a YAML contradicts a classification run, or is one by half.
-
-    Raises:
-        ValueError: names the key, its value and what to write.
-    """
-    classifies = is_classification(data)
+def of_classification(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
+    """Finds what in a YAML contradicts a classification run, or is one by half; `block`: its `ba_lora:`."""
     model_type = data.get("model_type") or data.get("type_of_model")
-    if block.get("task") == "nlu" and not classifies:
-        raise ValueError(
-            f"ba_lora.task: nlu with model_type: {model_type}: write model_type: AutoModelForSequenceClassification "
-            "and num_labels."
-        )
-    if not classifies:
+    beside = f"with model_type: {model_type}"
+    if not is_classification(data):
+        if block.get("task") == "nlu":
+            remedy = "write model_type: AutoModelForSequenceClassification and num_labels"
+            yield Finding("ba_lora.task", "nlu", beside, remedy)
         for key in ("text_columns", "label_column"):
             if block.get(key):
-                raise ValueError(f"ba_lora.{key}: {block[key]!r} is for classification: remove it.")
+                yield Finding(f"ba_lora.{key}", repr(block[key]), "is for classification", "remove it", False)
         return
     if block.get("task") == "nlg":
-        raise ValueError(f"ba_lora.task: nlg with model_type: {model_type}, which classifies: write nlu.")
+        yield Finding("ba_lora.task", "nlg", f"{beside}, which classifies", "write nlu")
     if block.get("compile"):
-        raise ValueError(f"ba_lora.compile: {str(block['compile']).lower()} is for causal language models: remove it.")
+        yield Finding("ba_lora.compile", block["compile"], "is for causal language models", "remove it", False)
     labels = data.get("num_labels")
     if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
-        raise ValueError(f"num_labels: {labels} must be the number of classes, or 1 for regression.")
+        yield Finding("num_labels", str(labels), "must be the number of classes, or 1 for regression")
     if data.get("deepspeed"):  # and fsdp, which is refused for all models
-        raise ValueError(
-            f"deepspeed: {data['deepspeed']} does not work with model_type: {model_type}, whose teacher's head it "
-            "would not restore: remove it; several GPUs train it with DDP."
-        )
+        why = f"does not work {beside}, whose teacher's head it would not restore"
+        yield Finding("deepspeed", data["deepspeed"], why, "remove it; several GPUs train it with DDP", False)
     for key in _NOT_HERE:
         if data.get(key):
-            raise ValueError(f"{key}: {data[key]} does not work with model_type: {model_type}: remove it.")
+            yield Finding(key, data[key], f"does not work {beside}", "remove it")
     for entry in [*(data.get("datasets") or []), *(data.get("test_datasets") or [])]:
         if isinstance(entry, dict) and entry.get("type") not in (None, "classification"):
-            raise ValueError(
-                f"datasets: type: {entry['type']} of {entry.get('path')} is a prompt format, which a classifier does "
-                "not read: remove the line (text and label columns: ba_lora.text_columns, ba_lora.label_column)."
+            yield Finding(
+                "datasets",
+                f"type: {entry['type']}",
+                f"of {entry.get('path')} is a prompt format, which a classifier does not read",
+                "remove the line (text and label columns: ba_lora.text_columns, ba_lora.label_column)",
             )
 
 

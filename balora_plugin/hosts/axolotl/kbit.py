@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...pretrained.quantised import is_quantised_linear
-from .checks import LOAD_IN
+from .quantisation import LOAD_IN
 
 logger = logging.getLogger("axolotl.balora_plugin")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.loaders.adapter import find_all_linear_names
 from peft import TaskType
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,27 +23,18 @@ from ...checkpoint.lock import only_run
 from ...checkpoint.names import STATE_FILE
 from ...checkpoint.settings import read_settings
 from ...config import RegularizerConfig
+from ...findings import Finding
 from ...pretrained.classifier_head import is_classifier
 from ...pretrained.lm_head import check_head
 from ...training.checks.model import resolve
 from . import classification, kbit
-from .args import BaLoraBlock
+from .args import BaLoraBlock, of_block
 from .asked import check_expert_kernel, options_of_plugins
-from .checks import (
-    ADAPTER,
-    KERNELS,
-    SettingError,
-    active,
-    as_setting_errors,
-    attention_setting,
-    check_attention_here,
-    check_command_line,
-    check_raw,
-    check_refused,
-    compiles_whole,
-    one_line_errors,
-    reentrant_of,
-)
+from .checks import ADAPTER, active, findings_of, of_command_line
+from .engine import attention_here, attention_setting, compiles_whole, reentrant_of
+from .errors import SettingError, as_setting_errors, one_line_errors, refuse
+from .refusals import other_trainers, refused
+from .superseded import still_on, switch_off
 
 _KWARGS = "gradient_checkpointing_kwargs"
 logger = logging.getLogger("axolotl.balora_plugin")  # below Axolotl's own, whose handlers print it
@@ -58,38 +49,25 @@ class BaLoraPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Called with the YAML as written, before validation."""
         one_line_errors()
+        values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
+        refuse([*of_command_line(), *self.findings(values)])
         with as_setting_errors():
-            check_command_line()
-            values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
-            self.check(values)
             if values.get("adapter") == ADAPTER:
                 kbit.ask_for_quantisation(cfg)
             if classifies(cfg):
                 classification.merge_by_model(cfg)
         self._inference, self._attention = bool(cfg.get("inference")), attention_setting(values)
         if active(cfg):
-            for key in KERNELS:  # Axolotl turns them on by itself for adapter: lora where they are not set
-                if cfg.get(key) is None:
-                    cfg[key] = False
+            switch_off(cfg)
             if cfg.get("gradient_checkpointing") and compiles_whole(values) and not reentrant_of(values):
                 # Axolotl's own default is the reentrant kind, which no graph of a model can hold
                 cfg["gradient_checkpointing_kwargs"] = {**(values.get(_KWARGS) or {}), "use_reentrant": False}
 
     @staticmethod
-    def check(values: dict[str, Any]) -> None:
-        """What a YAML as it was written would train otherwise than it says; needs no model and no data.
-
-        Raises:
-            SettingError: a ValueError, for the first such setting: key, value, remedy.
-        """
-        with as_setting_errors():
-            check_raw(values)
-            if values.get("ba_lora") is not None:
-                try:
-                    block = BaLoraBlock.model_validate(values["ba_lora"])
-                except ValidationError as error:
-                    raise SettingError(_one_line(error)) from None
-                block.regularizers().resolved("nlu" if classification.is_classification(values) else "nlg")
+    def findings(values: dict[str, Any]) -> Iterator[Finding]:
+        """Finds what a YAML as it was written would train otherwise than it says; needs no weights and no data."""
+        yield from findings_of(values)
+        yield from of_block(values.get("ba_lora"), "nlu" if classification.is_classification(values) else "nlg")
 
     def get_input_args(self) -> str:
         return "balora_plugin.hosts.axolotl.args.BaLoraArgs"
@@ -101,8 +79,8 @@ class BaLoraPlugin(BasePlugin):
         """The final config: what Axolotl's validation and other plug-ins' defaults made of the YAML."""
         with as_setting_errors():
             if active(cfg):
-                check_refused(cfg)
-                check_attention_here(cfg, self._attention or attention_setting(cfg))
+                here = attention_here(cfg, self._attention or attention_setting(cfg))
+                refuse([*refused(cfg), *still_on(cfg), *here, *other_trainers(cfg, BaLoraPlugin)])
                 check_alone(cfg)
             if cfg.adapter or active(cfg):
                 check_resumed(cfg)
@@ -332,7 +310,9 @@ def target_modules(cfg: Any, model: PreTrainedModel) -> str | list[str] | None:
     if not cfg.lora_target_linear:
         return modules if isinstance(modules, str) else list(modules)
     named = [modules] if isinstance(modules, str) else list(modules)
-    return sorted({*named, *find_all_linear_names(model)})
+    head = model.get_output_embeddings()  # by what it is: Axolotl's table of names is older than transformers 5
+    heads = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+    return sorted({*named, *(set(find_all_linear_names(model)) - heads)})
 
 
 def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
@@ -362,14 +342,6 @@ def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
         **{key: _plain(value) for key, value in optional.items() if value},
     }
     return BaLoraConfig(**{**given, **options_of_plugins(cfg)})
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first of pydantic's findings: key, value, what is allowed."""
-    first = error.errors()[0]
-    where = ".".join(["ba_lora", *map(str, first["loc"])])
-    message = first["msg"].removeprefix("Value error, ")
-    return message if message.startswith("ba_lora") else f"{where}: {first['input']!r}: {message}."
 
 
 def _plain(value: Any) -> Any:

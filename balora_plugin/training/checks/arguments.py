@@ -23,11 +23,6 @@ def check_arguments(args: Any) -> None:
     Raises:
         ValueError: names the argument, its value and what to write.
     """
-    if getattr(args, "use_liger_kernel", None):
-        raise ValueError(
-            f"use_liger_kernel={args.use_liger_kernel!r} does not work with BA-LoRA: it replaces the forward that "
-            "computes the terms; set it to False."
-        )
     task_form_of(args)
     if getattr(args, "n_gpu", 1) > 1:
         raise ValueError(
