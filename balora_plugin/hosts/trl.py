@@ -155,7 +155,7 @@ def _tokenizer_of_template(args: Any) -> str | None:
     return None if path is None or (os.path.isfile(path) and path.endswith((".jinja", ".j2"))) else path
 
 
-def _with_template(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any]:
+def _with_template(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any]:
     """Clones another tokenizer's template as TRL does, but before the model is wrapped.
 
     TRL's resizing, though it changes no size, sets requires_grad of all that is inside modules_to_save.
