@@ -138,14 +138,14 @@ def _check_settings(
         path = as_path("chat_template_path", getattr(args, "chat_template_path", None))
         if path is not None:
             args.chat_template_path = path  # TRL takes text alone
-    if isinstance(kwargs.get("processing_class"), ProcessorMixin):
-        raise ValueError(
-            "processing_class is a multimodal processor: BA-LoRA does not train vision-language models yet; pass the "
-            "tokenizer of a text-only model."
-        )
     check_loss_function(kwargs.get("compute_loss_func"), PLAIN_TASK)
     template = _tokenizer_of_template(args)
     if template is not None:
+        if isinstance(kwargs.get("processing_class"), ProcessorMixin):
+            raise ValueError(
+                f"chat_template_path={template!r} is a tokenizer, whose template TRL cannot clone into a multimodal "
+                "processor: write it to a .jinja file, and name that."
+            )
         _check_template(template, model, kwargs.get("processing_class"))
 
 
@@ -225,9 +225,6 @@ def _load(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any
         settings["quantization_config"] = quantization
     settings.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
     source = {key: settings[key] for key in ("trust_remote_code", "revision") if settings.get(key) is not None}
-    config = AutoConfig.from_pretrained(model, **source)
-    if hasattr(config, "vision_config"):
-        raise ValueError(f"model={model!r} is a vision-language model, which BA-LoRA does not train yet.")
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         settings["device_map"] = None
     loaded = create_model_from_path(model, **settings)
