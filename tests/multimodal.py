@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import VOCABULARY
+from models import VOCABULARY, character_tokenizer
 
-IMAGE = VOCABULARY - 1  # the placeholder of an image's features
-START, END, VIDEO = VOCABULARY - 2, VOCABULARY - 3, VOCABULARY - 4
+VIDEO, START, IMAGE, END = range(VOCABULARY - 4, VOCABULARY)  # IMAGE: the placeholder of an image's features
 LENGTH = 24
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -263,3 +262,28 @@ def image_batch(name: str, seed: int = 3) -> dict[str, torch.Tensor]:
     else:
         batch["pixel_values"] = square
     return batch
+
+
+def tiny_processor(name: str) -> Any:
+    """A family's own processor for images of 8 x 8 over the character tokenizer; needs PIL, no torchvision."""
+    from transformers import PreTrainedTokenizerFast
+
+    plain = character_tokenizer()
+    values = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    named = {"boi_token": "<start>", "image_token": "<image>", "eoi_token": "<end>"}  # START, IMAGE, END
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer, **values, extra_special_tokens=named)
+    if name == "gemma3":
+        from transformers.models.gemma3 import Gemma3ImageProcessorPil, Gemma3Processor
+
+        return Gemma3Processor(Gemma3ImageProcessorPil(size={"height": 8, "width": 8}), tokenizer, image_seq_length=4)
+    from transformers.models.clip import CLIPImageProcessorPil
+    from transformers.models.llava import LlavaProcessor
+
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
