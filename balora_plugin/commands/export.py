@@ -162,7 +162,9 @@ def _export(args: argparse.Namespace, adapter: Adapter) -> None:
         return
     with writing(args.output, overwrite=args.overwrite) as directory:
         lora_file.write_adapter(changed, directory, _origin(adapter, lost))
-        _write_card(directory, exported(changed, lost, quantization=(adapter.origin or {}).get("base_quantization")))
+        origin = adapter.origin or {}
+        how = {"quantization": origin.get("base_quantization"), "trained": origin.get("base_class")}
+        _write_card(directory, exported(changed, lost, **how))
 
 
 def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
@@ -200,7 +202,10 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
         else:
             tokenizer.save_pretrained(directory)
         quantization = base.quantization if base.dequantised else None
-        _write_card(directory, exported(adapter, lost, merged_into=args.base, quantization=quantization))
+        trained = (adapter.origin or {}).get("base_class")
+        _write_card(
+            directory, exported(adapter, lost, merged_into=args.base, quantization=quantization, trained=trained)
+        )
 
 
 def _yardstick(args: argparse.Namespace, model: Any) -> Yardstick | None:
@@ -223,7 +228,7 @@ def _origin(adapter: Adapter, lost: Lost) -> dict[str, Any]:
     from .._version import __version__
 
     origin = adapter.origin or {}
-    keys = ("base_sha256", "base_dtype", "base_quantization", "base_digests")
+    keys = ("base_class", "base_sha256", "base_dtype", "base_quantization", "base_digests")
     values = {"exported_by": f"balora-plugin {__version__}", "error": lost.errors.total}
     if lost.loss is not None:
         values |= {"kl": lost.loss.kl, "kl_moved": lost.loss.moved}

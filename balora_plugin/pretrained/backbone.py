@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
@@ -64,6 +65,11 @@ def is_multimodal(model: Any) -> bool:
     if not getattr(config, "sub_configs", None) or getattr(config, "is_encoder_decoder", False):
         return False
     return config.get_text_config() is not config
+
+
+def is_multimodal_class(name: str | None) -> bool:
+    """Returns whether transformers has a class of this name that AutoModelForImageTextToText gives."""
+    return name is not None and name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 
 
 def beside_the_language_model(model: PreTrainedModel) -> list[str]:
