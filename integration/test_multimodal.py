@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, BaLoraTrainer, RegularizerConfig
+from balora_plugin.training.repeated_samples import drop_rows
 
 PLACEHOLDER = {"llava": "<image>", "gemma3": "<start>"}
 TEXT = [{"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}" + " ok" * (i % 3)} for i in range(8)]
@@ -107,6 +108,19 @@ def test_the_text_class_of_a_multimodal_checkpoint_trains_too(tmp_path):
     trainer = made_by_hand(tmp_path, "qwen3_5", images=False, model=copy.deepcopy(base))
     trainer.train()
     assert_trained(trainer, base, text_batch())
+    whole, names = tiny_multimodal("qwen3_5"), {r"model\.layers": "model.language_model.layers"}
+    served = PeftModel.from_pretrained(whole, trainer.args.output_dir, key_mapping=names).eval()
+    with torch.no_grad():
+        ids = text_batch()["input_ids"]
+        torch.testing.assert_close(served(ids).logits, trainer.model.eval()(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_repeated_samples_of_a_batch_with_pixels_stay_and_do_not_count():
+    batch = image_batch("qwen2_5_vl")
+    dropped = drop_rows(batch, 1)
+    assert all(dropped[key] is value for key, value in batch.items() if key != "labels")
+    assert torch.equal(dropped["labels"][0], batch["labels"][0])
+    assert bool((dropped["labels"][1] == -100).all())
 
 
 def sft(tmp_path, cls, model, rows, processing_class, **changes):

@@ -176,6 +176,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
     from ..export.lora_file import size_of
     from ..export.merge import merge
     from ..export.prediction import Lost
+    from ..pretrained.backbone import is_multimodal_class
 
     base = base_of(args, adapter)
     stored = _name(getattr(AutoConfig.from_pretrained(args.base), "dtype", None) or torch.float32)
@@ -194,6 +195,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
         print("         serving the adapter without merging")
     if args.dry_run:
         return
+    trained = (adapter.origin or {}).get("base_class")
     with writing(args.output, overwrite=args.overwrite) as directory:
         written.save_pretrained(directory)
         tokenizer = _tokenizer(args)
@@ -201,8 +203,9 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
             print("note     neither the adapter nor the base holds a tokenizer: none was written")
         else:
             tokenizer.save_pretrained(directory)
+        if is_multimodal_class(trained):
+            print("note     images need the processor's files too: copy them from the base's directory")
         quantization = base.quantization if base.dequantised else None
-        trained = (adapter.origin or {}).get("base_class")
         _write_card(
             directory, exported(adapter, lost, merged_into=args.base, quantization=quantization, trained=trained)
         )

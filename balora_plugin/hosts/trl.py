@@ -230,9 +230,8 @@ def _load(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any
         settings["device_map"] = None
     loaded = create_model_from_path(model, **settings)
     if kwargs.get("processing_class") is None:  # at the model's own revision
-        kind = (
-            AutoProcessor if has_images(kwargs.get("train_dataset")) else AutoTokenizer
-        )  # text needs no image library
+        # text needs no image library
+        kind = AutoProcessor if has_images(kwargs.get("train_dataset")) else AutoTokenizer
         kwargs["processing_class"] = kind.from_pretrained(model, **source)
     args = copy.copy(args)  # the caller may use his for another run
     if hasattr(args, "model_init_kwargs"):
