@@ -52,8 +52,10 @@ def assert_trained(trainer, base, batch):
     assert {name.split(".")[3] for name in trains} == {"language_model"}
 
 
-def test_text_on_a_multimodal_architecture(bases, written):
-    trainer = run(written(base_model=str(bases["gemma3"]), sample_packing=True, dataset_prepared_path=None))
+def test_text_on_a_multimodal_architecture(bases, written, tmp_path):
+    trainer = run(
+        written(base_model=str(bases["gemma3"]), sample_packing=True, dataset_prepared_path=str(tmp_path / "prepared"))
+    )
     assert type(trainer.model.get_base_model()).__name__ == "Gemma3ForConditionalGeneration"
     assert_trained(trainer, AutoModelForImageTextToText.from_pretrained(bases["gemma3"]), text_batch())
 
@@ -82,7 +84,7 @@ def test_images_by_a_processor(bases, written, tmp_path):
             remove_unused_columns=False,
             sample_packing=False,
             datasets=[{"path": str(tmp_path / "images.jsonl"), "ds_type": "json", "type": "chat_template"}],
-            dataset_prepared_path=None,
+            dataset_prepared_path=str(tmp_path / "prepared"),
         )
     )
     batch = next(iter(trainer.get_train_dataloader()))

@@ -16,6 +16,7 @@ from balora_plugin.objective.install import install
 from balora_plugin.objective.request import StepRequest
 from balora_plugin.pretrained.lm_head import check_head
 from balora_plugin.schedules import Lambdas
+from balora_plugin.training.checks.model import resolve
 
 pytestmark = pytest.mark.hosts
 
@@ -65,6 +66,7 @@ def test_the_terms_are_those_of_the_models_own_logits(name, kind, tmp_path):
     base = tiny_multimodal(name).double()
     pretrained = copy.deepcopy(base).eval()
     batch = batch_of(name, kind)
+    resolve(base, TERMS, adapter_follows=True)
     check_head(base)
     before = base.eval()(**without_labels(batch)).logits
     model = ba_lora(base, r=2, targets=TARGETS.get(name, "all-linear"))
