@@ -101,5 +101,7 @@ def test_a_teacher_cache_beside_a_processor_is_refused():
         "processor_type": "AutoProcessor",
         "ba_lora": {"teacher_cache": "cache"},
     }
-    with pytest.raises(ValueError, match=r"ba_lora.teacher_cache: cache with processor_type: AutoProcessor .*remove it"):
+    with pytest.raises(
+        ValueError, match=r"ba_lora.teacher_cache: cache with processor_type: AutoProcessor .*remove it"
+    ):
         check_raw(values)

@@ -181,6 +181,14 @@ def test_images_and_a_teacher_cache_are_refused_by_name(tmp_path):
         trainer.train()
 
 
+def test_a_tokenizers_template_for_a_processor_is_refused_by_name(tmp_path):
+    character_tokenizer().save_pretrained(tmp_path / "chat")
+    rows = [{"images": [], "text": "a"}]
+    changes = {"peft_config": adapter(), "chat_template_path": str(tmp_path / "chat")}
+    with pytest.raises(ValueError, match=r"chat_template_path=.*multimodal processor: write it to a .jinja file"):
+        sft(tmp_path, BaLoraSFTTrainer, None, rows, None, **changes)
+
+
 def test_a_teacher_cache_takes_a_multimodal_models_text(tmp_path):
     """Kinds of tokens that are all text are as if they were not there."""
     terms = RegularizerConfig(lambda_consistency=0.5, teacher_cache=str(tmp_path / "cache"), teacher_cache_top_k=0)
