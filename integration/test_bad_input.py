@@ -151,10 +151,6 @@ WRONG = {
         lambda: {**adapter(), "model": LlamaModel(tiny_llama().config)},
         "LlamaModel|not a causal language model",
     ),
-    "vision": (
-        lambda: {**adapter(), "model": base(config("vision_config", {"hidden_size": 8}))},
-        "vision-language|use a text-only model",
-    ),
     "logits": (lambda: {**adapter(), "model": base(config("logit_scale", 0.5))}, "LlamaForCausalLM|logits are not"),
     "nothing counted": (lambda: {**adapter(), "rows": nothing_counted()}, "labels|-100|train_on_inputs"),
     "no rows": (lambda: {**adapter(), "rows": []}, "train_dataset has no rows|filter"),

@@ -31,6 +31,7 @@ from .saved.writing import check_finite, write_side_files
 from .start.full_precision import full_precision_of
 from .start.layers import start_layers
 from .targets import check_targets, fill_default_targets, injected_layers
+from .towers import leave_towers_out
 from .unasked import say_unasked_terms
 
 if TYPE_CHECKING:  # a mixin for type checkers too: its methods call PeftModel's
@@ -274,6 +275,8 @@ class BaLoraModelMixin(_Base):
     ) -> None:
         config = copy.deepcopy(config)
         with_head(config, self.get_base_model())
+        if start:
+            leave_towers_out(config, self.get_base_model())
         stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
         super().add_adapter(adapter_name, stock, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
@@ -362,6 +365,8 @@ def build(
     config = copy.deepcopy(config)
     with_head(config, model)
     fill_default_targets(config, model)
+    if start:  # an adapter from a file says by itself what it stands on
+        leave_towers_out(config, model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     start_as = False if config.delta else config.init_lora_weights
     stock = config.to_lora_config(init_lora_weights=start_as)

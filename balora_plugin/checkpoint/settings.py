@@ -65,6 +65,7 @@ _RULES: dict[str, Rule] = {
     "regularizers": _MAPPING,
     "regularizers_in_force": _MAPPING,
     "config": _MAPPING,
+    "base_class": _or_none(_TEXT),
     "base_sha256": _or_none(_TEXT),
     "base_dtype": _or_none(_TEXT),
     "base_quantization": _or_none(_MAPPING),

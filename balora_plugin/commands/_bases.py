@@ -77,6 +77,7 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Base:
         "float32" if args.merge and not as_trained else dtype,
         recorded.quantization if recorded is not None and as_trained else None,
         instead="write --merge-into full" if args.merge else "leave --base out",
+        trained=(adapter.origin or {}).get("base_class"),
     )
     verdict = _compared(args, adapter, model, recorded)
     quantised = getattr(model, "is_quantized", False)

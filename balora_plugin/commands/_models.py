@@ -15,6 +15,7 @@ CLASSES = {  # by an adapter's task type; of others the head is new, and no part
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "sequence-to-sequence model"),
     "FEATURE_EXTRACTION": ("AutoModel", "model"),
 }
+MULTIMODAL = ("AutoModelForImageTextToText", "multimodal language model")
 
 
 def torch_dtype(name: str) -> Any:
@@ -45,11 +46,13 @@ def load_base(
     quantization: dict[str, Any] | None = None,
     task: str = "CAUSAL_LM",
     instead: str = "compare with the full-precision base by --dtype float32",
+    trained: str | None = None,
 ) -> Any:
     """Loads the base model `name` (a directory or a hub id) on the CPU or, if quantised, where it loads.
 
     `dtype`: of DTYPES, or "auto": as its files are. `quantization`: a recorded quantisation to load it with. `task`: of
-    CLASSES. `instead`: what to do where that quantisation is not installed.
+    CLASSES. `instead`: what to do where that quantisation is not installed. `trained`: the class that was trained, by
+    ba_lora.json: a multimodal one has other names for its layers than the text-only class of the same files.
 
     Raises:
         ValueError: names --base and what was wrong.
@@ -58,8 +61,9 @@ def load_base(
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
-    class_name, what = CLASSES[task]
+    from ..pretrained.backbone import is_multimodal_class
 
+    class_name, what = MULTIMODAL if is_multimodal_class(trained) else CLASSES[task]
     if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(f"{name}/config.json"):
         raise ValueError(f"--base {name} is an adapter: give the model it was trained on.")
     try:

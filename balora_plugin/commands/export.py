@@ -162,7 +162,9 @@ def _export(args: argparse.Namespace, adapter: Adapter) -> None:
         return
     with writing(args.output, overwrite=args.overwrite) as directory:
         lora_file.write_adapter(changed, directory, _origin(adapter, lost))
-        _write_card(directory, exported(changed, lost, quantization=(adapter.origin or {}).get("base_quantization")))
+        origin = adapter.origin or {}
+        how = {"quantization": origin.get("base_quantization"), "trained": origin.get("base_class")}
+        _write_card(directory, exported(changed, lost, **how))
 
 
 def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
@@ -174,6 +176,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
     from ..export.lora_file import size_of
     from ..export.merge import merge
     from ..export.prediction import Lost
+    from ..pretrained.backbone import is_multimodal_class
 
     base = base_of(args, adapter)
     stored = _name(getattr(AutoConfig.from_pretrained(args.base), "dtype", None) or torch.float32)
@@ -192,6 +195,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
         print("         serving the adapter without merging")
     if args.dry_run:
         return
+    trained = (adapter.origin or {}).get("base_class")
     with writing(args.output, overwrite=args.overwrite) as directory:
         written.save_pretrained(directory)
         tokenizer = _tokenizer(args)
@@ -199,8 +203,12 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
             print("note     neither the adapter nor the base holds a tokenizer: none was written")
         else:
             tokenizer.save_pretrained(directory)
+        if is_multimodal_class(trained):
+            print("note     images need the processor's files too: copy them from the base's directory")
         quantization = base.quantization if base.dequantised else None
-        _write_card(directory, exported(adapter, lost, merged_into=args.base, quantization=quantization))
+        _write_card(
+            directory, exported(adapter, lost, merged_into=args.base, quantization=quantization, trained=trained)
+        )
 
 
 def _yardstick(args: argparse.Namespace, model: Any) -> Yardstick | None:
@@ -223,7 +231,7 @@ def _origin(adapter: Adapter, lost: Lost) -> dict[str, Any]:
     from .._version import __version__
 
     origin = adapter.origin or {}
-    keys = ("base_sha256", "base_dtype", "base_quantization", "base_digests")
+    keys = ("base_class", "base_sha256", "base_dtype", "base_quantization", "base_digests")
     values = {"exported_by": f"balora-plugin {__version__}", "error": lost.errors.total}
     if lost.loss is not None:
         values |= {"kl": lost.loss.kl, "kl_moved": lost.loss.moved}

@@ -89,7 +89,8 @@ def verify(adapter: str, base: str, dtype: str | None = None) -> list[Check]:
             return [*checks, Check("not loaded", text, compared=False)]
     recorded = BaseIdentity.from_settings(origin)
     quantization = recorded.quantization if recorded is not None and dtype is None else None
-    model = load_base(base, dtype or (recorded.dtype if recorded is not None else "auto"), quantization, task)
+    as_trained = recorded.dtype if recorded is not None else "auto"
+    model = load_base(base, dtype or as_trained, quantization, task, trained=(origin or {}).get("base_class"))
     if task != "CAUSAL_LM":  # no probe of its logits: the hash alone
         here = base_identity(model)
         remark = Check("probe", f"none for task_type={task}: logits are not compared", compared=False)

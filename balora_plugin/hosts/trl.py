@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 from trl import SFTConfig, SFTTrainer, clone_chat_template
 from trl.trainer.utils import create_model_from_path
@@ -23,7 +23,7 @@ from ..pretrained.attention import check_attention, check_flash
 from ..pretrained.lm_head import check_head
 from ..settings import as_path
 from ..training.checks.arguments import check_arguments, check_loss_function
-from ..training.checks.data import check_rows
+from ..training.checks.data import check_cacheable, check_rows, has_images
 from ..training.checks.model import resolve
 from ..training.checks.teacher import check_teacher
 from ..training.trainer import BaLoraTrainerMixin
@@ -56,6 +56,7 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
         if regularizers is not None:
             regularizers = as_regularizers(regularizers)
             check_rows(kwargs.get("train_dataset"))
+            check_cacheable(kwargs.get("train_dataset"), regularizers)
             _check_settings(model, args, peft_config, regularizers, kwargs)
         self._wrap: _Wrap | None = None
         if isinstance(peft_config, BaLoraConfig):
@@ -138,14 +139,14 @@ def _check_settings(
         path = as_path("chat_template_path", getattr(args, "chat_template_path", None))
         if path is not None:
             args.chat_template_path = path  # TRL takes text alone
-    if isinstance(kwargs.get("processing_class"), ProcessorMixin):
-        raise ValueError(
-            "processing_class is a multimodal processor: BA-LoRA does not train vision-language models yet; pass the "
-            "tokenizer of a text-only model."
-        )
     check_loss_function(kwargs.get("compute_loss_func"), PLAIN_TASK)
     template = _tokenizer_of_template(args)
     if template is not None:
+        if isinstance(kwargs.get("processing_class"), ProcessorMixin) or has_images(kwargs.get("train_dataset")):
+            raise ValueError(
+                f"chat_template_path={template!r} is a tokenizer, whose template TRL cannot clone into a multimodal "
+                "processor: write it to a .jinja file, and name that."
+            )
         _check_template(template, model, kwargs.get("processing_class"))
 
 
@@ -225,14 +226,13 @@ def _load(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[nn.Module, Any
         settings["quantization_config"] = quantization
     settings.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
     source = {key: settings[key] for key in ("trust_remote_code", "revision") if settings.get(key) is not None}
-    config = AutoConfig.from_pretrained(model, **source)
-    if hasattr(config, "vision_config"):
-        raise ValueError(f"model={model!r} is a vision-language model, which BA-LoRA does not train yet.")
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         settings["device_map"] = None
     loaded = create_model_from_path(model, **settings)
     if kwargs.get("processing_class") is None:  # at the model's own revision
-        kwargs["processing_class"] = AutoTokenizer.from_pretrained(model, **source)
+        # text needs no image library
+        kind = AutoProcessor if has_images(kwargs.get("train_dataset")) else AutoTokenizer
+        kwargs["processing_class"] = kind.from_pretrained(model, **source)
     args = copy.copy(args)  # the caller may use his for another run
     if hasattr(args, "model_init_kwargs"):
         args.model_init_kwargs = None

@@ -20,7 +20,7 @@ from ..fused.head import Head
 from ..fused.loss import IGNORED, TeacherStates
 from ..fused.project import project
 from ..pretrained.attention import implementation_of, is_flash
-from ..pretrained.backbone import backbone_of
+from ..pretrained.backbone import run_backbone
 from ..pretrained.lm_head import check_head_now, read_head
 from ..pretrained.switch import TeacherSwitch
 from .batches import check_task_weights, counted_positions, main_input, with_boundaries
@@ -75,7 +75,7 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         hidden, sums, ratio, routed = compiled.student(model, {**inputs, **extra}, targets, asked, spectrum)
     else:
         with nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model):
-            outputs = backbone_of(model)(**inputs, **extra)
+            outputs = run_backbone(model, {**inputs, **extra})
         hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
         with request.part("token_terms"):
             sums = token_sums(hidden, targets, asked)

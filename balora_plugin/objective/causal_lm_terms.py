@@ -16,7 +16,7 @@ from ..fused.head import Head
 from ..fused.loss import IGNORED, TeacherStates, TermForm, TokenLoss
 from ..fused.spectrum import drawn_rows, usable_k
 from ..fused.tokens import weighted_token_terms
-from ..pretrained.backbone import backbone_of
+from ..pretrained.backbone import run_backbone
 from ..schedules import Lambdas
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def student_pass(
     Returns: hidden (B, T, d); sums loss, task, consistency, diversity, entropy, correct, count; the spectral ratio and
     the k it used, where it has an operator; the logits of routers, where `inputs` ask for them.
     """
-    outputs = backbone_of(model)(**inputs)
+    outputs = run_backbone(model, inputs)
     hidden = outputs.last_hidden_state
     sums, ratio = token_sums(hidden, targets, loss), token_spectrum(hidden, targets, loss.head, spectrum)
     return hidden, sums, ratio, outputs.get("router_logits")
@@ -107,7 +107,7 @@ def student_pass(
 
 def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """Final hidden states (B, T, d)."""
-    return backbone_of(model)(**inputs).last_hidden_state
+    return run_backbone(model, inputs).last_hidden_state
 
 
 def token_sums(hidden: Tensor, targets: Tensor, loss: TokenLoss) -> tuple[Tensor, ...]:

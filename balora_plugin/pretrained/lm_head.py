@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..distributed import has_process_group, process_rank
 from ..fused.head import Head
 from ..fused.project import product_dtype, project
-from .backbone import backbone_of, possible_backbones
+from .backbone import backbone_of, possible_backbones, run_backbone
 from .quantised import dequantised, is_quantised_linear, quantised_layers_stay_in_training_mode
 from .switch import TeacherSwitch
 
@@ -147,9 +147,9 @@ def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
         seen = _pass(model, ids, possible_backbones(model))
         head = read_head(model)
         _check_finite(model, seen.logits)
-        trained = backbone_of(model)
-        if seen.backbone is not trained:  # what training runs, where the model's own forward calls a part of it
-            seen = seen._replace(hidden=trained(input_ids=ids, use_cache=False).last_hidden_state)
+        if seen.backbone is not backbone_of(model):  # what training runs, where the model's forward calls a part of it
+            trained = run_backbone(model, {"input_ids": ids, "use_cache": False})
+            seen = seen._replace(hidden=trained.last_hidden_state)
         tolerance = _Tolerance.of(seen, head)
         _check_logits(model, seen, head, tolerance)
         factor = tolerance.amplification(seen, head.scale)

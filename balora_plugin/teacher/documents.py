@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_PIXELS = ("pixel", "image_", "video_", "input_features", "aspect_ratio", "cross_attention_mask")
+_KINDS = ("token_type_ids", "mm_token_type_ids")  # 0: text, which is as if they were not there
 _KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache"}
 # where documents begin, said once more for kernels that take it so
 BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -119,7 +121,15 @@ class Cutter:
     def _checked_inputs(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         packed = inputs.get("position_ids") is not None and inputs.get("attention_mask") is None
         known = _KNOWN_INPUTS | BOUNDARIES if packed else _KNOWN_INPUTS
-        unknown = sorted(key for key, value in inputs.items() if key not in known and value is not None)
+        given = {key for key, value in inputs.items() if value is not None}
+        known = known | {key for key in _KINDS if key in given and not inputs[key].any()}
+        pixels = sorted(key for key in given if key.startswith(_PIXELS))
+        if pixels:
+            raise ValueError(
+                f"teacher_cache={self.name}: {pixels[0]} in the batch: the cache knows a document by its tokens, and "
+                "those of two images are the same: remove teacher_cache."
+            )
+        unknown = sorted(given - known)
         if unknown or inputs.get("input_ids") is None:
             what = f"{unknown[0]} in the batch" if unknown else "a batch without input_ids"
             raise ValueError(

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..distributed import is_sharded
 from ..fused.project import project
 from ..pretrained.attention import implementation_of
-from ..pretrained.backbone import backbone_of
+from ..pretrained.backbone import run_backbone
 from ..pretrained.lm_head import read_head
 from ..pretrained.quantised import quantised_layers_stay_in_training_mode
 from ..pretrained.switch import TeacherSwitch
@@ -99,7 +99,7 @@ class PackingProbe:
     def _states(self, documents: list[Tensor], like: dict[str, Any], which: int = 1) -> Tensor:
         """Final hidden states (n, d) of one of the documents, packed into one row as the batch `like` has its own."""
         start = sum(map(len, documents[:which]))
-        outputs = backbone_of(self._model)(**_row(documents, like), use_cache=False)
+        outputs = run_backbone(self._model, {**_row(documents, like), "use_cache": False})
         return outputs.last_hidden_state[0, start : start + len(documents[which])]
 
     def _loss(self, states: Tensor, pair: _Pair) -> float:

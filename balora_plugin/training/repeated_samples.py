@@ -33,11 +33,16 @@ def repeated_rows(accelerator: Any, rows: int) -> int:
 def drop_rows(inputs: dict[str, Any], repeated: int, *, token_labels: bool = True) -> dict[str, Any]:
     """`inputs` without their last `repeated` rows; where that is all, one stays, and does not count.
 
+    Of a batch with pixels, which are not one a row, all rows stay, and the repeated ones do not count.
+
     A forward pass may be collective, so every rank needs something to run. `token_labels`: labels are one a token, so
     that -100 leaves the row out. A classifier's are left as they are, for -100 is a score like another: its request
     says that nothing counts.
     """
     rows = len(main_input(inputs))
+    if repeated and token_labels and any(key.startswith("pixel_values") for key in inputs) and "labels" in inputs:
+        again = torch.arange(rows, device=inputs["labels"].device) >= rows - repeated
+        return {**inputs, "labels": inputs["labels"].masked_fill(again.unsqueeze(1), -100)}
     kept = max(rows - repeated, 1)
     inputs = {
         key: value[:kept] if isinstance(value, Tensor) and value.ndim and len(value) == rows else value

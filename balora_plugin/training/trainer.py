@@ -394,7 +394,7 @@ class BaLoraTrainerMixin(_Base):
                 loss, logits, labels = super().prediction_step(
                     model, shown, prediction_loss_only, ignore_keys=ignore_keys
                 )
-            missing = min(repeated, rows - 1)
+            missing = rows - len(main_input(shown))
             return loss, refill(logits, missing), refill(labels, missing)
         finally:
             run.predicts, run.wants_logits, run.counts = False, False, True

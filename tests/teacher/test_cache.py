@@ -616,7 +616,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     [
         ({"pixel_values": torch.zeros(2)}, "pixel_values in the batch"),
         ({"inputs_embeds": torch.zeros(2)}, "inputs_embeds in the batch"),
-        ({"token_type_ids": torch.zeros(1, 6)}, "token_type_ids in the batch"),
+        ({"token_type_ids": torch.ones(1, 6)}, "token_type_ids in the batch"),
         ({"cu_seq_lens_q": torch.zeros(2)}, "cu_seq_lens_q in the batch"),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, "attention_mask of shape"),
         ({"position_ids": torch.zeros(3, 1, 6)}, "position_ids of shape"),

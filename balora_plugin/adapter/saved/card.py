@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
 from ...consistency import form_named
+from ...pretrained.backbone import is_multimodal_class
 from ..config import BaLoraConfig
 from ..delta import delta_layers_of
 from . import provenance
@@ -96,8 +97,10 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
     file_rank = f"{rank}, twice the trained rank {ranks[-1]}" if config.delta else f"{rank}"
     if len(ranks) > 1:
         file_rank += f" (smallest layer: {factor * ranks[0]})"
+    trained = type(model.get_base_model()).__name__
     rows = [
         ("base model", f"`{base}`"),
+        ("class", f"`{trained}`, whose names the adapter's layers have"),
         ("SHA-256 of the base", "not recorded" if identity is None else f"`{identity.sha256}` ({identity.dtype})"),
         ("quantised in training", quantisation_in_words(identity.quantization if identity else None)),
         ("method", f"BA-LoRA, {start} (balora-plugin {__version__})"),
@@ -127,7 +130,7 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
             "This is an ordinary LoRA for the *original* base model, whose weights were not changed. "
             f"Servers need {flag}.",
             "",
-            *loading_snippet(base, place, labels, identity.quantization if identity else None),
+            *loading_snippet(base, place, labels, identity.quantization if identity else None, trained),
             "",
             "```",
             *commands,
@@ -136,15 +139,24 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
     )
 
 
+def loader_of(trained: str | None) -> str:
+    """Returns the auto class that gives a language model of the class `trained`, None where that is not recorded."""
+    return "AutoModelForImageTextToText" if is_multimodal_class(trained) else "AutoModelForCausalLM"
+
+
 def loading_snippet(
-    base: str, place: str, labels: int | None = None, quantization: dict[str, Any] | None = None
+    base: str,
+    place: str,
+    labels: int | None = None,
+    quantization: dict[str, Any] | None = None,
+    trained: str | None = None,
 ) -> list[str]:
     """Returns how unmodified PEFT loads an adapter, in lines.
 
     `labels`: of a classifier with so many outputs. `quantization`: of the base that was trained on, as
-    `base_quantization` of ba_lora.json has it: the adapter belongs to those weights.
+    `base_quantization` of ba_lora.json has it: the adapter belongs to those weights. `trained`: the class of the base.
     """
-    loader = "AutoModelForCausalLM" if labels is None else "AutoModelForSequenceClassification"
+    loader = loader_of(trained) if labels is None else "AutoModelForSequenceClassification"
     settings = _bitsandbytes_settings(quantization)
     arguments = [f'"{base}"', *([] if labels is None else [f"num_labels={labels}"])]
     if settings is None:

@@ -100,6 +100,7 @@ def write(directory: str, model: PeftModel, adapter_name: str) -> tuple[dict[str
     empty: dict[str, Any] = dict.fromkeys(("base_sha256", "base_dtype", "base_quantization", "base_digests"))
     settings = {
         **(empty if found.identity is None else found.identity.to_settings()),
+        "base_class": type(model.get_base_model()).__name__,
         "teacher": found.teacher,
         "probe": {"base": found.base_logits is not None, "adapted": adapted is not None, "note": note},
     }

@@ -123,6 +123,14 @@ def _terms(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
             "has no teacher in full fine-tuning, where no adapter can be switched off",
             f"write {'0' if is_classification(data) else remedy}",
         )
+    if block.get("teacher_cache") and data.get("processor_type"):
+        yield Finding(
+            "ba_lora.teacher_cache",
+            block["teacher_cache"],
+            f"with processor_type: {data['processor_type']} knows a document by its tokens, the same for every image",
+            "remove it",
+            False,
+        )
     start = data.get("peft_init_lora_weights")
     if target == "lora" and isinstance(start, str) and start.lower().startswith(MUTATING_STARTS):
         yield Finding(

@@ -54,12 +54,11 @@ def _made_floats(values: dict[str, Any], method: str) -> bool:
 
 def _multimodal(values: dict[str, Any], config: Any) -> Iterator[Finding]:
     kind = getattr(config, "model_type", "")
-    named = str(values.get("model_type") or values.get("type_of_model") or "AutoModel")
-    if kind in MULTIMODAL_AUTO_MODEL_MAPPING and named.startswith("AutoModel"):  # else the loaded class tells
+    if kind in MULTIMODAL_AUTO_MODEL_MAPPING and is_classification(values):
         yield Finding(
             "base_model",
             values.get("base_model"),
-            f"is a multimodal (vision-language) model ({kind}), which BA-LoRA does not train yet",
+            f"is a multimodal (vision-language) model ({kind}), which BA-LoRA does not train as a classifier",
             "use a text-only model",
             True,
         )

@@ -24,6 +24,7 @@ from ...checkpoint.names import STATE_FILE
 from ...checkpoint.settings import read_settings
 from ...config import RegularizerConfig
 from ...findings import Finding
+from ...pretrained.backbone import language_model_of
 from ...pretrained.classifier_head import is_classifier
 from ...pretrained.lm_head import check_head
 from ...training.checks.model import resolve
@@ -302,7 +303,8 @@ def check_continued(cfg: Any, config: BaLoraConfig) -> None:
 def target_modules(cfg: Any, model: PreTrainedModel) -> str | list[str] | None:
     """`lora_target_modules`, and with `lora_target_linear` every linear layer but the LM head's, by Axolotl's rule.
 
-    Of a classifier: every linear layer but the head's; with neither key its default targets (None).
+    Of a multimodal model those of its language model. Of a classifier: every linear layer but the head's; with neither
+    key its default targets (None).
     """
     modules: Any = cfg.lora_target_modules or []
     if is_classifier(model):  # Axolotl's rule would take the head in
@@ -312,7 +314,7 @@ def target_modules(cfg: Any, model: PreTrainedModel) -> str | list[str] | None:
     named = [modules] if isinstance(modules, str) else list(modules)
     head = model.get_output_embeddings()  # by what it is: Axolotl's table of names is older than transformers 5
     heads = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
-    return sorted({*named, *(set(find_all_linear_names(model)) - heads)})
+    return sorted({*named, *(set(find_all_linear_names(language_model_of(model))) - heads)})
 
 
 def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:

@@ -27,9 +27,6 @@ _SPLIT = Refusal("is not supported with BA-LoRA yet", "use DDP or DeepSpeed", Fa
 _STORED = Refusal(
     "is not supported with adapter: ba_lora", "use the full-precision base model (with load_in_4bit: true)", True
 )
-_PIXELS = Refusal(
-    "prepares images or sound, which BA-LoRA does not train yet", "use a text-only model, and remove it", True
-)
 # a truthy value is refused
 REFUSED: dict[str, Refusal] = {
     "liger_use_token_scaling": Refusal("weighs the loss by the model's own probabilities", "remove it", True),
@@ -56,7 +53,6 @@ REFUSED: dict[str, Refusal] = {
     "peft_layer_replication": _BASE,
     "peft_trainable_token_indices": _BASE,
     "unfrozen_parameters": _BASE,
-    "processor_type": _PIXELS,
 }
 # sizes of which 1 is none
 SPLITS = ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size", "expert_parallel_size")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from ...config import RegularizerConfig
 
 
 def check_rows(dataset: Any) -> None:
@@ -18,6 +20,25 @@ def check_rows(dataset: Any) -> None:
         raise ValueError(
             "train_dataset has no rows: look for a filter that drops all of them, such as one by length (sequence_len "
             "in Axolotl; TRL drops rows whose answer max_length cuts off), or an empty split."
+        )
+
+
+def has_images(dataset: Any) -> bool:
+    """Returns whether the first row of the data names images, as TRL's trainers ask it."""
+    first = next(iter(dataset), None) if isinstance(dataset, Iterable) else None
+    return isinstance(first, Mapping) and ("image" in first or "images" in first)
+
+
+def check_cacheable(dataset: Any, regularizers: RegularizerConfig) -> None:
+    """Refuses images beside a teacher cache, which knows a document by its tokens: those of two images are the same.
+
+    Raises:
+        ValueError: names the setting and what to write.
+    """
+    if regularizers.teacher_cache is not None and has_images(dataset):
+        raise ValueError(
+            f"teacher_cache={regularizers.teacher_cache!r} with images in the data: it knows a document by its tokens, "
+            "and every image has the same ones. Remove teacher_cache; teacher_interval saves time instead."
         )
 
 

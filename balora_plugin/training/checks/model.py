@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from ...config import RegularizerConfig
+from ...pretrained.backbone import is_multimodal
 from ...pretrained.classifier_head import check_head_trains, head_names, is_classifier, reads_last_token
 from ...pretrained.lm_head import read_head
 from ...pretrained.quantised import is_quantised_linear
@@ -61,13 +62,12 @@ def task_of(model: PreTrainedModel, regularizers: RegularizerConfig) -> str:
 
 def check_model(model: PreTrainedModel, config: RegularizerConfig, *, adapter_follows: bool = False) -> None:
     """Architectures and heads that the terms cannot work with."""
-    model_config = model.config
-    if hasattr(model_config, "vision_config") or hasattr(model_config, "audio_config"):
+    if config.task == "nlu" and is_multimodal(model):
         raise ValueError(
-            f"{type(model).__name__} is a multimodal (vision-language) model, which BA-LoRA does not train yet: use a "
-            "text-only model."
+            f"{type(model).__name__} is a multimodal classifier, which BA-LoRA does not train: use its text-only class "
+            "(AutoModelForSequenceClassification on the text config), or a text-only model."
         )
-    if getattr(model_config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder, which BA-LoRA does not train: use a causal LM."
         )

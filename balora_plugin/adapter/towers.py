@@ -1,0 +1,73 @@
+"""Of a multimodal model the language model is adapted, and what stands beside it where that is asked for by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.utils import logging
+
+from ..pretrained.backbone import beside_the_language_model, is_multimodal
+from .config import BaLoraConfig
+
+logger = logging.get_logger(__name__)
+
+
+def leave_towers_out(config: BaLoraConfig, model: Any) -> None:
+    """Keeps an adapter (its config, in place) off what stands beside a multimodal model's language model.
+
+    Towers have layers of the same names (q_proj), so that "all-linear", PEFT's defaults and most lists of names match
+    there too. Left as they are written: a regular expression, and a name that is found beside the language model alone.
+    What is left out is said, in one line, and stands in `exclude_modules`, so that PEFT leaves it out again when it
+    loads the adapter.
+    """
+    towers = beside_the_language_model(model) if is_multimodal(model) else []
+    wanted = config.target_modules
+    if not towers or (isinstance(wanted, str) and wanted.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        return
+    own = _as_pattern(config.exclude_modules)
+    modules = {name: module for name, module in model.named_modules() if not (own and re.fullmatch(own, name))}
+    there = [name for name in modules if _is_inside(name, towers)]
+    if isinstance(wanted, str):
+        pattern, left_out = r"(?:\..*)?", [name for name in there if isinstance(modules[name], nn.Linear)]
+    else:
+        here = [name for name in modules if not _is_inside(name, towers)]
+        names = sorted(name for name in wanted or _defaults(model) if any(_ends(full, name) for full in here))
+        pattern = rf"\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+        left_out = [full for full in there if any(_ends(full, name) for name in names)]
+    if not left_out:
+        return
+    pattern = rf"(?:{'|'.join(map(re.escape, towers))}){pattern}"
+    config.exclude_modules = f"{pattern}|{own}" if own else pattern
+    logger.warning(
+        f"BA-LoRA: of {type(model).__name__} the language model is adapted; {len(left_out)} layers of "
+        f"{', '.join(towers)} that target_modules matches too, and that PEFT's own LoRA would adapt, stay as they "
+        "are. To adapt them as well, write a regular expression that matches them, or their full names."
+    )
+
+
+def _is_inside(name: str, towers: Iterable[str]) -> bool:
+    return any(name == tower or name.startswith(f"{tower}.") for tower in towers)
+
+
+def _ends(full: str, name: str) -> bool:
+    """Whether PEFT takes `name`, of a list of target modules, for this module."""
+    return full == name or full.endswith(f".{name}")
+
+
+def _defaults(model: nn.Module) -> list[str]:
+    """What PEFT adapts of this type of model where no targets are given."""
+    config: Any = model.config
+    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type, []))
+
+
+def _as_pattern(excluded: list[str] | str | None) -> str:
+    """A user's own exclude_modules, as PEFT reads them, as a regular expression for whole names; empty for none."""
+    if not excluded:
+        return ""
+    if isinstance(excluded, str):
+        return excluded
+    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(excluded)))})"
