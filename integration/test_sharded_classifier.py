@@ -35,7 +35,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     "kind",
     [
-        "fsdp2",
+        pytest.param("fsdp2", marks=pytest.mark.slow),
         pytest.param("zero2", marks=[pytest.mark.slow, DEEPSPEED]),
         pytest.param("zero3", marks=[pytest.mark.slow, DEEPSPEED]),
     ],

@@ -47,6 +47,11 @@ def head_names(model: Any) -> list[str]:
     ]
 
 
+def heads_of(model: Any) -> list[nn.Module]:
+    """Returns the modules of [`head_names`], copies and first selves in one."""
+    return [getattr(model, name) for name in head_names(model)]
+
+
 def reads_last_token(model: Any) -> bool:
     """Returns whether this is a decoder, whose head scores the last token that is not padding."""
     return hasattr(model, "score") and not getattr(model.config, "is_encoder_decoder", False)

@@ -12,12 +12,13 @@ from transformers.utils import logging
 
 from ..adapter.delta import PEFT_PREFIX
 from ..checkpoint.names import HEAD_FILE
-from ..distributed import is_sharded
+from ..distributed import is_sharded, whole_for_writing
 from ..fused.loss import TaskForm
 from ..objective.classification_terms import MULTI_LABEL, REGRESSION, check_form
 from ..pretrained.classifier_head import (
     half_heads,
     hand_over,
+    heads_of,
     read_teacher_head,
     train_in_float32,
     write_teacher_head,
@@ -110,7 +111,9 @@ class HeadWarmup(TrainerCallback):
         if state.global_step == self._steps:
             model, teacher = self._host.model, self._run.teacher
             if teacher is not None or isinstance(model, PeftModel):
-                hand_over(self._run.model, teacher, model.active_adapters[0] if isinstance(model, PeftModel) else "")
+                name = model.active_adapters[0] if isinstance(model, PeftModel) else ""
+                with whole_for_writing(p for module in heads_of(self._run.model) for p in module.parameters()):
+                    hand_over(self._run.model, teacher, name)
             logger.info(f"BA-LoRA: the head was trained alone for {state.global_step} steps; the teacher has it now.")
 
 
