@@ -6,7 +6,7 @@ Without torch.distributed, or before its process group is made, a process is a j
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -93,6 +93,19 @@ def is_sharded(model: nn.Module) -> bool:
     if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
         return True
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+@contextmanager
+def whole_for_writing(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside: parameters that ZeRO-3 has split are whole, and what all processes write to them stays."""
+    split = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(split, modifier_rank=0):
+        yield
 
 
 @contextmanager

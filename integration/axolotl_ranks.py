@@ -1,4 +1,4 @@
-"""An Axolotl plug-in for test_axolotl_ranks.py: notes which rank writes which adapter, and every rank's logged rows."""
+"""Axolotl plug-ins for the tests on several ranks: what each rank writes and logs, and FSDP on a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import DistributedType
 from axolotl.integrations.base import BasePlugin
 
 from balora_plugin.adapter import model
@@ -34,3 +38,20 @@ class RanksPlugin(BasePlugin):
         found = {"written": self.written, "log": self.trainer.state.log_history}
         rank = os.environ.get("RANK", "0")
         Path(f"{cfg.output_dir}-rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+class CpuShardsPlugin(RanksPlugin):
+    """FSDP on CPU ranks, as a GPU would run it: accelerate gives a CPU DDP, Axolotl asks for a mesh of CUDA devices."""
+
+    def register(self, cfg: Any) -> None:
+        super().register(cfg)
+        made, mesh = PartialState.__init__, ParallelismConfig.build_device_mesh
+
+        def as_gpus(state: PartialState, *args: Any, **kwargs: Any) -> None:
+            made(state, *args, **kwargs)
+            if state.distributed_type == DistributedType.MULTI_CPU:
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+                PartialState._shared_state["device"] = torch.device("cpu")
+
+        PartialState.__init__ = as_gpus  # type: ignore[method-assign]
+        ParallelismConfig.build_device_mesh = lambda self, device_type: mesh(self, "cpu")  # type: ignore[method-assign]

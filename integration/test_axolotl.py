@@ -379,10 +379,6 @@ WRONG = {
         "flash_attention: true needs a GPU",
     ),
     "context_parallel": ({"context_parallel_size": 2}, "context_parallel_size: 2"),
-    "fsdp2": (
-        {"fsdp_version": 2, "fsdp_config": {"cpu_ram_efficient_loading": True}},
-        "past the adapter's own writer",
-    ),
     "rank_zero": ({"lora_r": 0}, "lora_r: 0"),
     "alpha_text": ({"lora_alpha": "16x"}, "lora_alpha: '16x'"),
     "parallel_text": ({"context_parallel_size": "2"}, "context_parallel_size: 2"),

@@ -140,7 +140,10 @@ REFUSED = {
     "merging": ({"merge_method": "memory_efficient"}, "merge_method: memory_efficient would leave out"),
     "top": ({"label_column": "y"}, "write ba_lora.label_column"),
     "cache": ({"ba_lora": {"teacher_cache": "x"}}, "teacher_cache='x' with task='nlu'"),
-    "deepspeed": ({"deepspeed": "zero2.json"}, "deepspeed: zero2.json does not work with model_type"),
+    "deepspeed": (
+        {"deepspeed": "zero2.json", "adapter": "lora", "ba_lora": {"apply_to": "lora"}},
+        "deepspeed: zero2.json with adapter: lora does not work",
+    ),
     "full": (
         {"adapter": None, "ba_lora": {"apply_to": "full", "teacher_cache": "x"}},
         "has no teacher in full fine-tuning, where no adapter can be switched off: write 0.",

@@ -231,8 +231,9 @@ def test_the_head_of_a_half_precision_base_trains_in_float32(kind, tmp_path, cap
     assert "would train in half precision" in caplog.text and "bf16=True" in caplog.text
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_engines_that_would_lose_the_teachers_head_are_refused(engine, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("engine", "adapter"), [("fsdp", "ba_lora"), ("fsdp", "lora"), ("deepspeed", "lora")])
+def test_engines_that_would_lose_the_teachers_head_are_refused(engine, adapter, tmp_path, monkeypatch):
+    """FSDP1 (FSDP2 and BA-LoRA's own adapter: test_sharded_classifier.py), and adapters that nobody restores."""
     original = BaLoraTrainer.create_accelerator_and_postprocess
 
     def create(self):
@@ -241,7 +242,7 @@ def test_engines_that_would_lose_the_teachers_head_are_refused(engine, tmp_path,
 
     monkeypatch.setattr(BaLoraTrainer, "create_accelerator_and_postprocess", create)
     with pytest.raises(ValueError, match=f"{engine}=True does not work with task='nlu'.*use DDP"):
-        build(tmp_path)
+        build(tmp_path, adapter=adapter)
 
 
 def test_gathered_statistics_on_two_ranks_are_one_processs(tmp_path):

@@ -84,8 +84,8 @@ def test_a_training_head_that_fsdp1_shards_on_its_own_is_refused(tmp_path):
     assert "use fsdp_version: 2" in said
 
 
-@pytest.mark.parametrize(("kind", "works"), [("FULL", True), ("SHARDED", False), ("LOCAL", False)])
-def test_ways_to_save_that_leave_no_adapter_are_refused(kind, works):
+@pytest.mark.parametrize(("kind", "works"), [("FULL", True), ("SHARDED", True), ("LOCAL", False)])
+def test_the_way_to_save_that_no_run_resumes_from_is_refused(kind, works):
     from types import SimpleNamespace
 
     from torch.distributed.fsdp import StateDictType
@@ -97,7 +97,7 @@ def test_ways_to_save_that_leave_no_adapter_are_refused(kind, works):
         check_saving(SimpleNamespace(state=state))
         check_saving(SimpleNamespace(state=SimpleNamespace()))
     else:
-        with pytest.raises(ValueError, match=f"fsdp_state_dict_type={kind}_STATE_DICT.*FULL_STATE_DICT"):
+        with pytest.raises(ValueError, match=f"fsdp_state_dict_type={kind}_STATE_DICT.*: SHARDED_STATE_DICT"):
             check_saving(SimpleNamespace(state=state))
 
 

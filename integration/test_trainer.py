@@ -221,7 +221,7 @@ def test_a_run_has_one_state(tmp_path, tokenizer):
     plain = Trainer(model=tiny_llama(), args=trainer.args)
     del trainer.extend_ba_lora_inputs
     public = {"ba_lora_run", "ba_lora_requests", "ba_lora_head_checked", "model_accepts_loss_kwargs"}
-    ours = public | {"_given", "_sealing", "_frozen_factors"} | {"_adapter", "_wanted", "_arguments"}  # for model_init
+    ours = public | {"_given", "_sealing", "_untrained"} | {"_adapter", "_wanted", "_arguments"}  # for model_init
     assert vars(trainer).keys() - vars(plain).keys() <= ours
     without = build(tmp_path, tokenizer, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
     assert without.ba_lora_run is None and without.ba_lora is None

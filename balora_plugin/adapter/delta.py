@@ -55,7 +55,9 @@ class DeltaVariant(LoraVariant):
         """Adds s [ B0 (dA x) + dB (A0 x + dA x) ] to the base layer's result (..., out); x is (..., in)."""
         frozen_a, frozen_b = module.frozen_A[active_adapter], module.frozen_B[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        if frozen_a.weight.dtype != lora_a.weight.dtype:  # a host cast what trains (TRL: adapters on quantised bases)
+        if frozen_a.weight.dtype != lora_a.weight.dtype and not hasattr(lora_a.weight, "full_tensor"):
+            # a host cast what trains (TRL: adapters on quantised bases); but FSDP2 casts what it gathers for a forward,
+            # and a cast here would keep it gathered
             frozen_a.to(lora_a.weight.dtype)
             frozen_b.to(lora_b.weight.dtype)
         x = module.lora_dropout[active_adapter](x)
@@ -201,10 +203,17 @@ def delta_layers_of(model: nn.Module, adapter_name: str = "default") -> list[tup
     found = []
     for name, layer in model.named_modules():
         if is_delta(layer, adapter_name):
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            found.append((name.removeprefix(PEFT_PREFIX), layer))
+            found.append((unwrapped_name(name).removeprefix(PEFT_PREFIX), layer))
     return found
+
+
+def unwrapped_name(name: str) -> str:
+    """Returns a module's or parameter's name as state dicts have it: without what FSDP1, torch.compile and activation
+    checkpointing put into it.
+    """
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def target_key(name: str, layer: LoraLayer) -> str:

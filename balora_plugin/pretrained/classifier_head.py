@@ -9,6 +9,7 @@ therefore saved beside every adapter (`ba_lora_head.safetensors`).
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,11 @@ def head_names(model: Any) -> list[str]:
         for name, child in model.named_children()
         if child is not backbone and any(True for _ in child.parameters())
     ]
+
+
+def heads_of(model: Any) -> list[nn.Module]:
+    """Returns the modules of [`head_names`], copies and first selves in one."""
+    return [getattr(model, name) for name in head_names(model)]
 
 
 def reads_last_token(model: Any) -> bool:
@@ -128,13 +134,17 @@ def check_head_trains(model: Any) -> None:
 # --- the teacher's copy
 
 
-def teacher_head(model: Any) -> dict[str, Tensor]:
-    """Returns the teacher's head: what `model` computes with while its adapters are off (or as it is, without any)."""
-    wrapped = wrapped_heads(model)
+def teacher_head(model: Any, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Returns the teacher's head: what `model` computes with while its adapters are off (or as it is, without any).
+
+    `gathered`: the classifier's whole state dict; its own tensors may be split over processes.
+    """
+    wrapped, gathered = wrapped_heads(model), gathered or {}
     tensors: dict[str, Tensor] = {}
     for name in head_names(model):
-        module = wrapped[name].original_module if name in wrapped else getattr(model, name)
-        tensors |= {f"{name}.{key}": value.detach() for key, value in module.state_dict().items()}
+        inner = f"{name}.original_module" if name in wrapped else name
+        for key, value in model.get_submodule(inner).state_dict().items():
+            tensors[f"{name}.{key}"] = gathered.get(f"{inner}.{key}", value).detach()
     return tensors
 
 
@@ -168,11 +178,14 @@ def hand_over(model: nn.Module, teacher: nn.Module | None, adapter_name: str) ->
     set_teacher_head(model if teacher is None else teacher, state, "the student")
 
 
-def write_teacher_head(directory: str, model: Any) -> bool:
-    """Writes the teacher's head beside an adapter; False where there is none that training could have moved."""
+def write_teacher_head(directory: str, model: Any, gathered: Mapping[str, Tensor] | None = None) -> bool:
+    """Writes the teacher's head beside an adapter; False where there is none that training could have moved.
+
+    `gathered`: see [`teacher_head`].
+    """
     if not head_names(model):
         return False
-    tensors = {name: value.cpu().contiguous() for name, value in teacher_head(model).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in teacher_head(model, gathered).items()}
     save_file(tensors, os.path.join(directory, HEAD_FILE), {"format": "pt"})
     return True
 

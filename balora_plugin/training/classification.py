@@ -6,15 +6,19 @@ import os
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from ..adapter.delta import PEFT_PREFIX
 from ..checkpoint.names import HEAD_FILE
+from ..distributed import is_sharded, whole_for_writing
 from ..fused.loss import TaskForm
 from ..objective.classification_terms import MULTI_LABEL, REGRESSION, check_form
 from ..pretrained.classifier_head import (
     half_heads,
     hand_over,
+    heads_of,
     read_teacher_head,
     train_in_float32,
     write_teacher_head,
@@ -35,13 +39,14 @@ def set_up(run: RunState, host: HostTrainer, *, compiled: bool | str) -> None:
         ValueError: settings that do not go together; names the key, its value and what to write.
     """
     config, classifier = run.config, run.model
+    restored = run.ours and (host.accelerator.is_fsdp2 or bool(host.is_deepspeed_enabled))  # by RestoreAdapter
     check_classifier_run(
         classifier,
         config,
         host.args,
         compiled=compiled,
-        fsdp=bool(host.is_fsdp_enabled),
-        deepspeed=bool(host.is_deepspeed_enabled),
+        fsdp=(bool(host.is_fsdp_enabled) or is_sharded(classifier)) and not restored,
+        deepspeed=bool(host.is_deepspeed_enabled) and not restored,
     )
     check_tokenizer(classifier, host.processing_class)
     run.task_form = _form_of_task(classifier, run.task_form)
@@ -106,16 +111,24 @@ class HeadWarmup(TrainerCallback):
         if state.global_step == self._steps:
             model, teacher = self._host.model, self._run.teacher
             if teacher is not None or isinstance(model, PeftModel):
-                hand_over(self._run.model, teacher, model.active_adapters[0] if isinstance(model, PeftModel) else "")
+                name = model.active_adapters[0] if isinstance(model, PeftModel) else ""
+                with whole_for_writing(p for module in heads_of(self._run.model) for p in module.parameters()):
+                    hand_over(self._run.model, teacher, name)
             logger.info(f"BA-LoRA: the head was trained alone for {state.global_step} steps; the teacher has it now.")
 
 
-def save_head(run: RunState, host: HostTrainer, directory: str) -> None:
-    """Writes the teacher's head beside what the trainer saves; a BA-LoRA adapter has written it already."""
+def save_head(run: RunState, host: HostTrainer, directory: str, state_dict: dict[str, Tensor] | None) -> None:
+    """Writes the teacher's head beside what the trainer saves; a BA-LoRA adapter has written it already.
+
+    `state_dict`: the model's, where an engine has gathered it.
+    """
     if run.config.task != "nlu" or not run.config.lambda_consistency or run.ours or not host.args.should_save:
         return
-    if run.teacher is not None or isinstance(host.model, PeftModel):
-        write_teacher_head(directory, run.model if run.teacher is None else run.teacher)
+    if run.teacher is not None:
+        write_teacher_head(directory, run.teacher)
+    elif isinstance(host.model, PeftModel):
+        of_base = {key.removeprefix(PEFT_PREFIX): value for key, value in (state_dict or {}).items()}
+        write_teacher_head(directory, run.model, of_base)
 
 
 def restore_head(run: RunState, checkpoint: str) -> None:

@@ -45,6 +45,7 @@ class Accelerator(Protocol):
     num_processes: int
     process_index: int
     is_main_process: bool
+    is_fsdp2: bool
     mixed_precision: str
     state: Any
     gather: Callable[[Tensor], Tensor]

@@ -6,26 +6,54 @@ They have what trains, without A0 and B0, and FSDP2's are loaded by the first ra
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.utils import load_peft_weights
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from ..adapter.config import BaLoraConfig
-from ..adapter.delta import FROZEN
+from ..adapter.config import BaLoraConfig, our_adapters
+from ..adapter.delta import FROZEN, PEFT_PREFIX, unwrapped_name
 from ..adapter.saved.reading import read_factors
-from ..checkpoint.names import INIT_FILE
+from ..checkpoint.names import HEAD_FILE, INIT_FILE
+from ..pretrained.classifier_head import wrapped_heads
 from .host import HostTrainer
 
-_FSDP1 = "_fsdp_wrapped_module."
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+_UNTRAINED = (*FROZEN, "original_module")  # of what the adapter's files hold: A0, B0, the teacher's head
+
+
+class LoadsAdapterItself(_Base):
+    """Of a Trainer under FSDP: keeps the host from loading an adapter that [`RestoreAdapter`] loads.
+
+    The host gives the adapter's tensors to the first rank alone, and on the others fails at modules_to_save.
+    """
+
+    def _restores_adapter(self) -> bool:
+        return bool(self.is_fsdp_enabled and our_adapters(self.model))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads the model of a checkpoint as the host does, but no sharded adapter of ours."""
+        if not self._restores_adapter():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint's model as the host does, but no sharded adapter of ours."""
+        if not self._restores_adapter():
+            super()._load_best_model()
 
 
 class RestoreAdapter(TrainerCallback):
@@ -59,7 +87,8 @@ def restore(
 ) -> None:
     """Writes the adapter in `directory` into a model whose parameters an engine has split over the ranks.
 
-    Every rank calls it and reads the files. `wrapped`: the model as FSDP1 runs it. `frozen_alone`: A0 and B0.
+    Every rank calls it and reads the files. `wrapped`: the model as FSDP1 runs it. `frozen_alone`: A0, B0 and the head
+    of a classifier's teacher.
 
     Raises:
         ValueError: the files are not those of this adapter.
@@ -71,21 +100,44 @@ def restore(
         else nullcontext()
     )
     with gathered:
-        parameters = {name.replace(_FSDP1, ""): parameter for name, parameter in model.named_parameters()}
+        parameters = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
         for name, value in values.items():
-            if not frozen_alone or any(f".{attribute}." in name for attribute in FROZEN):
+            if not frozen_alone or _is_untrained(name):
                 _write(parameters[name], value)
 
 
-def frozen_factors(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """{name in the state dict: A0 or B0, whole, on the CPU} of every factor that ZeRO-3 has split; else empty.
+@contextmanager
+def whole_state_dict(accelerator: Any) -> Iterator[None]:
+    """Inside: under FSDP a Trainer's save_model gathers the model and saves it, as without FSDP.
+
+    Where its checkpoints are sharded (`SHARDED_STATE_DICT`) it would write no adapter, and say nothing.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        yield
+        return
+    kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = kind
+
+
+def _is_untrained(name: str) -> bool:
+    return any(f".{attribute}." in name for attribute in _UNTRAINED)
+
+
+def untrained_tensors(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """{name in the state dict: the tensor, whole, on the CPU} of what ZeRO-3 has split of an adapter's frozen part.
+
+    That is A0, B0 and the head of a classifier's teacher; empty where nothing is split.
 
     The state dict that ZeRO-3 gathers for a save leaves out what is frozen. Every rank calls this; one that does not
     `keep` gets an empty dict. One factor at a time is whole.
     """
     found = {}
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") and any(f".{attribute}." in name for attribute in FROZEN):
+        if hasattr(parameter, "ds_id") and _is_untrained(name):
             from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters([parameter]):
@@ -110,12 +162,22 @@ def _tensors(model: PeftModel, adapter_name: str, directory: str) -> dict[str, T
                 owner, _, leaf = key.rpartition(".")
                 values[f"{owner}.{adapter_name}.{leaf}"] = value
     for name, module in model.named_modules():
-        name = name.replace(_FSDP1, "")
+        name = unwrapped_name(name)
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             for leaf, _ in module.modules_to_save[adapter_name].named_parameters():
-                leaf = leaf.replace(_FSDP1, "")
+                leaf = unwrapped_name(leaf)
                 values[f"{name}.modules_to_save.{adapter_name}.{leaf}"] = weights[f"{name}.{leaf}"]
-    return values
+    return values | _teacher_head(model, os.path.join(directory, HEAD_FILE))
+
+
+def _teacher_head(model: PeftModel, path: str) -> dict[str, Tensor]:
+    """{the model's name of a parameter: its value} of a classifier's teacher; empty where none was saved."""
+    saved = load_file(path) if os.path.isfile(path) else {}
+    return {
+        f"{PEFT_PREFIX}{name}.original_module.{leaf}": saved[f"{name}.{leaf}"]
+        for name, module in (wrapped_heads(model.get_base_model()) if saved else {}).items()
+        for leaf, _ in module.original_module.named_parameters()
+    }
 
 
 def _write(parameter: Tensor, value: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +36,13 @@ from .repeated_samples import drop_rows, refill, repeated_rows
 from .resuming import advance, asked_for, check_resumable, position
 from .run_state import RunState, active_config
 from .set_up import Given, open_run
-from .sharded_adapter import RestoreAdapter, frozen_factors
+from .sharded_adapter import LoadsAdapterItself, RestoreAdapter, untrained_tensors, whole_state_dict
 from .step_requests import StepRequests
 
 logger = logging.get_logger(__name__)
 
-if TYPE_CHECKING:  # a mixin for type checkers too: its methods call the Trainer's
-    from transformers import Trainer as _Base
-else:
-    _Base = object
 
-
-class BaLoraTrainerMixin(_Base):
+class BaLoraTrainerMixin(LoadsAdapterItself):
     """Adds the BA-LoRA objective to a transformers Trainer: `class MyTrainer(BaLoraTrainerMixin, Trainer)`.
 
     Active if the model carries a BaLoraConfig adapter or `regularizers` is given; otherwise the trainer is untouched.
@@ -88,7 +83,7 @@ class BaLoraTrainerMixin(_Base):
         teacher_model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._frozen_factors: dict[str, Tensor] = {}  # A0 and B0 while they are saved under ZeRO-3
+        self._untrained: dict[str, Tensor] = {}  # A0, B0 and the teacher's head while they are saved under ZeRO-3
         self._sealing = Sealing(self)
         self._given: Given | None = None
         args, kwargs, backend = take_backend(args, kwargs)
@@ -320,7 +315,9 @@ class BaLoraTrainerMixin(_Base):
             card.update(self.args.output_dir, self.model)
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        """Saves as the host does, on every process; under ZeRO-3 with A0 and B0, which its state dict leaves out.
+        """Saves as the host does, on every process, an adapter always whole.
+
+        Under ZeRO-3 with what its state dict leaves out, under FSDP also where checkpoints are sharded.
 
         Raises:
             FloatingPointError: something that trains holds NaN or inf: nothing is written.
@@ -328,11 +325,12 @@ class BaLoraTrainerMixin(_Base):
         output_dir = as_path("output_dir", output_dir)
         if self._is_ours():
             self._sealing.begin(output_dir or str(self.args.output_dir), saved_weight(self))
-        self._frozen_factors = frozen_factors(self.model, keep=self.args.should_save)
+        self._untrained = untrained_tensors(self.model, keep=self.args.should_save)
         try:
-            super().save_model(output_dir, *args, **kwargs)
+            with whole_state_dict(self.accelerator) if our_adapters(self.model) else nullcontext():
+                super().save_model(output_dir, *args, **kwargs)
         finally:
-            self._frozen_factors = {}
+            self._untrained = {}
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Writes this process's random states as the host does, and waits for those of the others: all are sealed."""
@@ -342,11 +340,11 @@ class BaLoraTrainerMixin(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Writes what the host does, and beside any adapter the head of a classifier's teacher, for a resumed run."""
-        if state_dict is not None and self._frozen_factors:
-            state_dict = {**state_dict, **self._frozen_factors}
+        if state_dict is not None and self._untrained:
+            state_dict = {**state_dict, **self._untrained}
         super()._save(output_dir, state_dict)
         if self.ba_lora_run is not None:
-            save_head(self.ba_lora_run, self, output_dir or str(self.args.output_dir))
+            save_head(self.ba_lora_run, self, output_dir or str(self.args.output_dir), state_dict)
 
     # --- logging and evaluation
 

@@ -55,10 +55,10 @@ def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[st
     """Returns `state_dict` of the whole model with this adapter's tensors replaced by the stock rank-2r pair.
 
     A dict gathered by a sharded trainer may lack the frozen factors: they are completed from the model if it holds them
-    whole. Refused, never half-written: a dict without the trained factors, or tensors of another shape.
+    whole. Refused, never half-written: a dict without the trained factors, tensors of another shape, or split ones.
 
     Raises:
-        ValueError: names the tensor that is missing or of another shape.
+        ValueError: names the tensor that is missing, of another shape, or split over processes.
     """
     stock = {key: value for key, value in state_dict.items() if not any(f".{name}." in key for name in FROZEN)}
     for name, layer in delta_layers(model, adapter_name):
@@ -69,13 +69,12 @@ def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[st
             value = state_dict.get(key)
             if value is None and attribute in FROZEN:
                 value = module.weight.detach()
-            expected = (module.out_features, module.in_features)
-            if value is None or tuple(value.shape) != expected:
+            flaw = _flaw(value, (module.out_features, module.in_features))
+            if value is None or flaw:
                 raise ValueError(
-                    f"cannot save BA-LoRA adapter {adapter_name!r}: {key} is "
-                    f"{'missing from' if value is None else f'{tuple(value.shape)}, not {expected}, in'} the state "
-                    "dict. Gather the full state dict first (FSDP: FULL_STATE_DICT; ZeRO-3: "
-                    "stage3_gather_16bit_weights_on_model_save)."
+                    f"cannot save BA-LoRA adapter {adapter_name!r}: {key} is {flaw} the state dict. Save with the "
+                    "trainer's save_model on every process, or gather the full state dict first (FSDP2: "
+                    "get_model_state_dict; ZeRO-3: stage3_gather_16bit_weights_on_model_save)."
                 )
             tensors[attribute] = value.detach()
         a, b = stack_factors(
@@ -84,6 +83,15 @@ def to_stock_state_dict(model: PeftModel, adapter_name: str, state_dict: dict[st
         stock[f"{name}.lora_A.{adapter_name}.weight"] = a
         stock[f"{name}.lora_B.{adapter_name}.weight"] = b
     return stock
+
+
+def _flaw(value: Tensor | None, expected: tuple[int, int]) -> str:
+    if value is None:
+        return "missing from"
+    if tuple(value.shape) != expected:
+        return f"{tuple(value.shape)}, not {expected}, in"
+    # one process saves: to touch a tensor that all of them hold parts of, it would wait for the others
+    return "split over processes in" if hasattr(value, "full_tensor") else ""
 
 
 def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> None:

@@ -18,6 +18,7 @@ from ...checkpoint.names import CONFIG_FILE, HEAD_FILE, INIT_FILE, WEIGHTS_FILE
 from ...checkpoint.settings import file_digest, write_settings
 from ...finite import first_not_finite
 from ...pretrained.classifier_head import write_teacher_head
+from ..delta import PEFT_PREFIX
 from . import provenance
 from .stock import check_stock_file, delta_layers
 
@@ -58,7 +59,8 @@ def write_side_files(directory: str, model: PeftModel, adapter_name: str, state_
         check_stock_file(directory, model, adapter_name)
         write_init_file(directory, model, adapter_name, state_dict)
         names.append(INIT_FILE)
-    if write_teacher_head(directory, model.get_base_model()):
+    of_base = {key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
+    if write_teacher_head(directory, model.get_base_model(), of_base):
         names.append(HEAD_FILE)
     origin, files = provenance.write(directory, model, adapter_name)
     names += files

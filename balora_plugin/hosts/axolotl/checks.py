@@ -15,6 +15,7 @@ from ...training.task_form import task_form
 from .classification import is_classification, of_classification
 from .engine import of_engine
 from .errors import refuse
+from .fsdp import of_fsdp
 from .model_config import of_model
 from .quantisation import of_quantisation
 from .refusals import refused
@@ -94,6 +95,7 @@ def findings_of(data: dict[str, Any], *, model: bool = True) -> Iterator[Finding
     yield from of_quantisation(data, block)
     yield from _terms(data, block)
     yield from of_engine(data, block)
+    yield from of_fsdp(data)
     if model:
         yield from of_model(data)
 

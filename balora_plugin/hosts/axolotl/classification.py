@@ -119,7 +119,7 @@ def check_new_head(model: Any) -> None:
     for name in head_names(model):
         for module in getattr(model, name).modules():
             weight = getattr(module, "weight", None)
-            if not isinstance(module, torch.nn.Linear) or weight is None:
+            if not isinstance(module, torch.nn.Linear) or weight is None or weight.is_meta:  # FSDP: rank 0 loads it
                 continue
             if bool(torch.isfinite(weight).all()) and 0 < float(weight.abs().max()) < 100:
                 continue
@@ -154,9 +154,10 @@ def of_classification(data: dict[str, Any], block: dict[str, Any]) -> Iterator[F
     labels = data.get("num_labels")
     if isinstance(labels, bool) or not isinstance(labels, int) or labels < 1:
         yield Finding("num_labels", str(labels), "must be the number of classes, or 1 for regression")
-    if data.get("deepspeed"):  # and fsdp, which is refused for all models
-        why = f"does not work {beside}, whose teacher's head it would not restore"
-        yield Finding("deepspeed", data["deepspeed"], why, "remove it; several GPUs train it with DDP", False)
+    if data.get("deepspeed") and data.get("adapter") != "ba_lora":
+        why = f"with adapter: {data.get('adapter')} does not work {beside}, whose teacher's head it would not restore"
+        remedy = "write adapter: ba_lora, or remove it (several GPUs train it with DDP)"
+        yield Finding("deepspeed", data["deepspeed"], why, remedy)
     for key in _NOT_HERE:
         if data.get(key):
             yield Finding(key, data[key], f"does not work {beside}", "remove it")

@@ -28,7 +28,7 @@ from ...pretrained.backbone import language_model_of
 from ...pretrained.classifier_head import is_classifier
 from ...pretrained.lm_head import check_head
 from ...training.checks.model import resolve
-from . import classification, kbit
+from . import classification, fsdp, kbit
 from .args import BaLoraBlock, of_block
 from .asked import check_expert_kernel, options_of_plugins
 from .checks import ADAPTER, active, findings_of, of_command_line
@@ -83,6 +83,8 @@ class BaLoraPlugin(BasePlugin):
                 here = attention_here(cfg, self._attention or attention_setting(cfg))
                 refuse([*refused(cfg), *still_on(cfg), *here, *other_trainers(cfg, BaLoraPlugin)])
                 check_alone(cfg)
+            if active(cfg) and cfg.adapter:
+                fsdp.save_whole(cfg)
             if cfg.adapter or active(cfg):
                 check_resumed(cfg)
             if cfg.adapter == ADAPTER:
@@ -178,6 +180,8 @@ class BaLoraPlugin(BasePlugin):
             )
         if active(cfg):
             logger.info("BA-LoRA trains with %s", trainer.ba_lora)
+            if cfg.adapter and fsdp.asks_for_fsdp(cfg):
+                fsdp.save_by_the_trainer(trainer.model)
         if classifies(cfg):
             classification.set_up_trainer(cfg, trainer)
 

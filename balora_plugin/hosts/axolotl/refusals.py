@@ -20,9 +20,6 @@ class Refusal(NamedTuple):
 _LOGITS = Refusal("replaces the loss or the forward that computes the terms", "remove it", True)
 _OTHER_LOSS = Refusal("trains with another loss: BA-LoRA is for supervised fine-tuning", "remove it", True)
 _BASE = Refusal("trains or changes base parameters that the teacher shares", "remove it", True)
-_SHARDED = Refusal(
-    "is saved by Axolotl past the adapter's own writer, which would lose half of it", "use DDP or DeepSpeed", False
-)
 _SPLIT = Refusal("is not supported with BA-LoRA yet", "use DDP or DeepSpeed", False)
 _STORED = Refusal(
     "is not supported with adapter: ba_lora", "use the full-precision base model (with load_in_4bit: true)", True
@@ -41,9 +38,6 @@ REFUSED: dict[str, Refusal] = {
     "reward_model": _OTHER_LOSS,
     "process_reward_model": _OTHER_LOSS,
     "trainer_cls": Refusal("replaces the trainer that computes the terms", "remove it", True),
-    "fsdp": _SHARDED,
-    "fsdp_config": _SHARDED,
-    "fsdp_version": _SHARDED,
     "relora": Refusal("restarts the adapter into the base, which BA-LoRA never changes", "remove it", True),
     "peft_use_dora": Refusal("is another adapter", "remove it", True),
     "peft_ensure_weight_tying": Refusal("ties what the adapter's file keeps apart", "remove it", True),

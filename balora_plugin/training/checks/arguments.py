@@ -12,7 +12,6 @@ from ...checkpoint.location import AdapterFiles
 from ...checkpoint.names import INIT_FILE, STATE_FILE
 from ...checkpoint.settings import read_settings
 from ...config import RegularizerConfig
-from ...distributed import is_sharded
 from ...fused.loss import TaskForm
 from ..task_form import task_form_of
 
@@ -62,17 +61,18 @@ def check_compiled_once(accelerator: Any, how: bool | str) -> None:
 
 
 def check_saving(accelerator: Any) -> None:
-    """Refuses ways to save under FSDP that leave no adapter behind, and say nothing.
+    """Refuses the way to save under FSDP that leaves a part with each process, from which no run is resumed.
 
     Raises:
         ValueError: names the key and what to write.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     kind = str(getattr(plugin, "state_dict_type", ""))
-    if "SHARDED" in kind or "LOCAL" in kind:
+    if "LOCAL" in kind:
         raise ValueError(
-            f"fsdp_state_dict_type={kind.rpartition('.')[2]}: save_model would write no adapter. Write "
-            "fsdp_state_dict_type: FULL_STATE_DICT (the adapter alone is gathered)."
+            f"fsdp_state_dict_type={kind.rpartition('.')[2]} leaves the optimizer's state in parts that only the same "
+            "processes could read: write fsdp_state_dict_type: SHARDED_STATE_DICT, or FULL_STATE_DICT (the adapter is "
+            "saved whole with either)."
         )
 
 
@@ -107,18 +107,21 @@ def check_checkpoint(adapter: Any, directory: str) -> None:
 def check_classifier_run(
     model: PreTrainedModel, config: RegularizerConfig, args: Any, *, compiled: bool | str, fsdp: bool, deepspeed: bool
 ) -> None:
-    """Refuses what does not go together in a classification run. `fsdp`, `deepspeed`: the engine that the host runs on.
+    """Refuses what does not go together in a classification run.
+
+    `fsdp`, `deepspeed`: it runs on an engine under which the teacher's head would not come back.
 
     Raises:
         ValueError: names the key, its value and what to write.
     """
-    if fsdp or deepspeed or is_sharded(model):  # a resumed run would give the teacher another random head
+    if fsdp or deepspeed:  # a resumed run would give the teacher another random head
         key = "deepspeed" if deepspeed else "fsdp"
         given = getattr(args, key, None)
         raise ValueError(
-            f"{key}={given if isinstance(given, str) and given else True!r} does not work with task='nlu': the "
-            f"teacher's head is not restored under {'DeepSpeed' if deepspeed else 'FSDP'}. Leave {key} out (also of "
-            "accelerate's config) and use DDP."
+            f"{key}={given if isinstance(given, str) and given else True!r} does not work with task='nlu' here: the "
+            f"teacher's head is restored with a BaLoraConfig adapter alone, under FSDP2 or DeepSpeed. Use one "
+            f"{'' if deepspeed else '(and fsdp_version 2)'}, or leave {key} out (also of accelerate's config) and use "
+            "DDP."
         )
     if compiled:
         raise ValueError(f"compile={compiled!r} is for causal language models: leave it out for a classifier.")
