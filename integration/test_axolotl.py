@@ -516,12 +516,9 @@ def test_what_only_the_loaded_model_tells_is_one_clear_error_before_the_first_st
     shutil.copytree(
         workspace / "base", tmp_path / "spoilt", dirs_exist_ok=True, ignore=lambda *_: ["model.safetensors"]
     )
-    for changes, words in (
-        ({"base_model": str(tmp_path / "spoilt")}, "model.layers.1.mlp.up_proj.weight of the base model holds NaN"),
-        ({"lora_r": 999, "lora_alpha": 999}, "q_proj: r=999 is larger than the matrix (32, 32) allows: write r <= 32"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(words)):
-            load_model_and_tokenizer(cfg=load_cfg(str(written(**changes))))
+    words = "model.layers.1.mlp.up_proj.weight of the base model holds NaN"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_model_and_tokenizer(cfg=load_cfg(str(written(base_model=str(tmp_path / "spoilt")))))
 
 
 @pytest.mark.parametrize("option", ["--ba_lora.lambda-svd", "--ba-lora.lambda-svd=0.1", "--ba_lora__lambda_svd"])

@@ -131,8 +131,6 @@ WRONG = {
     "no terms": (lambda: {**adapter(), "regularizers": 0.5}, "regularizers=0.5|RegularizerConfig"),
     "rank zero": (lambda: adapter(r=0), "r=0|>= 1"),
     "rank text": (lambda: adapter(r="16"), "r='16'|whole number"),
-    "rank of a matrix": (lambda: adapter(r=999), "q_proj: r=999|write r <= 32"),
-    "rank_pattern": (lambda: adapter(rank_pattern={"k_proj": 999}), "k_proj: r=999|write r <= 16"),
     "start": (lambda: adapter(init_lora_weights="olora"), "init_lora_weights='olora'|write 'pissa'"),
     "start niter": (
         lambda: adapter(init_lora_weights="pissa_niter_x"),

@@ -33,7 +33,7 @@ def get_ba_lora_model(
     Raises:
         TypeError: config is not a BaLoraConfig.
         ValueError: a model that torch.compile has wrapped; targets that cannot be adapted (embeddings, LM head,
-            convolutions), a rank too large, NaN weights.
+            convolutions), NaN weights.
 
     >>> import torch
     >>> base = nn.Sequential(nn.Linear(8, 8))

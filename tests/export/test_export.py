@@ -125,6 +125,7 @@ VARIANTS = {
     },
     "rslora_patterns": {"use_rslora": True, "rank_pattern": {"(q_proj|c_attn)": 3}, "alpha_pattern": {"k_proj": 9}},
     "modules_to_save": {"modules_to_save": ["norm", "ln_f"]},
+    "beyond the matrix": {"r": 40, "lora_alpha": 20, "rank_pattern": {"(k_proj|c_attn)": 70}},
 }
 EXPERTS = {
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...atomic import replacing
 from .agreement import are_leading_triples
-from .pissa import FAST_ITERATIONS, FAST_SEED, pissa_factors
+from .pissa import FAST_ITERATIONS, FAST_SEED, pissa_factors, started_rank
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,9 @@ class StartCache:
         self.computed = self.found = 0
 
     def factors(self, weight: Tensor, rank: int, scaling: float, *, fast: bool) -> tuple[Tensor, Tensor]:
-        """Returns A0 (r, in) and B0 (out, r) as [`pissa_factors`], on the weight's device."""
+        """Returns A0 (k, in) and B0 (out, k) as [`pissa_factors`], on the weight's device."""
         name = None
+        rank = started_rank(rank, *weight.shape[-2:])
         if self.directory is not None and weight.numel() >= SMALLEST:
             name = f"{_key(weight, rank, scaling, fast)}.safetensors"
             kept = self._read(name, weight, rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -10,11 +11,13 @@ import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ...distributed import collective_device, gather_objects, process_rank, raise_on_every_process, world_size
-from ..delta import base_matrix, base_parameter
+from ..delta import base_matrix, base_parameter, target_key
 from .disk_cache import StartCache, cache_directory
+from .pissa import started_rank
 
 logger = logging.getLogger(__name__)
 Read = Callable[[str], Tensor | None]
@@ -26,12 +29,16 @@ def start_layers(
 ) -> None:
     """Fills A0, B0 of every (name, layer) from its base weight (dequantised), or from what `read(name)` gives instead.
 
+    A matrix with fewer than r singular triples gives all that it has; the rest of A0 and B0 stays zero, which is said.
+
     On several ranks layer i is factorised by one of them and sent to all: by rank i modulo the number of ranks, or by
     those ranks alone whose base weights are loaded. All ranks must call this, with the same layers.
 
     Raises:
-        ValueError: a rank too large, NaN in a weight (on every rank at once); names the layer.
+        ValueError: NaN in a weight (on every rank at once); names the layer.
     """
+    if process_rank() == 0:
+        _say_small(layers, adapter_name)
     world, rank = world_size(), process_rank()
     able = _ranks_with_weights(layers)
     owners = [able[i % len(able)] for i in range(len(layers))]
@@ -81,7 +88,10 @@ def start_layers(
 
 
 def _fill(layer: LoraLayer, adapter_name: str, a: Tensor, b: Tensor) -> None:
-    """Copies A0 (r, in) and B0 (out, r) into a layer, or those of experts, (E, r, in) and (E, out, r)."""
+    """Copies A0 (k, in) and B0 (out, k) into a layer of rank r >= k, or those of experts, (E, k, in) and (E, out, k)."""
+    missing = layer.r[adapter_name] - a.shape[-2]
+    if missing:
+        a, b = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
     if a.ndim == 3:  # into PEFT's layout
         a, b = a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
     layer.frozen_A[adapter_name].weight.copy_(a)
@@ -98,6 +108,24 @@ def _send(layers: list[tuple[str, LoraLayer]], adapter_name: str, owners: list[i
             dist.broadcast(on_wire, src=owner)
             if there:
                 factor.copy_(on_wire)
+
+
+def _say_small(layers: list[tuple[str, LoraLayer]], adapter_name: str) -> None:
+    """Says once of all matrices that have fewer singular triples than their rank how many they are, and which."""
+    small: Counter[str] = Counter()
+    for name, layer in layers:
+        rank, shape = layer.r[adapter_name], (layer.out_features, layer.in_features)
+        started = started_rank(rank, *shape)
+        if started < rank:
+            leaf = ".".join(target_key(name, layer).removesuffix(".weight").split(".")[-2:])
+            small[f"{leaf} ({shape[0]} x {shape[1]}, rank {rank} of which {started} train)"] += 1
+    if small:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in small.items())
+        logger.warning(
+            f"BA-LoRA: {sum(small.values())} of {len(layers)} adapted matrices have fewer singular values than the "
+            f"rank: {kinds}. They start with all that they have, and so can become any matrix of their shape; the rest "
+            "of their factors is 0 and stays so."
+        )
 
 
 def _say(cache: StartCache) -> None:

@@ -9,28 +9,31 @@ FAST_SEED = 20240808  # fixed: two builds of the same weight give the same facto
 FAST_ITERATIONS = 4
 
 
-def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = False) -> tuple[Tensor, Tensor]:
-    """Returns A0 (r, in), B0 (out, r): scaling * B0 @ A0 is the best rank-r part of weight (out, in).
+def started_rank(rank: int, out_features: int, in_features: int) -> int:
+    """Returns how many singular triples a start of this rank takes of a matrix: `rank`, or all that it has."""
+    return min(rank, out_features, in_features)
 
-    PiSSA, eq. 2-3.
+
+def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns A0 (k, in), B0 (out, k): scaling * B0 @ A0 is the best rank-r part of weight (out, in).
+
+    PiSSA, eq. 2-3. k is [`started_rank`]: r, or all of a matrix that has fewer singular triples.
 
     Works in float32 (float64 for a float64 weight), whatever the weight's dtype. `weight` may carry leading batch
     dimensions (experts).
 
     Raises:
-        ValueError: rank larger than the matrix, NaN or inf in the weight, scaling not positive.
+        ValueError: rank < 1, NaN or inf in the weight, scaling not positive.
     """
     w = weight.detach()
     w = w if w.dtype == torch.float64 else w.float()
-    limit = min(w.shape[-2:])
     if rank < 1:
         raise ValueError(f"r={rank} must be >= 1.")
-    if rank > limit:
-        raise ValueError(f"r={rank} is larger than the matrix {tuple(w.shape[-2:])} allows: write r <= {limit}.")
     if not scaling > 0:
         raise ValueError(f"the scaling lora_alpha / r is {scaling}: write lora_alpha > 0.")
     if not bool(torch.isfinite(w).all()):
         raise ValueError("the base weight holds NaN or inf: check the base model's files.")
+    rank = started_rank(rank, *w.shape[-2:])
     u, s, vh = _leading_triples(w, rank) if fast else torch.linalg.svd(w, full_matrices=False)
     root = (s[..., :rank] / scaling).sqrt()
     a = root[..., :, None] * vh[..., :rank, :]

@@ -76,7 +76,6 @@ def test_lower_precision_works_in_float32(given_dtype):
 @pytest.mark.parametrize(
     ("rank", "scaling", "poison", "message"),
     [
-        (6, 1.0, None, r"r=6 .*\(8, 5\).* r <= 5"),
         (0, 1.0, None, "r=0"),
         (2, 0.0, None, "lora_alpha / r is 0"),
         (2, -1.0, None, "lora_alpha / r is -1"),
