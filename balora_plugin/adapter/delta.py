@@ -1,4 +1,4 @@
-"""The delta form inside PEFT's LoRA layers. The one file that touches what PEFT calls private (`LoraVariant`).
+"""The delta form inside PEFT's LoRA layers. The one file that touches what PEFT calls private.
 
 With frozen A0, B0 and trained dA, dB that start at zero,
 
@@ -17,8 +17,10 @@ from typing import Any
 import peft
 import torch
 from packaging.version import Version
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -204,6 +206,29 @@ def delta_layers_of(model: nn.Module, adapter_name: str = "default") -> list[tup
     for name, layer in model.named_modules():
         if is_delta(layer, adapter_name):
             found.append((unwrapped_name(name).removeprefix(PEFT_PREFIX), layer))
+    return found
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Splits a name behind its last index: `model.layers.3.mlp.gate` -> (`model.layers.*`, `mlp.gate`)."""
+    parts = unwrapped_name(name).split(".")
+    last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
+    return ".".join("*" if part.isdigit() else part for part in parts[: last + 1]), ".".join(parts[last + 1 :])
+
+
+def refused_by_peft(model: nn.Module) -> list[str]:
+    """Returns the last names of linear layers that PEFT adapts in no model of this type.
+
+    Mamba's kernels read the weight of such a layer (`out_proj`), and would leave an adapter out.
+    """
+    found = []
+    for leaf in sorted(
+        {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    ):
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, leaf)
+        except ValueError:
+            found.append(leaf)
     return found
 
 

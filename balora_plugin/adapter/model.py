@@ -30,7 +30,7 @@ from .saved.stock import stock_config, to_stock_state_dict
 from .saved.writing import check_finite, write_side_files
 from .start.full_precision import full_precision_of
 from .start.layers import start_layers
-from .targets import check_targets, fill_default_targets, injected_layers
+from .targets import check_targets, expert_dropout_explained, fill_targets, injected_config, injected_layers
 from .towers import leave_towers_out
 from .unasked import say_unasked_terms
 
@@ -274,11 +274,11 @@ class BaLoraModelMixin(_Base):
         start: bool,
     ) -> None:
         config = copy.deepcopy(config)
-        with_head(config, self.get_base_model())
+        fill_targets(config, self.get_base_model())
         if start:
             leave_towers_out(config, self.get_base_model())
-        stock = config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights)
-        super().add_adapter(adapter_name, stock, autocast_adapter_dtype=autocast_adapter_dtype)
+        with expert_dropout_explained(config):
+            super().add_adapter(adapter_name, injected_config(config), autocast_adapter_dtype=autocast_adapter_dtype)
         try:
             self._adopt(config, adapter_name, start=start)
         except Exception:
@@ -363,26 +363,25 @@ def build(
     """
     check_peft_version()
     config = copy.deepcopy(config)
-    with_head(config, model)
-    fill_default_targets(config, model)
+    fill_targets(config, model)
     if start:  # an adapter from a file says by itself what it stands on
         leave_towers_out(config, model)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    start_as = False if config.delta else config.init_lora_weights
-    stock = config.to_lora_config(init_lora_weights=start_as)
+    stock = injected_config(config)
     if not start:
         stock.base_model_name_or_path = None  # PEFT would warn of a base that has moved
-    peft_model = get_peft_model(
-        model,
-        stock,
-        adapter_name=adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
+    with expert_dropout_explained(config):
+        peft_model = get_peft_model(
+            model,
+            stock,
+            adapter_name=adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
     peft_model.__class__ = CLASSES[type(peft_model)]
     try:
         if start and low_cpu_mem_usage:
-            fill_empty(peft_model, adapter_name, start_as, autocast=autocast_adapter_dtype)
+            fill_empty(peft_model, adapter_name, stock.init_lora_weights, autocast=autocast_adapter_dtype)
         peft_model._adopt(config, adapter_name, start=start)
     except Exception:
         base = peft_model.unload()  # leave the caller's model as it was

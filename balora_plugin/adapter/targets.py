@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from ..pretrained.classifier_head import DEFAULT_TARGETS
+from ..pretrained.classifier_head import DEFAULT_TARGETS, with_head
 from .config import BaLoraConfig
-from .delta import PEFT_PREFIX, is_supported_layer
+from .delta import PEFT_PREFIX, is_supported_layer, refused_by_peft, split_name
 
 
-def fill_default_targets(config: BaLoraConfig, model: nn.Module) -> None:
-    """Gives a config without targets (in place) those of the model's type, where PEFT has no default for it.
+def fill_targets(config: BaLoraConfig, model: nn.Module) -> None:
+    """Completes what a config (in place) says of its modules: a classifier's head, and defaults where it has none.
+
+    `all-linear` means all that PEFT can adapt: what it would refuse in a model of this type is excluded.
 
     Raises:
         ValueError: no default is known for this model.
     """
+    with_head(config, model)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        _exclude(config, beyond_all_linear(model))
+        return
     if config.target_modules is not None or config.target_parameters:
         return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -30,6 +40,67 @@ def fill_default_targets(config: BaLoraConfig, model: nn.Module) -> None:
             f"target_modules=None and PEFT knows no default for model type {model_type!r}: write "
             "target_modules='all-linear' or a list of module names."
         )
+
+
+def beyond_all_linear(model: nn.Module) -> list[str]:
+    """Returns the last names of the linear layers that PEFT cannot adapt as layers.
+
+    Those that it refuses in this type of model, and those whose forward gives more than a product (some routers).
+    """
+    odd = {name.rpartition(".")[2] for name, module in model.named_modules() if not gives_its_product(module)}
+    return sorted({*refused_by_peft(model), *odd})
+
+
+def gives_its_product(layer: nn.Module) -> bool:
+    """Returns False for a linear layer of a class of its own whose forward gives something else than one tensor."""
+    if not isinstance(layer, nn.Linear) or not type(layer).__module__.startswith("transformers.models."):
+        return True
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    meta = {
+        name: torch.empty(getattr(p, "ds_shape", p.shape), dtype=p.dtype, device="meta")
+        for name, p in layer.named_parameters()
+    }
+    row = torch.empty(1, layer.in_features, dtype=layer.weight.dtype, device="meta")
+    return isinstance(torch.func.functional_call(layer, meta, row), torch.Tensor)
+
+
+def _exclude(config: BaLoraConfig, leaves: list[str]) -> None:
+    """Adds modules, by their last names, to those that a config (in place) leaves out."""
+    given = config.exclude_modules
+    if not leaves:
+        return
+    if isinstance(given, str):  # a pattern of whole names
+        config.exclude_modules = rf"(?:{given})|(?:.*\.)?(?:{'|'.join(map(re.escape, leaves))})"
+    else:
+        config.exclude_modules = sorted({*(given or ()), *leaves})
+
+
+def injected_config(config: BaLoraConfig) -> LoraConfig:
+    """Returns the stock config by which PEFT makes the layers; in delta form their factors are filled later.
+
+    An adapter of fused experts that is loaded to be used has no dropout, which PEFT would refuse.
+    """
+    idle = {"lora_dropout": 0.0} if config.inference_mode and config.target_parameters else {}
+    return config.to_lora_config(init_lora_weights=False if config.delta else config.init_lora_weights, **idle)
+
+
+@contextmanager
+def expert_dropout_explained(config: BaLoraConfig) -> Iterator[None]:
+    """Says of PEFT's refusal of dropout on fused experts which key it is about, and what to write.
+
+    Raises:
+        ValueError: names the key, its value and the remedy.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "lora_dropout" not in str(error) or not config.lora_dropout:
+            raise
+        raise ValueError(
+            f"lora_dropout={config.lora_dropout!r} with fused experts among the targets, whose inputs PEFT cannot "
+            "drop: write lora_dropout=0.0, or target_modules as a list of the layers beside the experts."
+        ) from None
 
 
 def injected_layers(model: PeftModel, adapter_name: str) -> list[tuple[str, LoraLayer]]:
@@ -53,6 +124,12 @@ def check_targets(base: Any, layers: list[tuple[str, LoraLayer]], custom: Collec
             raise ValueError(
                 f"target_modules matches the LM head {name!r}: the terms read its weight directly and would "
                 "ignore an adapter. Remove it from target_modules (or write 'all-linear', which leaves it out)."
+            )
+        if not isinstance(layer, (ParamWrapper, *custom)) and not gives_its_product(layer.get_base_layer()):
+            raise ValueError(
+                f"target_modules matches {name!r}, a {type(layer.get_base_layer()).__name__}, whose forward gives more "
+                f"than a product: remove it, or write target_parameters=[{split_name(name)[1] + '.weight'!r}], which "
+                "adapts its weight."
             )
         if not (is_supported_layer(layer) or isinstance(layer, tuple(custom))):
             kept, remedy = layer.get_base_layer(), "Remove it from target_modules."

@@ -1,4 +1,4 @@
-"""Says where terms do not act as written: another loss, a Trainer before the mixin, a model's own dropout."""
+"""Says what trains, and where terms do not act as written: another loss, a Trainer before the mixin, own dropout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import logging
 
 from ..config import weights_in_words
 from ..pretrained.classifier_head import is_classifier
 from .host import HostTrainer
 from .run_state import RunState
+
+logger = logging.get_logger(__name__)
 
 _GUIDE = "docs/design/training.md, 'Writing a trainer of your own'"
 
@@ -34,6 +37,17 @@ def check_bases(cls: type, mixin: type) -> None:
                 f"class {cls.__name__}({', '.join(bases)}): {before.__name__} stands before {mixin.__name__}, so the "
                 f"terms would be left out: write class {cls.__name__}({order})."
             )
+
+
+class SayWhatTrains(TrainerCallback):
+    """Lists at the start of a training what the adapter stands on and what it leaves out."""
+
+    def __init__(self, run: RunState) -> None:
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._run.adapted is not None and state.is_world_process_zero:
+            (logger.info if args.disable_tqdm else print)(str(self._run.adapted))
 
 
 class RecordedTerms(TrainerCallback):

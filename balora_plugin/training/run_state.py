@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig
+from ..adapter.kinds import WhatIsAdapted
 from ..config import RegularizerConfig
 from ..distributed import is_sharded
 from ..fused.head import Head
@@ -70,6 +71,7 @@ class RunState:
         meter: What counts the run's cost; there from the start of training.
         predicts: Whether a batch is being evaluated, though the model may be in training mode.
         wants_logits: Whether the evaluation at hand asks for logits.
+        adapted: What the adapter stands on; None in full fine-tuning.
         finished: The run was resumed after its last step, so that it has nothing to do.
         callbacks: What watches the run, for its trainer to call.
         resumed: The checkpoint that training goes on from.
@@ -91,6 +93,7 @@ class RunState:
     packing: PackingProbe | None = None
     initial_head: Head | None = None
     meter: CostMeter | None = None
+    adapted: WhatIsAdapted | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     resumed: str | None = None
     predicts: bool = False

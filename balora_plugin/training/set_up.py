@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig
+from ..adapter.kinds import what_is_adapted
 from ..adapter.saved import provenance
 from ..config import RegularizerConfig, as_regularizers
 from ..objective.classification import classification_step
@@ -20,7 +21,7 @@ from ..pretrained.lm_head import check_head
 from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
-from .acting import RecordedTerms, warn_of_dropout
+from .acting import RecordedTerms, SayWhatTrains, warn_of_dropout
 from .checks.arguments import check_arguments, check_compiled_once, check_loss_function, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
@@ -105,6 +106,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         packing=PackingProbe(bare, warn) if config.task == "nlg" else None,
         task_form=task_form_of(host.args, host.ba_lora_loss_type),
         teacher=_ready_teacher(host, bare, config, given.teacher_model),
+        adapted=what_is_adapted(host.model) if isinstance(adapter, LoraConfig) else None,
     )
     if run.ours:
         adapter.regularizers = regularizers  # what is used is what the adapter's file says
@@ -119,7 +121,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
     warn_of_dropout(run)
-    run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host), NothingLeft(run)]
+    run.callbacks += [SayWhatTrains(run), FiniteGuard(run, host), RecordedTerms(run, host), NothingLeft(run)]
     logger.info(f"BA-LoRA: {config}")
     return run
 

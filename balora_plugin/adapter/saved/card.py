@@ -19,6 +19,7 @@ from ...consistency import form_named
 from ...pretrained.backbone import is_multimodal_class
 from ..config import BaLoraConfig
 from ..delta import delta_layers_of
+from ..kinds import names_of, what_is_adapted
 from . import provenance
 
 START, END = "<!-- ba-lora -->", "<!-- /ba-lora -->"
@@ -98,6 +99,7 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
     if len(ranks) > 1:
         file_rank += f" (smallest layer: {factor * ranks[0]})"
     trained = type(model.get_base_model()).__name__
+    adapted = what_is_adapted(model, adapter_name)
     rows = [
         ("base model", f"`{base}`"),
         ("class", f"`{trained}`, whose names the adapter's layers have"),
@@ -107,6 +109,8 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
         ("terms in force", terms(config)),
         ("teacher", (found.teacher if found else None) or "the base itself, adapter switched off"),
         ("rank of the file", file_rank),
+        ("adapts", names_of(adapted.kinds)),
+        ("leaves out", names_of(adapted.left_out) or "no linear layer but the head"),
     ]
     labels = model.get_base_model().config.num_labels if config.family == "nlu" else None
     place = "." if adapter_name == "default" else adapter_name

@@ -10,6 +10,7 @@ import os
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
@@ -23,9 +24,12 @@ def stock_config(config: BaLoraConfig, model: PeftModel, adapter_name: str) -> L
     """Returns the LoraConfig of an adapter's saved file: [`BaLoraConfig.to_stock_config`], made right for its layers.
 
     Patterns are written per layer where their own form, read back by PEFT, would give a layer something else (rsLoRA;
-    overlapping patterns, whose order the file loses).
+    overlapping patterns, whose order the file loses). Of fused experts it has no lora_dropout, with which PEFT would
+    not load them, and which does nothing to an adapter that is used.
     """
     stock = config.to_stock_config()
+    if any(isinstance(layer, ParamWrapper) for layer in model.modules()):
+        stock.lora_dropout = 0.0
     if not config.delta or not (config.rank_pattern or config.alpha_pattern):
         return stock
     layers = [(target_key(name, layer), layer) for name, layer in delta_layers_of(model, adapter_name)]

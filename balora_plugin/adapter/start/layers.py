@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -15,9 +14,9 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ...distributed import collective_device, gather_objects, process_rank, raise_on_every_process, world_size
-from ..delta import base_matrix, base_parameter, target_key
+from ..delta import base_matrix, base_parameter
+from ..kinds import counted, kind_of
 from .disk_cache import StartCache, cache_directory
-from .pissa import started_rank
 
 logger = logging.getLogger(__name__)
 Read = Callable[[str], Tensor | None]
@@ -37,8 +36,7 @@ def start_layers(
     Raises:
         ValueError: NaN in a weight (on every rank at once); names the layer.
     """
-    if process_rank() == 0:
-        _say_small(layers, adapter_name)
+    _say_small(layers, adapter_name)
     world, rank = world_size(), process_rank()
     able = _ranks_with_weights(layers)
     owners = [able[i % len(able)] for i in range(len(layers))]
@@ -88,7 +86,7 @@ def start_layers(
 
 
 def _fill(layer: LoraLayer, adapter_name: str, a: Tensor, b: Tensor) -> None:
-    """Copies A0 (k, in) and B0 (out, k) into a layer of rank r >= k, or those of experts, (E, k, in) and (E, out, k)."""
+    """Copies A0 (k, in) and B0 (out, k) into a layer of rank r >= k; of experts they are (E, k, in) and (E, out, k)."""
     missing = layer.r[adapter_name] - a.shape[-2]
     if missing:
         a, b = pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
@@ -112,19 +110,13 @@ def _send(layers: list[tuple[str, LoraLayer]], adapter_name: str, owners: list[i
 
 def _say_small(layers: list[tuple[str, LoraLayer]], adapter_name: str) -> None:
     """Says once of all matrices that have fewer singular triples than their rank how many they are, and which."""
-    small: Counter[str] = Counter()
-    for name, layer in layers:
-        rank, shape = layer.r[adapter_name], (layer.out_features, layer.in_features)
-        started = started_rank(rank, *shape)
-        if started < rank:
-            leaf = ".".join(target_key(name, layer).removesuffix(".weight").split(".")[-2:])
-            small[f"{leaf} ({shape[0]} x {shape[1]}, rank {rank} of which {started} train)"] += 1
-    if small:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in small.items())
+    small = [kind for kind in counted(kind_of(*layer, adapter_name) for layer in layers) if kind.started < kind.rank]
+    if small and process_rank() == 0:
+        kinds = ", ".join(f"{kind} at rank {kind.rank} of which {kind.started} train" for kind in small)
         logger.warning(
-            f"BA-LoRA: {sum(small.values())} of {len(layers)} adapted matrices have fewer singular values than the "
-            f"rank: {kinds}. They start with all that they have, and so can become any matrix of their shape; the rest "
-            "of their factors is 0 and stays so."
+            f"BA-LoRA: {sum(kind.count for kind in small)} of {len(layers)} adapted matrices have fewer singular "
+            f"values than the rank: {kinds}. They start with all that they have, and so can become any matrix of their "
+            "shape; the rest of their factors is 0 and stays so."
         )
 
 

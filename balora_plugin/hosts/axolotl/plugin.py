@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.loaders.adapter import find_all_linear_names
 from peft import TaskType
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,7 +23,6 @@ from ...checkpoint.names import STATE_FILE
 from ...checkpoint.settings import read_settings
 from ...config import RegularizerConfig
 from ...findings import Finding
-from ...pretrained.backbone import language_model_of
 from ...pretrained.classifier_head import is_classifier
 from ...pretrained.lm_head import check_head
 from ...training.checks.model import resolve
@@ -34,6 +32,7 @@ from .asked import check_expert_kernel, options_of_plugins
 from .checks import ADAPTER, active, findings_of, of_command_line
 from .engine import attention_here, attention_setting, compiles_whole, reentrant_of
 from .errors import SettingError, as_setting_errors, one_line_errors, refuse
+from .injection import patch_peft, target_modules
 from .refusals import other_trainers, refused
 from .superseded import still_on, switch_off
 
@@ -115,6 +114,7 @@ class BaLoraPlugin(BasePlugin):
             if cfg.peft_autocast_adapter_dtype is None
             else {"autocast_adapter_dtype": cfg.peft_autocast_adapter_dtype}
         )
+        patch_peft(model, config)
         if is_classifier(model):
             classification.check_new_head(model)
             if cfg.merge_lora:
@@ -140,8 +140,6 @@ class BaLoraPlugin(BasePlugin):
         if not cfg.merge_lora:
             kbit.check_quantised(cfg, wrapped, inference=self._inference)
         config.resumed_in = _resumed_in(cfg)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            wrapped.print_trainable_parameters()
         return wrapped, config
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
@@ -302,23 +300,6 @@ def check_continued(cfg: Any, config: BaLoraConfig) -> None:
                 f"{key}: {cfg[key]} contradicts the adapter in lora_model_dir: {cfg.lora_model_dir}, which has "
                 f"{value}: write {key}: {value}, or remove the line."
             )
-
-
-def target_modules(cfg: Any, model: PreTrainedModel) -> str | list[str] | None:
-    """`lora_target_modules`, and with `lora_target_linear` every linear layer but the LM head's, by Axolotl's rule.
-
-    Of a multimodal model those of its language model. Of a classifier: every linear layer but the head's; with neither
-    key its default targets (None).
-    """
-    modules: Any = cfg.lora_target_modules or []
-    if is_classifier(model):  # Axolotl's rule would take the head in
-        return "all-linear" if cfg.lora_target_linear else modules or None
-    if not cfg.lora_target_linear:
-        return modules if isinstance(modules, str) else list(modules)
-    named = [modules] if isinstance(modules, str) else list(modules)
-    head = model.get_output_embeddings()  # by what it is: Axolotl's table of names is older than transformers 5
-    heads = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
-    return sorted({*named, *(set(find_all_linear_names(language_model_of(model))) - heads)})
 
 
 def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ...findings import Finding
 from .asked import peft_block
+from .experts import size_of_experts
 
 
 class Refusal(NamedTuple):
@@ -32,7 +33,10 @@ REFUSED: dict[str, Refusal] = {
     "orpo_alpha": _LOGITS,
     "gptq": _STORED,
     "quantize_moe_experts": Refusal(
-        "is not supported with adapter: ba_lora", "remove it (the experts stay as they are stored)", True
+        "stores the experts by Axolotl's own 4- or 8-bit code, for which neither start nor hash of the base is made",
+        "remove it, and where the experts as they are stored do not fit on one device let DeepSpeed ZeRO-3 split them "
+        "(deepspeed: deepspeed_configs/zero3_bf16.json)",
+        True,
     ),
     "rl": _OTHER_LOSS,
     "reward_model": _OTHER_LOSS,
@@ -57,8 +61,11 @@ TRAINERS = ("DiffusionPlugin", "HatcheryPlugin")
 def refused(values: Any) -> Iterator[Finding]:
     """Finds what is refused by its key alone, in a YAML as it was written or in the final config."""
     for key, refusal in REFUSED.items():
-        if values.get(key):
-            yield Finding(key, _plain(values.get(key)), *refusal)
+        if not values.get(key):
+            continue
+        if key == "quantize_moe_experts" and (size := size_of_experts(values)):
+            refusal = refusal._replace(remedy=refusal.remedy.replace("stored", f"stored ({size})", 1))
+        yield Finding(key, _plain(values.get(key)), *refusal)
     for key in SPLITS:
         if str(values.get(key) or 1) != "1":
             yield Finding(key, values.get(key), *_SPLIT)

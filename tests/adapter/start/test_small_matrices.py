@@ -121,9 +121,11 @@ def test_a_mixture_of_experts_at_a_rank_beyond_its_matrices(start, ids, tmp_path
     with caplog.at_level(logging.WARNING):
         model = ba_lora(fresh(base), r=40, rank_pattern={"k_proj": 64}, init_lora_weights=start).eval()
     (said,) = [record.message for record in caplog.records if "singular values" in record.message]
-    assert "14 of 14 adapted matrices" in said and "2 mlp.gate (4 x 32, rank 40 of which 4 train)" in said
-    assert "2 self_attn.k_proj (16 x 32, rank 64 of which 16 train)" in said
-    assert "2 experts.gate_up_proj (96 x 32, rank 80 of which 32 train)" in said  # PEFT doubles what it fuses
+    assert "14 of 14 adapted matrices" in said and "2 mlp.gate.weight (4 x 32) at rank 40 of which 4 train" in said
+    assert "2 self_attn.k_proj (16 x 32) at rank 64 of which 16 train" in said
+    assert (
+        "2 mlp.experts.gate_up_proj (4 experts of 96 x 32) at rank 80 of which 32 train" in said
+    )  # PEFT doubles what it fuses
     assert torch.equal(logits(model, ids), logits(base, ids))
     train(model.train(), ids, steps=2)
     expected = logits(model.eval(), ids)
