@@ -21,8 +21,6 @@ from balora_plugin.training.checks.model import resolve
 pytestmark = pytest.mark.hosts
 
 CONFIG = TERMS.resolved("nlg")
-# its router is an nn.Linear that returns a pair, on which no LoRA can stand
-TARGETS = {"llama4": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 CASES = [(name, kind) for name in FAMILIES for kind in ("text", "images")]
 
 
@@ -69,7 +67,7 @@ def test_the_terms_are_those_of_the_models_own_logits(name, kind, tmp_path):
     resolve(base, TERMS, adapter_follows=True)
     check_head(base)
     before = base.eval()(**without_labels(batch)).logits
-    model = ba_lora(base, r=2, targets=TARGETS.get(name, "all-linear"))
+    model = ba_lora(base, r=2, targets="all-linear")
     assert torch.equal(model(**without_labels(batch)).logits, before)
     install(base)
     out = step(model.train(), batch)
