@@ -61,12 +61,13 @@ def check_tensors(
     missing = expected - found
     if not missing and not foreign:
         return
-    which = "lacks" if missing else "also holds"
     first = min(missing or foreign)
-    remedy = "it was saved for other target_modules, or another model: load it with its own config"
+    what = f"{first}: it was saved for other target modules or another model"
+    if not missing:
+        what = f"{first}, which this model's config does not target: load it with its own config"
     if ".lora_" not in first:
-        remedy = f"modules_to_save={here or None!r} here, but it was saved with {saved or None!r}: write that"
-    raise ValueError(f"the adapter in {source!r} {which} {first}: {remedy}.")
+        what = f"{first}: modules_to_save={here or None!r} here, but it was saved with {saved or None!r}: write that"
+    raise ValueError(f"the adapter in {source!r} {'lacks' if missing else 'also holds'} {what}.")
 
 
 def check_stock_fits(model: PeftModel, adapter_name: str, files: AdapterFiles) -> None:
