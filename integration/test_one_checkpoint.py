@@ -268,6 +268,15 @@ def test_the_best_checkpoint_of_a_run_that_was_moved_is_its_own(gone, tmp_path, 
         assert all(torch.equal(value, trained(first)[name]) for name, value in trained(resumed).items())
 
 
+def test_an_order_that_is_not_the_uninterrupted_runs_is_said(tmp_path, caplog):
+    by_length = {"train_sampling_strategy": "group_by_length"}
+    build("ba_lora", tmp_path, **by_length).train()
+    for step, said in ((3, 0), (5, 1)):  # four steps a pass
+        caplog.clear()
+        build("ba_lora", tmp_path, **by_length).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert sum("draws the order of each pass" in line for line in caplog.messages) == said
+
+
 # --- a finished run
 
 

@@ -123,10 +123,11 @@ class NothingLeft(TrainerCallback):
             control.should_log = control.should_save = control.should_evaluate = False
 
 
-class OwnBest(TrainerCallback):
+class Resumed(TrainerCallback):
     """Has a resumed run's best checkpoint be one of its own: the host keeps an absolute path, and runs are moved.
 
-    Where the directory was, another run may be by now, whose weights would be loaded at the end.
+    Where the directory was, another run may be by now, whose weights would be loaded at the end. Says where the order
+    of the data is not that of the uninterrupted run: a sampler by length draws it anew in every pass.
     """
 
     def __init__(self, run: RunState) -> None:
@@ -134,7 +135,16 @@ class OwnBest(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best, checkpoint = state.best_model_checkpoint, self._run.resumed
-        if checkpoint is None or best is None:
+        if checkpoint is None:
+            return
+        if getattr(args, "train_sampling_strategy", None) == "group_by_length" and (state.epoch or 0.0) > 1.0:
+            self._run.warn(
+                "order",
+                "train_sampling_strategy='group_by_length' (Axolotl: group_by_length) draws the order of each pass as "
+                f"it begins, which {checkpoint} does not hold: the rest of this pass has other rows than the "
+                "uninterrupted run's. 'random', the default, is exact.",
+            )
+        if best is None:
             return
         here = Path(os.path.realpath(checkpoint)).parent
         if Path(os.path.realpath(best)).parent == here:

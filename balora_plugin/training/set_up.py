@@ -32,7 +32,7 @@ from .host import HostTrainer
 from .liger import give_kernels, without_losses
 from .metrics import TermMetrics
 from .packing_probe import PackingProbe
-from .resuming import NothingLeft, OwnBest
+from .resuming import NothingLeft, Resumed
 from .run_state import Inputs, RunState, WarnOnce
 from .task_form import task_form_of
 
@@ -120,7 +120,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
     warn_at_set_up(run, host.args)
-    run.callbacks += [BeforeTraining(run, host), OwnBest(run), NothingLeft(run)]
+    run.callbacks += [BeforeTraining(run, host), Resumed(run), NothingLeft(run)]
     run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]
     logger.info(f"BA-LoRA: {config}")
     return run
