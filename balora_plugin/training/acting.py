@@ -54,7 +54,8 @@ class BeforeTraining(TrainerCallback):
         run, config = self._run, self._run.config
         check_loss_function(getattr(self._host, "compute_loss_func", None), run.task_form)
         check_adapters(run.model)
-        check_moves(run.wrapped, None if self._host.is_deepspeed_enabled else optimizer)
+        if not (self._host.is_fsdp_enabled or self._host.is_deepspeed_enabled):  # their parameters may be others
+            check_moves(run.wrapped, optimizer)
         if not config.lambda_consistency:
             return
         check_teacher(run.adapter, run.teacher, cached=config.teacher_cache is not None, model=run.model)

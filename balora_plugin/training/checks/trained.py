@@ -8,7 +8,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...adapter.delta import FROZEN
-from ...distributed import is_sharded
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -52,8 +51,8 @@ def check_moves(model: nn.Module, optimizer: Any) -> None:
             "and call prepare_model_for_kbit_training before the adapter is put on the model, not after it."
         )
     groups = getattr(optimizer, "param_groups", None)
-    if groups is None or is_sharded(model) or "Dummy" in type(getattr(optimizer, "optimizer", optimizer)).__name__:
-        return  # an engine's optimizer, or one in the backward pass, holds tensors of its own
+    if groups is None or "Dummy" in type(getattr(optimizer, "optimizer", optimizer)).__name__:
+        return  # one that steps inside the backward pass holds a tensor of its own
     held = {id(p) for group in groups for p in group["params"]}
     if not held & trained.keys():
         raise ValueError(
