@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from helpers import TERMS
 from models import character_tokenizer, tiny_llama
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer
@@ -29,12 +29,18 @@ LAST = 6  # in the middle of the second epoch, of four steps
 MANIFEST = "ba_lora_checkpoint.json"
 
 
+def rows():
+    return Dataset.from_list([character_tokenizer()(text) for text in TEXTS])
+
+
 def build(kind, out, **changes):
     extra = {
         "ba_lora": {"peft_config": BaLoraConfig(**SHAPE, regularizers=TERMS)},
         "plain_lora": {"peft_config": LoraConfig(**SHAPE), "regularizers": TERMS},
         "full": {"regularizers": TERMS, "teacher_model": tiny_llama()},
     }[kind]
+    extra |= {key: changes.pop(key) for key in ("peft_config", "eval_dataset") if key in changes}
+    model = changes.pop("model", None)
     values = {
         "output_dir": str(out),
         "max_steps": LAST,
@@ -50,9 +56,9 @@ def build(kind, out, **changes):
     }
     tokenizer = character_tokenizer()
     return BaLoraTrainer(
-        model=tiny_llama(),
+        model=tiny_llama() if model is None else model,
         args=TrainingArguments(**{**values, **changes}),
-        train_dataset=Dataset.from_list([tokenizer(text) for text in TEXTS]),
+        train_dataset=rows(),
         data_collator=DataCollatorForLanguageModeling(copy.deepcopy(tokenizer), mlm=False),
         **extra,
     )
@@ -183,6 +189,92 @@ def test_a_whole_checkpoint_is_there_while_older_ones_are_deleted(tmp_path, monk
     monkeypatch.setattr(host, "rotate_checkpoints", looking)
     build("ba_lora", tmp_path, save_total_limit=1, max_steps=3).train()
     assert seen == [str(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3)]
+
+
+# --- another kind of adapter, or another's weights
+
+
+def named(out, **changes):
+    """A plain LoRA of a name of its own, which PEFT saves in a directory of that name."""
+    model = get_peft_model(tiny_llama(), LoraConfig(**SHAPE), adapter_name="mine")
+    return build("plain_lora", out, model=model, peft_config=None, **changes)
+
+
+def test_weights_of_an_adapter_of_another_name_belong_to_the_checkpoint_too(tmp_path):
+    named(tmp_path, max_steps=3).train()
+    first, last = (tmp_path / f"checkpoint-{step}" / "mine" / "adapter_model.safetensors" for step in (1, 3))
+    resumed = named(tmp_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=str(last.parent.parent))
+    assert resumed.state.global_step == 4
+    shutil.copy(first, last)
+    with pytest.raises(ValueError, match=r"mine/adapter_model\.safetensors is not the file"):
+        named(tmp_path, max_steps=4).train(resume_from_checkpoint=str(last.parent.parent))
+
+
+def test_ordinary_weights_are_checked_where_a_plain_lora_goes_on_from_them(tmp_path):
+    """A BA-LoRA checkpoint of the ordinary start, whose own hashes a plain LoRA does not read."""
+    ordinary = BaLoraConfig(**SHAPE, init_lora_weights=True, regularizers=TERMS)
+    build("ba_lora", tmp_path, peft_config=ordinary, max_steps=3).train()
+    shutil.copy(tmp_path / "checkpoint-1" / "adapter_model.safetensors", tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not the file"):
+        build("plain_lora", tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_alpha": 64}, "lora_alpha=64 here.*write 4"),
+        ({"target_modules": ["q_proj"]}, "does not target"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] here"),
+    ],
+)
+def test_a_plain_lora_of_another_kind_is_refused(changes, words, runs):
+    other = LoraConfig(**{**SHAPE, **changes})
+    with pytest.raises(ValueError, match=words):
+        build("plain_lora", runs / "plain_lora", peft_config=other).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "words"),
+    [
+        ("plain_lora", "full", "is a checkpoint of an adapter, but"),
+        ("full", "plain_lora", "is a checkpoint of full fine-tuning, but"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_training_is_one_line(saved, here, words, runs, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        build(here, tmp_path).train(resume_from_checkpoint=str(runs / saved / f"checkpoint-{LAST}"))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_best_checkpoint_of_a_run_that_was_moved_is_its_own(gone, tmp_path, caplog):
+    """The host keeps its absolute path, where another run may be by now."""
+    worst = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the first step's
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "eval_dataset": rows(), **worst}
+    first = build("ba_lora", tmp_path / "out", **best)
+    first.train()
+    assert Path(first.state.best_model_checkpoint).name == "checkpoint-1"
+    moved = tmp_path / "moved"
+    (tmp_path / "out").rename(moved)
+    other = build("ba_lora", tmp_path / "out", seed=7, data_seed=7, learning_rate=3e-2, **best)
+    other.train()
+    if gone:
+        shutil.rmtree(moved / "checkpoint-1")
+    resumed = build("ba_lora", moved, max_steps=LAST + gone, **best)  # with no save the host does not look again
+    resumed.train(resume_from_checkpoint=str(moved / f"checkpoint-{LAST}"))
+    assert Path(resumed.state.best_model_checkpoint) == moved / f"checkpoint-{LAST + 1 if gone else 1}"
+    assert sum("does not stand beside" in line for line in caplog.messages) == gone
+    if not gone:
+        assert all(torch.equal(value, trained(first)[name]) for name, value in trained(resumed).items())
+
+
+def test_an_order_that_is_not_the_uninterrupted_runs_is_said(tmp_path, caplog):
+    by_length = {"train_sampling_strategy": "group_by_length"}
+    build("ba_lora", tmp_path, **by_length).train()
+    for step, said in ((3, 0), (5, 1)):  # four steps a pass
+        caplog.clear()
+        build("ba_lora", tmp_path, **by_length).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert sum("draws the order of each pass" in line for line in caplog.messages) == said
 
 
 # --- a finished run

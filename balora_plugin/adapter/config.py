@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from ..checkpoint.integrity import is_finished
@@ -308,3 +308,11 @@ def our_adapters(model: Any) -> list[str]:
     """Returns the names of the adapters of `model` that have a BaLoraConfig; none for a model without adapters."""
     configs = getattr(model, "peft_config", None) or {}
     return [name for name, config in configs.items() if isinstance(config, BaLoraConfig)]
+
+
+def active_config(model: nn.Module | None) -> Any:
+    """Returns the config of a model's active adapter; of several a BA-LoRA one, else the first. None without any."""
+    if not isinstance(model, PeftModel) or not model.active_adapters:
+        return None
+    active = [model.peft_config.get(name) for name in model.active_adapters]
+    return next((config for config in active if isinstance(config, BaLoraConfig)), active[0])

@@ -25,7 +25,8 @@ from ..pretrained.quantised import protect_weights
 from .config import BaLoraConfig
 from .delta import FROZEN, attach_delta, check_peft_version, fill_empty, is_delta
 from .saved import card
-from .saved.reading import LoadOptions, SavedAdapter, check_same_base, check_scaling, load_delta, restore_teacher_head
+from .saved.fit import check_stock_fits
+from .saved.reading import LoadOptions, SavedAdapter, check_same_base, load_delta, restore_teacher_head
 from .saved.stock import stock_config, to_stock_state_dict
 from .saved.writing import check_finite, write_side_files
 from .start.full_precision import full_precision_of
@@ -224,8 +225,8 @@ class BaLoraModelMixin(_Base):
                 )
             if saved.settings is not None:  # ours, as an ordinary LoRA
                 check_adapter(saved.settings, saved.files)
-                if isinstance(existing, BaLoraConfig):
-                    check_scaling(self, adapter_name, saved)
+            if isinstance(existing, BaLoraConfig):
+                check_stock_fits(self, adapter_name, saved.files)
             if is_trainable:
                 check_same_base(self, saved)
             result = super().load_adapter(

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..config import weights_in_words
 from ..distributed import process_rank
 from ..pretrained.classifier_head import is_classifier
-from .config import BaLoraConfig
+from .config import BaLoraConfig, active_config
 
 logger = logging.get_logger(__name__)
 
@@ -70,8 +70,7 @@ def _watched(model: PeftModel) -> Tensor | None:
 
 def _weights(model: PeftModel) -> list[str]:
     """The weights of the active adapter's terms that are not 0, with their values."""
-    active = model.active_adapters
-    config = model.peft_config.get(active[0]) if active else None
+    config = active_config(model)
     if not isinstance(config, BaLoraConfig):
         return []
     return weights_in_words(config.regularizers.resolved("nlu" if is_classifier(model.get_base_model()) else "nlg"))

@@ -40,12 +40,13 @@ def only_run(directory: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it; names both.
     """
-    handle = _acquire(Path(directory, LOCK_FILE))
+    path = Path(os.path.abspath(directory), LOCK_FILE)  # a callback may change the directory that names are relative to
+    handle = _acquire(path)
     try:
         yield
     finally:
         if handle is not None:
-            _release(Path(directory, LOCK_FILE), handle)
+            _release(path, handle)
 
 
 def _acquire(path: Path) -> int | None:

@@ -24,7 +24,7 @@ from .settings import file_digest
 # would be inf there, and pre-trained weights stay below a thousand
 LARGEST = 65504.0
 _ONCE = (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE, HEAD_FILE, STATE_FILE)
-# of a plain adapter and of full fine-tuning; those of a BA-LoRA adapter are bound by its ba_lora.json
+# of every adapter, which PEFT saves in a directory of its name unless that is "default", and of full fine-tuning
 _WEIGHTS = ("adapter_model*.safetensors", "model*.safetensors", "adapter_model*.bin", "pytorch_model*.bin")
 
 
@@ -78,8 +78,9 @@ def seal(directory: str, adapters: Sequence[str], *, largest: float | None, save
     """
     path, ranks = Path(directory), ranks_here()
     names = [*_ONCE, *random_states(ranks), *(settings_path(name) for name in adapters)]
-    if not adapters:
-        names += sorted(file.name for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file())
+    for pattern in _WEIGHTS:
+        found = sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")])
+        names += [file.relative_to(path).as_posix() for file in found]
     hashes = {name: file_digest(path / name) for name in names if (path / name).is_file()}
     _write(directory, Manifest(hashes, ranks, save_only_model, largest))
 

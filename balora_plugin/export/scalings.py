@@ -11,10 +11,10 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 
 from ..adapter.config import BaLoraConfig
 from ..adapter.delta import PEFT_PREFIX
+from ..adapter.saved.stock import rank_and_scaling
 from ..checkpoint.names import CONFIG_FILE
 
 # what an adapter computes hangs on these; a base that moved, or what a release of PEFT adds, does not
@@ -90,20 +90,12 @@ def _explanations(
     """Returns every (scalings, experts) that the config gives tensors of these shapes, if they are those of `keys`."""
     fits = set()
     for chosen in permutations(keys, len(shapes)):
-        read = [_as_configured(config, key) for key in chosen]
+        read = [rank_and_scaling(config, key) for key in chosen]
         experts = {rows // rank for (rows, _), (rank, _) in zip(shapes, read, strict=True)}
         exact = all(shape == (rank * min(experts),) * 2 for shape, (rank, _) in zip(shapes, read, strict=True))
         if len(experts) == 1 and exact and (not plain or experts == {1}):
             fits.add((tuple(scaling for _, scaling in read), experts.pop()))
     return fits
-
-
-def _as_configured(config: LoraConfig, key: str) -> tuple[int, float]:
-    """Returns the rank and the scaling that PEFT gives the module or parameter `key`."""
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(ranks.keys(), key), config.r)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), key), config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 # --- edited since?
@@ -130,7 +122,7 @@ def check_as_trained(config: LoraConfig, settings: Mapping[str, Any], names: Ite
     factor = 2 if trained.delta else 1
     for module, pairs in _by_module(names).items():
         for key in {key for keys in _candidates(config, module, len(pairs)) for key in keys}:
-            (rank, scaling), (own, expected) = _as_configured(config, key), _as_configured(trained, key)
+            (rank, scaling), (own, expected) = rank_and_scaling(config, key), rank_and_scaling(trained, key)
             if rank != factor * own or not math.isclose(scaling, expected, rel_tol=1e-7):
                 which = "rank_pattern" if rank != factor * own else "alpha_pattern"
                 raise ValueError(

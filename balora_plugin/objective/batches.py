@@ -64,8 +64,11 @@ def check_task_weights(weights: Tensor, labels: Tensor) -> None:
     """Refuses weights of the task loss that do not fit the batch: labels (B,) or (B, D) of samples, (B, L) of tokens.
 
     Raises:
+        TypeError: they are no tensor.
         ValueError: names the hook, both shapes and what it should return.
     """
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weigh_ba_lora_task returned {type(weights).__name__}, not a tensor of one weight a sample.")
     if tuple(weights.shape) in {tuple(labels.shape), (labels.shape[0],)}:
         return
     raise ValueError(

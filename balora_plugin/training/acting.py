@@ -10,7 +10,11 @@ from transformers.utils import logging
 
 from ..config import weights_in_words
 from ..pretrained.classifier_head import is_classifier
+from .checks.arguments import check_loss_function
+from .checks.teacher import check_teacher
+from .checks.trained import check_adapters, check_moves
 from .host import HostTrainer
+from .model_probe import warn_of_the_task
 from .run_state import RunState
 
 logger = logging.get_logger(__name__)
@@ -50,25 +54,77 @@ class SayWhatTrains(TrainerCallback):
             (logger.info if args.disable_tqdm else print)(str(self._run.adapted))
 
 
+class BeforeTraining(TrainerCallback):
+    """Looks once more, when training begins, at what may have changed since the trainer was made.
+
+    Raises:
+        ValueError: the adapter is off, merged or frozen, the optimizer holds nothing of it, or its base would move.
+    """
+
+    def __init__(self, run: RunState, host: HostTrainer) -> None:
+        self._run, self._host = run, host
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        run, config = self._run, self._run.config
+        check_loss_function(getattr(self._host, "compute_loss_func", None), run.task_form)
+        check_adapters(run.model)
+        if not (self._host.is_fsdp_enabled or self._host.is_deepspeed_enabled):  # their parameters may be others
+            check_moves(run.wrapped, optimizer)
+        if not config.lambda_consistency:
+            return
+        check_teacher(run.adapter, run.teacher, cached=config.teacher_cache is not None, model=run.model)
+        batches = state.max_steps * args.gradient_accumulation_steps
+        if config.teacher_interval >= batches > 1:
+            run.warn(
+                "rare_teacher",
+                f"teacher_interval={config.teacher_interval} is not below this run's {batches} micro-batches: the "
+                "teacher meets the first one, where student and teacher still agree, and hardly another, so "
+                f"lambda_consistency={config.lambda_consistency:g} does not act. Write a lower teacher_interval.",
+            )
+
+
 class RecordedTerms(TrainerCallback):
-    """Looks after the first step whether any micro-batch asked for the terms, and says it where none did."""
+    """Looks after the first step whether any loss with the terms was trained, and says it where none was."""
 
     def __init__(self, run: RunState, host: HostTrainer) -> None:
         self._run, self._host = run, host
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._run.metrics.recorded:
+        if self._run.reached:
             return
         weights = weights_in_words(self._run.config)
         if not weights:
             return
         kind = type(self._host)
         owner = next((cls.__name__ for cls in kind.__mro__ if "compute_loss" in vars(cls)), kind.__name__)
+        owner = "the instance" if "compute_loss" in vars(self._host) else owner
+        dropped = " (super().compute_loss was called, and its loss is not in what was trained)"
+        dropped = dropped if self._run.metrics.recorded else ""
         self._run.warn(
             "not_acting",
             f"{', '.join(weights)} did not act in the first step: {owner}.compute_loss (or the training_step) has a "
-            "loss of its own and leaves the terms out. Return what super().compute_loss(...) returns; for weights of "
-            f"classes, samples or tokens override weigh_ba_lora_task instead ({_GUIDE}), or set every lambda to 0.",
+            f"loss of its own and leaves the terms out{dropped}. Return what super().compute_loss(...) returns; for "
+            f"weights of classes, samples or tokens override weigh_ba_lora_task instead ({_GUIDE}), or set every "
+            "lambda to 0.",
+        )
+
+
+def warn_at_set_up(run: RunState, args: Any) -> None:
+    """Says once what of a model and of its arguments makes the terms something else than they seem."""
+    warn_of_dropout(run)
+    warn_of_noise(run, args)
+    if run.config.task == "nlg":
+        warn_of_the_task(run)
+
+
+def warn_of_noise(run: RunState, args: Any) -> None:
+    """Says once that NEFTune's noise reaches the student alone, so that the consistency term measures it."""
+    alpha = getattr(args, "neftune_noise_alpha", None)
+    if alpha and run.config.lambda_consistency:
+        run.warn(
+            "neftune",
+            f"neftune_noise_alpha={alpha:g} adds noise to the student's embeddings, and the teacher has none: the "
+            "consistency term is not 0 at step 0, and weighs the noise too. Leave it out to measure what was trained.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
-from ..adapter.config import our_adapters
+from ..adapter.config import active_config, our_adapters
+from ..adapter.saved.fit import check_checkpoint_fits
 from ..checkpoint.integrity import check_whole, unchecked
 from ..checkpoint.names import STATE_FILE
 from ..settings import as_path
-from .checks.arguments import check_checkpoint
+from .checks.arguments import check_checkpoint, check_kind
 from .host import HostTrainer
-from .run_state import RunState, active_config
+from .run_state import RunState
 
 
 def asked_for(host: HostTrainer, resume_from_checkpoint: Any, *, fresh_optimizer: bool = False) -> str | None:
@@ -65,10 +67,13 @@ def check_resumable(host: HostTrainer, run: RunState | None, checkpoint: str, *,
         ValueError: names the file and the last whole checkpoint.
     """
     check_checkpoint(active_config(host.model), checkpoint)
+    if run is not None:
+        check_kind(host.model, checkpoint)
     ours = our_adapters(host.model)
     if run is None and not ours:
         return
     check_whole(checkpoint, ours, fresh_optimizer=fresh_optimizer)
+    check_checkpoint_fits(host.model, checkpoint, ours)
     if run is None:
         return
     note = unchecked(checkpoint)
@@ -116,3 +121,40 @@ class NothingLeft(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._run.finished:  # what the host does at the end of an epoch is done
             control.should_log = control.should_save = control.should_evaluate = False
+
+
+class Resumed(TrainerCallback):
+    """Has a resumed run's best checkpoint be one of its own: the host keeps an absolute path, and runs are moved.
+
+    Where the directory was, another run may be by now, whose weights would be loaded at the end. Says where the order
+    of the data is not that of the uninterrupted run: a sampler by length draws it anew in every pass.
+    """
+
+    def __init__(self, run: RunState) -> None:
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best, checkpoint = state.best_model_checkpoint, self._run.resumed
+        if checkpoint is None:
+            return
+        if getattr(args, "train_sampling_strategy", None) == "group_by_length" and (state.epoch or 0.0) > 1.0:
+            self._run.warn(
+                "order",
+                "train_sampling_strategy='group_by_length' (Axolotl: group_by_length) draws the order of each pass as "
+                f"it begins, which {checkpoint} does not hold: the rest of this pass has other rows than the "
+                "uninterrupted run's. 'random', the default, is exact.",
+            )
+        if best is None:
+            return
+        here = Path(os.path.realpath(checkpoint)).parent
+        if Path(os.path.realpath(best)).parent == here:
+            return
+        found = here / Path(best).name
+        state.best_model_checkpoint = str(found) if found.is_dir() else None
+        if not found.is_dir():
+            state.best_metric = None
+            self._run.warn(
+                "best",
+                f"the best checkpoint so far was {best}, which does not stand beside {checkpoint}: it is left out, and "
+                "the best of the steps from here on is kept.",
+            )

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
-from ..adapter.config import BaLoraConfig
+from ..adapter.config import BaLoraConfig, active_config
 from ..adapter.kinds import WhatIsAdapted
 from ..config import RegularizerConfig
 from ..distributed import is_sharded
@@ -72,6 +71,7 @@ class RunState:
         predicts: Whether a batch is being evaluated, though the model may be in training mode.
         wants_logits: Whether the evaluation at hand asks for logits.
         adapted: What the adapter stands on; None in full fine-tuning.
+        reached: Whether a backward pass came to a loss with the terms.
         finished: The run was resumed after its last step, so that it has nothing to do.
         callbacks: What watches the run, for its trainer to call.
         resumed: The checkpoint that training goes on from.
@@ -100,6 +100,7 @@ class RunState:
     wants_logits: bool = False
     counts: bool = True
     finished: bool = False
+    reached: bool = False
 
     @property
     def adapter(self) -> Any:
@@ -115,6 +116,14 @@ class RunState:
         """Returns what a batch gives to the model's forward: without a host's notes to itself and to Liger's loss."""
         plain = {key: value for key, value in batch.items() if not key.startswith("_") and key != "skip_logits"}
         return self.extend(without_crossings(plain))
+
+    def follow(self, loss: Tensor) -> None:
+        """Notes, once, that a backward pass came to `loss`, which holds the terms: a subclass may return another."""
+        if not self.reached and loss.requires_grad:
+            loss.register_hook(self._note)
+
+    def _note(self, gradient: Tensor) -> None:
+        self.reached = True
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """Returns the student's logits (B, T, V) of its final hidden states (B, T, d), in their graph.
@@ -137,10 +146,3 @@ class RunState:
             bias = None if head.bias is None else head.bias.to(device)
             head = self.initial_head = Head(head.weight.to(device), bias, head.scale, head.softcap)
         return head
-
-
-def active_config(model: nn.Module | None) -> Any:
-    """Returns the config of a model's active adapter, the first of several; None for a model without one."""
-    if not isinstance(model, PeftModel) or not model.active_adapters:
-        return None
-    return model.peft_config.get(model.active_adapters[0])

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.utils import logging
 
-from ..adapter.config import BaLoraConfig
+from ..adapter.config import BaLoraConfig, active_config
 from ..adapter.kinds import what_is_adapted
 from ..adapter.saved import provenance
 from ..config import RegularizerConfig, as_regularizers
@@ -21,10 +21,11 @@ from ..pretrained.lm_head import check_head
 from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
-from .acting import RecordedTerms, SayWhatTrains, warn_of_dropout
+from .acting import BeforeTraining, RecordedTerms, SayWhatTrains, warn_at_set_up
 from .checks.arguments import check_arguments, check_compiled_once, check_loss_function, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
+from .checks.trained import check_adapters
 from .compiling import Asked, compiled_passes
 from .fill_cache import open_run_cache
 from .finite_guard import FiniteGuard
@@ -32,8 +33,8 @@ from .host import HostTrainer
 from .liger import give_kernels, without_losses
 from .metrics import TermMetrics
 from .packing_probe import PackingProbe
-from .resuming import NothingLeft
-from .run_state import Inputs, RunState, WarnOnce, active_config
+from .resuming import NothingLeft, Resumed
+from .run_state import Inputs, RunState, WarnOnce
 from .task_form import task_form_of
 
 logger = logging.get_logger(__name__)
@@ -120,8 +121,9 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
-    warn_of_dropout(run)
-    run.callbacks += [SayWhatTrains(run), FiniteGuard(run, host), RecordedTerms(run, host), NothingLeft(run)]
+    warn_at_set_up(run, host.args)
+    run.callbacks += [BeforeTraining(run, host), SayWhatTrains(run), Resumed(run), NothingLeft(run)]
+    run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]
     logger.info(f"BA-LoRA: {config}")
     return run
 
@@ -152,6 +154,7 @@ def _check(
     if isinstance(adapter, BaLoraConfig):
         check_saving(host.accelerator)
     check_loss_function(getattr(host, "compute_loss_func", None), task_form_of(host.args, host.ba_lora_loss_type))
+    check_adapters(bare)
     check_attention(bare, host.args)
     config = resolve(bare, regularizers)
     if config.lambda_consistency:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging
 
-from ..adapter.config import BaLoraConfig, our_adapters
+from ..adapter.config import BaLoraConfig, active_config, our_adapters
 from ..adapter.guard import native_factors
 from ..adapter.saved import card
 from ..config import RegularizerConfig
@@ -34,7 +34,7 @@ from .finite_guard import saved_weight
 from .metrics import TermMetrics
 from .repeated_samples import drop_rows, refill, repeated_rows
 from .resuming import advance, asked_for, check_resumable, position
-from .run_state import RunState, active_config
+from .run_state import RunState
 from .set_up import Given, open_run
 from .sharded_adapter import LoadsAdapterItself, RestoreAdapter, untrained_tensors, whole_state_dict
 from .step_requests import StepRequests
@@ -61,8 +61,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
     full weight whatever the schedule.
 
     A subclass may override the hooks [`wrap_ba_lora_model`], [`check_ba_lora_task`], [`extend_ba_lora_inputs`],
-    [`weigh_ba_lora_task`] and
-    [`record_ba_lora_metrics`]. `ba_lora_run` holds the state of the run; None where the trainer has no terms.
+    [`weigh_ba_lora_task`] and [`record_ba_lora_metrics`]. `ba_lora_run` holds the state of the run; None without terms.
     """
 
     model: Any
@@ -272,6 +271,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
         if num_items_in_batch is not None and run.config.task == "nlu":
             num_items_in_batch = samples_of(inputs["labels"], num_items_in_batch)
         loss = self._combine(out, request.lambdas, training, num_items_in_batch)
+        run.follow(loss)
         run.metrics.record(out, request.lambdas, "train" if training else "eval", self.state.global_step + 1)
         self.record_ba_lora_metrics(out, inputs, training)
         if not return_outputs:

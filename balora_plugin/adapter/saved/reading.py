@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,10 +20,10 @@ from ...checkpoint.settings import read_settings
 from ...pretrained.classifier_head import read_teacher_head
 from ...pretrained.probe import stored_probe
 from ..config import BaLoraConfig
-from ..delta import FROZEN, num_experts, split_factors, target_key
+from ..delta import FROZEN, num_experts, split_factors
 from ..guard import native_factors
-from ..targets import injected_layers
 from . import provenance
+from .fit import check_scalings, check_tensors
 from .stock import delta_layers
 from .writing import init_files
 
@@ -88,45 +87,21 @@ def check_settings(settings: dict[str, Any], config: BaLoraConfig, model_id: str
             )
 
 
-def check_scaling(model: PeftModel, adapter_name: str, saved: SavedAdapter) -> None:
-    """Refuses to load factors into an adapter of this name that would scale them differently, patterns included.
-
-    Patterns are compared by what they give each layer: written otherwise they may mean the same.
-
-    Raises:
-        ValueError: names the setting, both values and the remedy.
-    """
-    assert saved.settings is not None
-    here: BaLoraConfig = model.peft_config[adapter_name]
-    check_settings(saved.settings, here, str(saved.files))
-    there = {key: saved.settings["config"].get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-    for name, layer in injected_layers(model, adapter_name):
-        found = {"rank_pattern": layer.r[adapter_name], "alpha_pattern": layer.lora_alpha[adapter_name]}
-        for (key, value), default in zip(found.items(), (here.r, here.lora_alpha), strict=True):
-            module = target_key(name, layer)
-            if value != there[key].get(get_pattern_key(list(there[key]), module), default):
-                raise ValueError(
-                    f"{key}={getattr(here, key)!r} here, but the adapter in {str(saved.files)!r} has "
-                    f"{key}={there[key]!r}, another value for {module}: write {there[key]!r}."
-                )
-
-
 def read_factors(
     model: PeftModel, adapter_name: str, weights: dict[str, Tensor], init_path: str
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Splits a loaded stock file into (rank-r stock dict for PEFT, {layer name: the four exact factors}).
 
     Raises:
-        ValueError: a layer missing from the file, or shapes of another rank.
+        ValueError: a layer missing from the file of A0, or shapes of another rank.
     """
     a0 = load_file(init_path)
     split = {key: value for key, value in weights.items() if ".lora_" not in key}
     factors = {}
     for name, layer in delta_layers(model, adapter_name):
         keys = (f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.lora_A0.weight")
-        missing = [key for key, source in zip(keys, (weights, weights, a0), strict=True) if key not in source]
-        if missing:
-            raise ValueError(f"the adapter lacks {missing[0]}: it was saved for other target modules or another model.")
+        if keys[2] not in a0:
+            raise ValueError(f"the adapter lacks {keys[2]}: it was saved for other target modules or another model.")
         module_a, module_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         a, b = weights[keys[0]], weights[keys[1]]
         if tuple(a.shape) != (2 * module_a.out_features, module_a.in_features) or tuple(b.shape) != (
@@ -140,12 +115,6 @@ def read_factors(
         d_a, d_b, b0 = split_factors(a, b, num_experts(layer))
         factors[name] = {"lora_A": d_a, "lora_B": d_b, "frozen_A": a0[keys[2]], "frozen_B": b0}
         split[keys[0]], split[keys[1]] = d_a, d_b
-    foreign = sorted(key for key in weights if ".lora_" in key and key not in split)
-    if foreign:
-        raise ValueError(
-            f"the adapter also holds {foreign[0]} ({len(foreign)} such tensors), which this model's config does not "
-            "target: load it with its own config."
-        )
     return split, factors
 
 
@@ -172,7 +141,8 @@ def load_delta(model: PeftModel, adapter_name: str, saved: SavedAdapter, options
         ValueError: files that are not whole, or of an adapter with another rank, scaling or base.
     """
     assert saved.settings is not None
-    check_scaling(model, adapter_name, saved)
+    config = saved.settings["config"]
+    check_scalings(model, adapter_name, config, str(saved.files))
     check_adapter(saved.settings, saved.files)
     if options.trains:
         check_same_base(model, saved)
@@ -183,6 +153,7 @@ def load_delta(model: PeftModel, adapter_name: str, saved: SavedAdapter, options
             "peft.PeftModel.from_pretrained."
         )
     weights = load_peft_weights(str(saved.files), device=options.device or "cpu", **saved.files.arguments())
+    check_tensors(model, adapter_name, weights, config.get("modules_to_save"), str(saved.files))
     split, factors = read_factors(model, adapter_name, weights, init_path)
     with native_factors():
         result = set_peft_model_state_dict(

@@ -5,6 +5,7 @@ It is a LoRA of rank 2r for the original base, A = [dA; A0 + dA] and B = [B0, dB
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -33,7 +34,8 @@ def stock_config(config: BaLoraConfig, model: PeftModel, adapter_name: str) -> L
     if not config.delta or not (config.rank_pattern or config.alpha_pattern):
         return stock
     layers = [(target_key(name, layer), layer) for name, layer in delta_layers_of(model, adapter_name)]
-    if all(_as_peft_reads(stock, key) == (2 * la.r[adapter_name], la.scaling[adapter_name]) for key, la in layers):
+    here = {key: (2 * layer.r[adapter_name], layer.scaling[adapter_name]) for key, layer in layers}
+    if all(rank_and_scaling(stock, key, written=True) == own for key, own in here.items()):
         return stock
     stock.rank_pattern = {key: 2 * layer.r[adapter_name] for key, layer in layers}
     stock.alpha_pattern = {
@@ -42,12 +44,16 @@ def stock_config(config: BaLoraConfig, model: PeftModel, adapter_name: str) -> L
     return stock
 
 
-def _as_peft_reads(config: LoraConfig, key: str) -> tuple[int, float]:
-    """Returns rank and scaling PEFT gives the module `key` when it reads `config` back, where keys are sorted."""
-    rank_key = get_pattern_key(sorted(config.rank_pattern), key)
-    alpha_key = get_pattern_key(sorted(config.alpha_pattern), key)
-    rank = config.rank_pattern.get(rank_key, config.r)
-    return rank, config.alpha_pattern.get(alpha_key, config.lora_alpha) / rank
+def rank_and_scaling(config: LoraConfig, key: str, *, written: bool = False) -> tuple[int, float]:
+    """Returns the rank and the scaling that PEFT gives the module or parameter `key`.
+
+    `written`: when it reads `config` back from a file, where the keys of patterns are sorted.
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    order = sorted if written else list
+    rank = ranks.get(get_pattern_key(order(ranks), key), config.r)
+    alpha = alphas.get(get_pattern_key(order(alphas), key), config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def delta_layers(model: PeftModel, adapter_name: str) -> list[tuple[str, LoraLayer]]:
@@ -112,7 +118,7 @@ def check_stock_file(directory: str, model: PeftModel, adapter_name: str) -> Non
     for name, layer in delta_layers(model, adapter_name):
         expected |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
         key = target_key(name.removeprefix(PEFT_PREFIX), layer)
-        rank, scaling = _as_peft_reads(saved, key)
+        rank, scaling = rank_and_scaling(saved, key, written=True)
         both = torch.tensor([scaling, layer.scaling[adapter_name]], dtype=torch.float32)
         if rank != 2 * layer.r[adapter_name] or both[0] != both[1]:
             raise RuntimeError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ...adapter.config import BaLoraConfig
@@ -102,6 +104,28 @@ def check_checkpoint(adapter: Any, directory: str) -> None:
         "peft_config=BaLoraConfig.from_pretrained(checkpoint). (PeftModel.from_pretrained loads it as a plain LoRA, to "
         "start a new run from.)"
     )
+
+
+def check_kind(model: Any, directory: str) -> None:
+    """Refuses to resume a checkpoint of an adapter without one, and one of a whole model with an adapter.
+
+    Raises:
+        ValueError: names the checkpoint and what it is of.
+    """
+    if not os.path.isfile(os.path.join(directory, STATE_FILE)):
+        return  # not whole: that is said elsewhere
+    adapters = any(Path(directory).glob("adapter_config.json")) or any(Path(directory).glob("*/adapter_config.json"))
+    whole = any(Path(directory).glob("model*.safetensors"))
+    if isinstance(model, PeftModel) and whole and not adapters:
+        raise ValueError(
+            f"{directory} is a checkpoint of full fine-tuning, but this trainer's model has an adapter: load the model "
+            "from it and start a new run, or resume without peft_config."
+        )
+    if not isinstance(model, PeftModel) and adapters:
+        raise ValueError(
+            f"{directory} is a checkpoint of an adapter, but this trainer's model has none: resume it with the "
+            "peft_config that it was trained with."
+        )
 
 
 def check_classifier_run(
