@@ -24,6 +24,7 @@ LAYERS = (
     ("teacher",),
     ("adapter",),
     ("objective",),
+    ("memory",),
     ("export",),
     ("classification",),
     ("training",),

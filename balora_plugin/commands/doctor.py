@@ -2,11 +2,13 @@
 
   balora doctor
   balora doctor --config config.yaml
+  balora doctor --config config.yaml --gpu a40 --gpu h100
   balora doctor --json
 
 Versions are held against those that were tested; what is missing stands with the command that brings it. With --config
-(an Axolotl YAML, or plain keys of the same names) everything in it that cannot run here is listed. Nothing is loaded,
-written or asked of the network. The exit code is 0 when all is usable, 1 when something is not.
+(an Axolotl YAML, or plain keys of the same names) everything in it that cannot run here is listed; with --gpu, too,
+how much memory a training step takes, whether it fits, and what would save some. Nothing is loaded, written or asked of
+the network. The exit code is 0 when all is usable, 1 when something is not, or fits none of the GPUs.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ HELP = "what is installed, what this machine can do, and whether a config can ru
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this subcommand's arguments."""
     parser.add_argument("--config", metavar="FILE", help="a YAML to hold against this machine")
+    parser.add_argument(
+        "--gpu", action="append", default=[], metavar="NAME", help="say whether the config fits it: a40, h100, ..."
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -33,11 +38,17 @@ def run(args: argparse.Namespace) -> int:
     values = None if args.config is None else read(args.config)
     # before anything heavy is imported: packages that look for kernels on the hub, or report that they were imported
     os.environ.update(HF_HUB_OFFLINE="1", AXOLOTL_DO_NOT_TRACK="1")
-    from ..doctor import about, look
+    from ..doctor import about, gpu_named, look, memory_on
     from ._models import quiet
 
+    gpus = [gpu_named(name) for name in args.gpu]
+    if gpus and values is None:
+        raise ValueError(f"--gpu {args.gpu[0]} asks whether a run fits, and no run is named: add --config FILE.")
     with quiet():
-        report = about(look(), values, args.config)
+        machine = look()
+        report = about(machine, values, args.config)
+        if gpus and values is not None:
+            report.memory = memory_on(values, gpus, axolotl=machine.has("axolotl"))
     print(json.dumps(report.as_json(), indent=2, default=str) if args.json else in_words(report))
     return 0 if report.usable else 1
 
@@ -73,5 +84,7 @@ def in_words(report: Report) -> str:
         text += [f"{'PROBLEM':7}  {problem}" for problem in report.problems]
     elif report.config is not None:
         text.append(f"{report.config}: nothing in it that could not run here")
+    if report.memory is not None:
+        text += [f"{'memory':7}  {line}" for line in report.memory.lines]
     text.append("OK" if report.usable else "Not everything is usable: see PROBLEM above.")
     return "\n".join(text)

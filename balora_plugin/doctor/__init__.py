@@ -1,7 +1,8 @@
 """What is installed, what this machine can do, and what of a config cannot run on it: the facts of `balora doctor`."""
 
 from .machine import Machine, look
+from .memory import Memory, gpu_named, memory_on
 from .report import Line, Report, about
 from .requested import problems
 
-__all__ = ["Line", "Machine", "Report", "about", "look", "problems"]
+__all__ = ["Line", "Machine", "Memory", "Report", "about", "gpu_named", "look", "memory_on", "problems"]

@@ -10,6 +10,7 @@ from ..findings import Finding
 from ..pretrained.attention import FLASH, attention_of, flash_lacks
 from . import versions
 from .machine import Machine
+from .memory import Memory
 from .requested import problems
 from .versions import ABSENT, BOUNDS, NEWER, OLD
 
@@ -32,15 +33,21 @@ class Line:
 
 @dataclass
 class Report:
-    """Everything `balora doctor` says. `config`: the file that was asked about, None without one."""
+    """Everything `balora doctor` says.
+
+    `config`: the file that was asked about, None without one; `memory`: what it takes on the GPUs that were named.
+    """
 
     lines: list[Line]
     config: str | None = None
     problems: list[Finding] = field(default_factory=list)
+    memory: Memory | None = None
 
     @property
     def usable(self) -> bool:
         """Returns whether the command's exit code is 0."""
+        if self.memory is not None and not self.memory.fits_one:
+            return False
         return not self.problems and all(line.state != PROBLEM for line in self.lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -50,6 +57,7 @@ class Report:
             "lines": [asdict(line) for line in self.lines],
             "config": self.config,
             "problems": [problem._asdict() for problem in self.problems],
+            "memory": None if self.memory is None else asdict(self.memory),
         }
 
 

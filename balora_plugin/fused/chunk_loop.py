@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .chunk import Rows, Weights, by_row, compiled_chunk, in_base_2, token_chunk
 from .head import Head
-from .loss import IGNORED, Execution, TeacherStates, TokenLoss, TopLogProbs, Wants
+from .loss import IGNORED, Execution, TeacherStates, TermForm, TokenLoss, TopLogProbs, Wants
 from .project import Projection, block_rows
 from .saved_gradients import kept_dtype
 
@@ -184,6 +184,32 @@ class ChunkLoop:
         if slope is not None:
             block.student.mul_(slope)
         return terms
+
+
+def loop_bytes(rows: int, head: Head, form: TermForm, execution: Execution, device_type: str, *, teacher: bool) -> int:
+    """Returns the bytes that a call holds at its peak, beside what it is given and what it returns.
+
+    Args:
+        rows: M, every one of them counted.
+        head: Its weight (V, d) is asked for shape and dtype alone.
+        form: Which terms.
+        execution: As of a call on `device_type`.
+        device_type: Where the call runs.
+        teacher: Whether the teacher's logits are made too.
+    """
+    vocabulary, size = head.weight.shape
+    models, wide, narrow = 1 + teacher, torch.float32.itemsize, execution.dtype.itemsize
+    chunk = min(execution.chunk_size, max(rows, 1))
+    scratch = (2 if in_base_2(form, vocabulary) else 3) if teacher else 1
+    scratch += head.softcap is not None
+    block = min(chunk, block_rows(vocabulary, device_type))
+    held = (models * chunk + scratch * block) * vocabulary * wide
+    held += models * chunk * size * narrow  # the chunk's states
+    if narrow < wide:  # what the product gives before it is widened, and takes again
+        held += models * chunk * vocabulary * narrow
+    if head.weight.dtype != execution.dtype:
+        held += vocabulary * size * narrow
+    return held + models * rows * size * narrow  # the counted rows, without the others
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

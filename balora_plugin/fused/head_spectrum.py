@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..regularizers import singular_value_ratio
 from . import spectrum
+from .head import Head
 from .saved_gradients import scaled
 from .spectrum import exact_product, gram_eigen, value_and_weights
 
@@ -40,6 +41,19 @@ def head_spectral_term(
         options = _Options(k, norm, centered, scale, softcap, chunk_size, torch.is_grad_enabled())
         value = _HeadRatio.apply(hidden, weight, bias, options)
     return value.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+
+
+def head_ratio_bytes(rows: int, head: Head, chunk_size: int = 4096) -> int:
+    """Returns the bytes that a call on `rows` rows holds at its peak, beside its arguments, with products in float64.
+
+    Of a chunk's logits six like matrices at a time with a softcap, four without, and three of the chunk before; Z Z^T,
+    its eigenvectors and the gradient's core with their work space; the rows and their gradient.
+    """
+    vocabulary, size = head.weight.shape
+    columns = min(vocabulary, chunk_size)
+    matrices = (6 if head.softcap else 4) + (3 if vocabulary > chunk_size else 0)
+    elements = matrices * rows * columns + columns * size + 4 * rows * rows + 2 * rows * size
+    return torch.float64.itemsize * elements
 
 
 class _Options(NamedTuple):

@@ -158,6 +158,16 @@ def compute_spectral_ratio(
     return value.to(narrow), used_k, full
 
 
+def ratio_bytes(rows: int, hidden: int, rank: int) -> int:
+    """Returns the bytes that a call on `rows` rows of `hidden` columns holds at its peak, beside arguments and results.
+
+    `rank`: columns of the head's factor; 0 without one. In float64: the rows, their product with the factor, the
+    gradient; the Gram matrix of the smaller side, its eigenvectors, and the gradient's core, with work space for both.
+    """
+    side = min(rows, rank or hidden)
+    return torch.float64.itemsize * (3 * rows * max(hidden, rank) + 4 * side * side)
+
+
 def product_precision(device: torch.device) -> torch.dtype:
     """Of the products with the factor: float64, but float32 on GPUs that have next to none of it (1/32 to 1/64: A40).
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -192,6 +191,9 @@ def format_report(report: dict[str, Any]) -> str:
             continue
         peak = f"{peaks[name]:8.2f} GiB" if peaks.get(name) else ""
         lines.append(f"  {LABELS[name]:34s}{seconds[name]:9.4f} s {100 * seconds[name] / whole:5.1f} %{peak}")
+    if held := report.get("held_bytes"):
+        parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in held.items())
+        lines.append(f"  held all along, GiB: {parts}")
     if report.get("compiled") == "whole":
         lines.append("  (compiled: the terms are part of the student's graph, but where shares are measured)")
     elif report.get("compiled"):
@@ -205,12 +207,3 @@ def write_report(report: dict[str, Any], directory: str) -> str:
     path = os.path.join(directory, COST_FILE)
     Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def publish(meter: CostMeter, args: Any, **facts: Any) -> None:
-    """Writes what a run has cost into its output directory, and prints it where progress is shown."""
-    device = torch.cuda.get_device_name(args.device) if meter.cuda else platform.machine() or "cpu"
-    report = meter.report(**facts, device=device, torch=torch.__version__)
-    write_report(report, args.output_dir)
-    if not args.disable_tqdm:
-        print(format_report(report))

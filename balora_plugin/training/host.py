@@ -77,3 +77,8 @@ class HostTrainer(Protocol):
 
     def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
         """Returns the autocast that a step's forward pass runs in."""
+
+
+def optimizer_name(args: Any) -> str:
+    """Returns the `optim` of a trainer's arguments as plain text."""
+    return str(getattr(args.optim, "value", args.optim))

@@ -18,7 +18,7 @@ from ..distributed import is_sharded
 from ..fused.head import Head
 from ..fused.loss import PLAIN_TASK, TaskForm
 from ..fused.project import project
-from ..objective.batches import without_crossings
+from ..objective.batches import main_input, without_crossings
 from ..objective.request import CompiledPasses
 from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
@@ -75,6 +75,7 @@ class RunState:
         finished: The run was resumed after its last step, so that it has nothing to do.
         callbacks: What watches the run, for its trainer to call.
         resumed: The checkpoint that training goes on from.
+        batch_shape: Rows and tokens of the micro-batch that was begun last.
         counts: False while a classifier's batch holds nothing but samples that were evaluated before.
     """
 
@@ -99,6 +100,7 @@ class RunState:
     predicts: bool = False
     wants_logits: bool = False
     counts: bool = True
+    batch_shape: tuple[int, int] | None = None
     finished: bool = False
     reached: bool = False
 
@@ -115,6 +117,7 @@ class RunState:
     def inputs(self, batch: Inputs) -> Inputs:
         """Returns what a batch gives to the model's forward: without a host's notes to itself and to Liger's loss."""
         plain = {key: value for key, value in batch.items() if not key.startswith("_") and key != "skip_logits"}
+        self.batch_shape = tuple(main_input(plain).shape[:2])
         return self.extend(without_crossings(plain))
 
     def follow(self, loss: Tensor) -> None:

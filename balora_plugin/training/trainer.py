@@ -29,9 +29,11 @@ from .checkpoints import Sealing, alone_in
 from .checks.data import check_classes, check_counted
 from .classification import restore_head, save_head
 from .compiling import compile_for_the_host, take_backend
-from .cost import CostCallback, CostMeter, publish
+from .cost import CostCallback, CostMeter
+from .cost_report import publish
 from .finite_guard import saved_weight
 from .metrics import TermMetrics
+from .out_of_memory import advised
 from .repeated_samples import drop_rows, refill, repeated_rows
 from .resuming import advance, asked_for, check_resumable, position
 from .run_state import RunState
@@ -180,7 +182,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
         # an engine's checkpoint holds what trains; RestoreAdapter puts A0 and B0 beside it
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         try:
-            with alone_in(self), native_factors() if sharded else nullcontext():
+            with alone_in(self), advised(self), native_factors() if sharded else nullcontext():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._sealing.end()
@@ -189,8 +191,8 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
             run = self.ba_lora_run  # with model_init not the one that there was before
             if run is not None and run.compiled is not None and run.compiled.layers is not None:
                 run.compiled.layers.remove()
-        if run is not None:
-            self._report_cost(run)
+        if run is not None and self.is_world_process_zero():
+            publish(run, self.args)
         return result
 
     def _begin(self, run: RunState, checkpoint: str | None) -> list[TrainerCallback]:
@@ -210,12 +212,6 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
         restore_head(run, run.resumed)
         if run.initial_head is not None and run.cache is not None:
             run.cache.frozen = "full fine-tuning resumes with weights that are no longer the teacher's"
-
-    def _report_cost(self, run: RunState) -> None:
-        """One table at the end of training, and `ba_lora_cost.json` in the output directory."""
-        if run.meter is not None and run.meter.steps and self.is_world_process_zero():
-            compiled = "" if run.compiled is None else run.compiled.in_use()
-            publish(run.meter, self.args, compiled=compiled, teacher_interval=run.config.teacher_interval)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begins or restores the host's state; of streamed data the place where the checkpoint's run was."""

@@ -1,0 +1,78 @@
+"""What a YAML's training step holds, counted from the base model's config: no weights, no data, no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from axolotl.loaders.utils import load_model_config
+from axolotl.utils.dict import DictDefault
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ...adapter.config import BaLoraConfig
+from ...config import RegularizerConfig
+from ...memory.estimate import Workload
+from ...memory.remedies import Case
+from ...memory.twin import Twin, hollow
+from ...training.checks.model import resolve
+from .checks import ADAPTER, active
+from .classification import is_classification
+from .plugin import adapter_config, regularizers_of
+from .quantisation import LOAD_IN
+
+_OPTIMIZER = "adamw_torch_fused"  # what Axolotl takes where nothing is said
+_LENGTH = 512
+_WITHOUT = RegularizerConfig(lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=0.0)
+
+
+def case_of(values: dict[str, Any]) -> Case:
+    """Returns the run that a YAML, as it was written, asks for, on one GPU.
+
+    Raises:
+        ValueError: the model's config is not here, or its model cannot be made of shapes alone.
+    """
+    cfg = DictDefault(values)
+    dtype = _precision(cfg)
+    base = _base(cfg, dtype)
+    adapter = _adapter(cfg, base)
+    twin = Twin(base, adapter)
+    bits = None if adapter is None else next((bits for bits, key in LOAD_IN.items() if cfg.get(key)), None)
+    terms = resolve(base, regularizers_of(cfg) if active(cfg) else _WITHOUT, adapter_follows=True)
+    optimizer = str(cfg.optimizer or _OPTIMIZER)
+    work = Workload(
+        rows=int(cfg.micro_batch_size or 1),
+        length=int(cfg.sequence_len or _LENGTH),
+        terms=terms,
+        cached=terms.teacher_cache is not None,
+        checkpointing=bool(cfg.gradient_checkpointing),
+        accumulates=int(cfg.gradient_accumulation_steps or 1) > 1,
+        optimizer=optimizer,
+        autocast=None if dtype == torch.float32 else dtype,
+    )
+    return Case(twin, work, twin.held(optimizer, bits), bits, adapts=adapter is not None)
+
+
+def _base(cfg: Any, dtype: torch.dtype) -> Any:
+    """The base model's shapes, in the precision that Axolotl loads it in."""
+    auto = AutoModelForSequenceClassification if is_classification(cfg) else AutoModelForCausalLM
+    try:
+        config = load_model_config(cfg)
+    except (OSError, ValueError):
+        raise ValueError(
+            f"base_model: {cfg.base_model} has no config here, in its directory or in the cache: download it once"
+        ) from None
+    return hollow(lambda config: auto.from_config(config, dtype=dtype), config)
+
+
+def _adapter(cfg: Any, base: Any) -> BaLoraConfig | None:
+    """The adapter that the YAML asks for; another one than ours is counted as a plain LoRA of its rank."""
+    if not cfg.adapter:
+        return None
+    return adapter_config(cfg if cfg.adapter == ADAPTER else cfg | {"peft_init_lora_weights": True}, base)
+
+
+def _precision(cfg: Any) -> torch.dtype:
+    """bf16: auto is taken as a GPU's; where it becomes fp16, bytes are the same."""
+    if cfg.bf16 or cfg.bfloat16 or cfg.get("bf16") is None:
+        return torch.bfloat16
+    return torch.float16 if cfg.fp16 or cfg.float16 else torch.float32
