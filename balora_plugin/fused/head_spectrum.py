@@ -46,13 +46,13 @@ def head_spectral_term(
 def head_ratio_bytes(rows: int, head: Head, chunk_size: int = 4096) -> int:
     """Returns the bytes that a call on `rows` rows holds at its peak, beside its arguments, with products in float64.
 
-    Of a chunk's logits six like matrices at a time with a softcap, four without, and three of the chunk before; Z Z^T,
-    its eigenvectors and the gradient's core with their work space; the rows and their gradient.
+    Of a chunk's logits six like matrices at a time with a softcap (and two more of the chunk before), four without;
+    Z Z^T, its eigenvectors and the gradient's core; the rows and their gradient.
     """
     vocabulary, size = head.weight.shape
     columns = min(vocabulary, chunk_size)
-    matrices = (6 if head.softcap else 4) + (3 if vocabulary > chunk_size else 0)
-    elements = matrices * rows * columns + columns * size + 4 * rows * rows + 2 * rows * size
+    matrices = (8 if vocabulary > chunk_size else 6) if head.softcap else 4
+    elements = matrices * rows * columns + columns * size + 3 * rows * rows + 2 * rows * size
     return torch.float64.itemsize * elements
 
 

@@ -14,6 +14,7 @@ from .live import bytes_of
 # bytes that an optimizer keeps for a parameter of n elements of s bytes: how many copies of it, or bytes an element
 _COPIES = {"adam": 2, "lamb": 2, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "muon": 1, "schedule_free": 2}
 _BLOCK = 256  # elements that share a float32 scale in bitsandbytes' 8-bit states
+_CODES = {"4bit": 4 * 16, "8bit": 4 * 256}  # tables of the values that a code stands for, float32
 _SMALL = 4096  # parameters below that keep 32 bits there
 
 
@@ -55,11 +56,14 @@ def step_bytes(model: nn.Module, optimizer: str, device_type: str) -> int:
     return bytes_of(p for p in model.parameters() if p.requires_grad)  # square roots, for all parameters at once
 
 
-def quantised_bytes(count: int, bits: int, *, double: bool = True) -> int:
-    """Returns what bitsandbytes stores of `count` weights: with its scales, themselves in 8 bits if `double`."""
+def quantised_bytes(weight: Tensor, bits: int, *, double: bool = True) -> int:
+    """Returns what bitsandbytes stores of a weight (out, in): 4 or 8 bits, and scales, of 4 bits in 8 if `double`."""
+    count = weight.numel()
     if bits == 8:
-        return count
-    return count // 2 + (count // 64 + 4 * (count // (64 * 256)) if double else 4 * (count // 64))
+        return count + 4 * weight.shape[0]
+    blocks = count // 64
+    scales = blocks + 4 * -(-blocks // 256) + _CODES["8bit"] if double else 4 * blocks
+    return count // 2 + scales + _CODES["4bit"]
 
 
 def _is_frozen_factor(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .estimate import Held, MemoryEstimate, Workload, gib
 from .twin import Twin
@@ -35,7 +35,7 @@ class Case:
         """Returns what a step takes; runs it on the twin."""
         return self.twin.estimate(self.work, self.held, self.bits)
 
-    def doing(self, **changes: object) -> Case:
+    def doing(self, **changes: Any) -> Case:
         """Returns the case with another workload."""
         return dataclasses.replace(self, work=dataclasses.replace(self.work, **changes))
 

@@ -73,10 +73,10 @@ class Twin:
             _take_values_away(self.model)
 
     def like(self, model: nn.Module) -> None:
-        """Takes dtypes of parameters, and which of them train, from a real model of the same shapes."""
-        theirs = dict(model.named_parameters())
+        """Takes dtypes, and which parameters train, from a real model of the same shapes."""
+        theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with self._mode, torch.no_grad():
-            for name, own in self.model.named_parameters():
+            for name, own in (*self.model.named_parameters(), *self.model.named_buffers()):
                 given = theirs.get(name)
                 if given is None:
                     continue
@@ -123,7 +123,7 @@ class Twin:
         """Returns the bytes that quantising the base's linear layers to `bits` saves; 0 for None."""
         if bits is None:
             return 0
-        return sum(bytes_of([p]) - quantised_bytes(p.numel(), bits) for p in self._quantisable())
+        return sum(bytes_of([p]) - quantised_bytes(p, bits) for p in self._quantisable())
 
     def _quantisable(self) -> list[Tensor]:
         """The weights that bitsandbytes quantises: of linear layers, without the head and without the adapter's."""
@@ -153,6 +153,7 @@ class Twin:
         finally:
             if work.checkpointing:
                 self.base.gradient_checkpointing_disable()
+                self.base.disable_input_require_grads()  # transformers turns it on beside checkpointing, not off
             for parameter in trained:
                 parameter.grad = None
 

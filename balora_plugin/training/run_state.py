@@ -117,7 +117,8 @@ class RunState:
     def inputs(self, batch: Inputs) -> Inputs:
         """Returns what a batch gives to the model's forward: without a host's notes to itself and to Liger's loss."""
         plain = {key: value for key, value in batch.items() if not key.startswith("_") and key != "skip_logits"}
-        self.batch_shape = tuple(main_input(plain).shape[:2])
+        rows, length = main_input(plain).shape[:2]
+        self.batch_shape = (rows, length)
         return self.extend(without_crossings(plain))
 
     def follow(self, loss: Tensor) -> None:
