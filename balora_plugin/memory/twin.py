@@ -73,7 +73,10 @@ class Twin:
             _take_values_away(self.model)
 
     def like(self, model: nn.Module) -> None:
-        """Takes dtypes, and which parameters train, from a real model of the same shapes."""
+        """Takes dtypes, and which parameters train, from a real model of the same shapes.
+
+        Packed weights of quantised layers are taken for the floats that they are read as.
+        """
         theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with self._mode, torch.no_grad():
             for name, own in (*self.model.named_parameters(), *self.model.named_buffers()):
@@ -81,8 +84,9 @@ class Twin:
                 if given is None:
                     continue
                 own.requires_grad_(given.requires_grad)
-                if given.is_floating_point() and given.dtype != own.dtype:
-                    own.data = own.data.to(given.dtype)
+                dtype = given.dtype if given.shape == own.shape and given.is_floating_point() else _read_as(given)
+                if own.is_floating_point() and dtype is not None:
+                    own.data = own.data.to(dtype)
 
     def estimate(self, work: Workload, held: Held, bits: int | None = None) -> MemoryEstimate:
         """Returns what a step takes.
@@ -283,6 +287,12 @@ class _Shapes:
         factor = HeadFactor(gram, gram[0], head.weight.shape[0], head.bias is not None)
         factor.__dict__.update(plain=gram, centered=gram)
         return factor
+
+
+def _read_as(packed: Any) -> torch.dtype | None:
+    """What bitsandbytes makes of a packed weight; None where the weight does not say so."""
+    dtype = getattr(getattr(packed, "quant_state", None), "dtype", None)
+    return torch.float16 if dtype is None and hasattr(packed, "SCB") else dtype
 
 
 def _adapted(model: PreTrainedModel, adapter: LoraConfig) -> PeftModel:

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from helpers import ba_lora
-from models import tiny_llama
+from models import load_quantised, tiny_llama
 from transformers import TrainingArguments
 
 from balora_plugin import BaLoraTrainer, RegularizerConfig
@@ -74,7 +74,17 @@ def test_a_model_that_cannot_be_counted_says_what_it_holds(tmp_path, monkeypatch
     assert f"weights {gib(held_by(trainer.model, 'adamw_torch').weights)} GiB" in text
 
 
-def test_plain_adapters_and_full_fine_tuning_are_counted_too(tmp_path, monkeypatch):
+def test_a_quantised_base_is_counted_as_it_is_stored(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    trainer = trainer_of(ba_lora(load_quantised(tmp_path / "base", "nf4")), tmp_path)
+    text = str(dies(trainer, monkeypatch))
+    assert f"weights {gib(held_by(trainer.model, 'adamw_torch').weights)}, " in text
+    assert "gradient_checkpointing: true saves" in text
+    assert "load_in_4bit" not in text
+
+
+def test_full_fine_tuning_is_counted_too(tmp_path, monkeypatch):
     model = tiny_llama()
     trainer = trainer_of(model, tmp_path)
     trainer = BaLoraTrainer(
