@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.config import BaLoraConfig
 from ..adapter.model import build
+from ..adapter.towers import leave_towers_out
 from ..fused.chunk_loop import loop_bytes
 from ..fused.factor import HeadFactor
 from ..fused.head import Head
@@ -298,6 +299,8 @@ def _read_as(packed: Any) -> torch.dtype | None:
 def _adapted(model: PreTrainedModel, adapter: LoraConfig) -> PeftModel:
     """The model under an adapter that is made on the meta device, without a start."""
     if isinstance(adapter, BaLoraConfig):
+        adapter = copy.deepcopy(adapter)
+        leave_towers_out(adapter, model)  # as a start does
         return build(model, adapter, "default", low_cpu_mem_usage=True, start=False)
     plain = copy.deepcopy(adapter)
     plain.init_lora_weights = False  # shapes alone: a start would read weights

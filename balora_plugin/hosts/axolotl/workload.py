@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from axolotl.loaders.constants import MULTIMODAL_AUTO_MODEL_MAPPING
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
 from ...adapter.config import BaLoraConfig
 from ...config import RegularizerConfig
@@ -54,13 +55,16 @@ def case_of(values: dict[str, Any]) -> Case:
 
 def _base(cfg: Any, dtype: torch.dtype) -> Any:
     """The base model's shapes, in the precision that Axolotl loads it in."""
-    auto = AutoModelForSequenceClassification if is_classification(cfg) else AutoModelForCausalLM
     try:
         config = load_model_config(cfg)
     except (OSError, ValueError):
         raise ValueError(
             f"base_model: {cfg.base_model} has no config here, in its directory or in the cache: download it once"
         ) from None
+    auto: Any = AutoModelForSequenceClassification
+    if not is_classification(cfg):
+        several = config.model_type in MULTIMODAL_AUTO_MODEL_MAPPING
+        auto = AutoModelForImageTextToText if several else AutoModelForCausalLM
     return hollow(lambda config: auto.from_config(config, dtype=dtype), config)
 
 
