@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_process_group() -> bool:
@@ -93,6 +94,32 @@ def is_sharded(model: nn.Module) -> bool:
     if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
         return True
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def is_loaded(parameters: Iterable[Tensor]) -> bool:
+    """Returns whether weights are those of a model: a host that saves CPU memory reads them on one rank alone.
+
+    On the others they are on the meta device, or, as transformers leaves them for FSDP's cpu_ram_efficient_loading, all
+    zero. Weights in parts, and packed ones, count as loaded.
+    """
+    given = list(parameters)
+    if any(parameter.device.type == "meta" for parameter in given):
+        return False
+    return not given or not all(map(_is_zero, given))
+
+
+def check_loaded(parameters: Iterable[Tensor], otherwise: str) -> None:
+    """Refuses weights that are not loaded on every process, which all must call this; `otherwise`: the message.
+
+    Raises:
+        ValueError: on all of them.
+    """
+    raise_on_every_process(None if is_loaded(parameters) else otherwise)
+
+
+def _is_zero(parameter: Tensor) -> bool:
+    whole = not hasattr(parameter, "ds_id") and not hasattr(parameter, "full_tensor")
+    return whole and parameter.dtype in _FLOATS and not bool(parameter.detach().any())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from transformers.models.llama import modeling_llama
 
 from balora_plugin.doctor.requested import problems
 from balora_plugin.hosts.axolotl import checks, model_config, refusals, superseded
+from balora_plugin.hosts.axolotl.args import of_block
 from balora_plugin.hosts.axolotl.errors import SettingError
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin, target_modules
 
@@ -178,6 +179,32 @@ def test_all_refusals_come_at_once_in_the_command_line_and_in_doctor(written):
     found = {finding.key: finding for finding in problems(yaml.safe_load(path.read_text()), machine)}
     assert set(keys) <= set(found)
     assert (found["rl"].changes_training, found["expert_parallel_size"].changes_training) == (True, False)
+
+
+def test_nothing_is_left_for_another_round():
+    """Two values of one key, and what is wrong in a block beside what is misspelt in it."""
+    with pytest.raises(SettingError, match="2 settings") as caught:
+        checks.check_raw({**LORA, "lora_target_modules": ["lm_head", "embed_tokens"]})
+    assert [finding.value for finding in caught.value.findings] == ["lm_head", "embed_tokens"]
+    keys = [finding.key for finding in of_block({"lamda_svd": 1, "temperature": 0, "lambda_svd": -1}, "nlg")]
+    assert keys == ["ba_lora.lamda_svd", "ba_lora.temperature", "ba_lora.lambda_svd"]
+
+
+OF_ANOTHER_KIND = {
+    **dict.fromkeys(checks._BLOCKS, (True, "x", 3, ["x"])),
+    **dict.fromkeys(checks._LISTS, (True, 3, "x", {"path": "x"})),
+    "lora_target_modules": (True, 3, [3], {"x": 1}),
+}
+
+
+@pytest.mark.parametrize("key", OF_ANOTHER_KIND)
+def test_a_value_of_another_kind_is_a_finding_and_no_traceback(key):
+    kind = {"model_type": "AutoModelForSequenceClassification", "num_labels": 2}
+    for value in OF_ANOTHER_KIND[key]:
+        for values in ({**LORA, key: value}, {**LORA, **kind, key: value}):
+            found = list(checks.findings_of(values, model=False))
+            assert [finding.key for finding in found] == [key], value
+            assert "must be a" in str(found[0])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from balora_plugin import BaLoraConfig, get_ba_lora_model
 from balora_plugin.hosts.axolotl import fsdp
+from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin
 
 from .axolotl_run import history, run
 from .test_axolotl_ranks import RUN, launch
@@ -120,10 +124,27 @@ def test_axolotl_calls_the_writer_as_we_think():
     assert "trainer.save_model(cfg.output_dir)" in inspect.getsource(axolotl_train.save_trained_model)
 
 
-def test_an_axolotl_without_that_writer_is_refused(monkeypatch):
-    monkeypatch.delattr(shard, "save_fsdp2_lora_adapter")
+@pytest.mark.parametrize("lost", ["function", "module"])
+def test_an_axolotl_without_that_writer_is_refused(lost, monkeypatch):
+    if lost == "function":
+        monkeypatch.delattr(shard, "save_fsdp2_lora_adapter")
+    else:  # the plug-in itself is imported without it
+        monkeypatch.setitem(sys.modules, shard.__name__, None)
+        importlib.reload(fsdp)
     with pytest.raises(ImportError, match=r"has no save_fsdp2_lora_adapter.*DDP and DeepSpeed work"):
         fsdp.save_by_the_trainer(tiny_llama())
+
+
+@pytest.mark.parametrize("by_yaml", [True, False])
+def test_fsdp_by_accelerates_own_config_is_saved_by_the_trainer_too(by_yaml, monkeypatch):
+    kept = []
+    monkeypatch.setattr(fsdp, "save_by_the_trainer", kept.append)
+    cfg = DictDefault(adapter="ba_lora", fsdp_version=2, **({"fsdp_config": LAYERS} if by_yaml else {}))
+    trainer = SimpleNamespace(model="the model", is_fsdp_enabled=not by_yaml, ba_lora="its terms")
+    BaLoraPlugin().post_trainer_create(cfg, trainer)
+    trainer.is_fsdp_enabled = False
+    BaLoraPlugin().post_trainer_create(DictDefault(adapter="ba_lora"), trainer)
+    assert kept == ["the model"]
 
 
 @pytest.mark.parametrize(("final", "checkpoints"), [(None, "SHARDED_STATE_DICT"), ("SHARDED_STATE_DICT", None)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..distributed import has_process_group, process_rank
+from ..distributed import has_process_group, is_loaded, process_rank
 from ..fused.head import Head
 from ..fused.project import product_dtype, project
 from .backbone import backbone_of, possible_backbones, run_backbone
@@ -117,13 +117,13 @@ def check_head(model: PreTrainedModel) -> None:
     # PEFT loses the scales of an 8-bit weight on a CPU if it is dequantised for the start after a forward pass
     if any(hasattr(p, "ds_id") or (hasattr(p, "SCB") and p.device.type == "cpu") for p in parameters):
         _unchecked.add(model)
-    elif not any(p.device.type == "meta" for p in parameters):
+    elif is_loaded(parameters):
         _compare_logits(model, model.device)
     elif not has_process_group():
         _unchecked.add(model)
     elif process_rank() == 0:  # elsewhere rank 0 holds the weights, and has checked them
         logger.warning(
-            f"BA-LoRA: {type(model).__name__} is on the meta device on every rank, so it was not checked that "
+            f"BA-LoRA: {type(model).__name__} is not loaded on any rank, so it was not checked that "
             "its logits can be computed from its hidden states: load it on rank 0 (cpu_ram_efficient_loading)."
         )
 

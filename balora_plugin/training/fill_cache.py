@@ -19,7 +19,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..adapter.saved import provenance
-from ..distributed import any_process, sum_over_processes
+from ..distributed import any_process, check_loaded, sum_over_processes
 from ..fused.head import Head
 from ..objective.batches import counted_positions
 from ..objective.causal_lm import backbone_inputs
@@ -41,6 +41,11 @@ def open_run_cache(run: RunState, host: HostTrainer) -> None:
         ValueError: as `open_cache`; full fine-tuning whose teacher could not be had later.
     """
     config, teacher, args = run.config, run.teacher, host.args
+    check_loaded(
+        (run.model if teacher is None else teacher).parameters(),
+        f"teacher_cache={str(config.teacher_cache)!r} needs the teacher's weights on every process, and they are "
+        "loaded on one alone: switch FSDP's cpu_ram_efficient_loading off, or remove teacher_cache.",
+    )
     if teacher is None and not isinstance(host.model, PeftModel):  # the weights are the teacher's until step 1
         for key in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(args, key, False):

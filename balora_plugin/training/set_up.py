@@ -14,6 +14,7 @@ from ..adapter.config import BaLoraConfig, active_config
 from ..adapter.kinds import what_is_adapted
 from ..adapter.saved import provenance
 from ..config import RegularizerConfig, as_regularizers
+from ..distributed import check_loaded
 from ..objective.classification import classification_step
 from ..objective.install import install
 from ..pretrained.attention import check_attention, check_same_attention
@@ -168,6 +169,11 @@ def _ready_teacher(host: HostTrainer, bare: Any, config: RegularizerConfig, teac
     if isinstance(teacher, PeftModel):
         teacher = teacher.get_base_model()  # its adapters live in the module tree
     if teacher is not None:
+        check_loaded(  # no engine splits it, so none sends it either
+            teacher.parameters(),
+            f"teacher_model={type(teacher).__name__} is loaded on one process alone, and the others would be taught by "
+            "zeros: switch FSDP's cpu_ram_efficient_loading off.",
+        )
         if config.task == "nlg":
             check_head(teacher)
         check_same_attention(bare, teacher)

@@ -6,7 +6,7 @@ They have what trains, without A0 and B0, and FSDP2's are loaded by the first ra
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +21,18 @@ from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from ..adapter.config import BaLoraConfig, our_adapters
+from ..adapter.config import BaLoraConfig
 from ..adapter.delta import FROZEN, PEFT_PREFIX, unwrapped_name
 from ..adapter.saved.reading import read_factors
 from ..checkpoint.names import HEAD_FILE, INIT_FILE
 from ..pretrained.classifier_head import wrapped_heads
 from .host import HostTrainer
+from .run_state import active_config
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
-
-_UNTRAINED = (*FROZEN, "original_module")  # of what the adapter's files hold: A0, B0, the teacher's head
 
 
 class LoadsAdapterItself(_Base):
@@ -43,7 +42,7 @@ class LoadsAdapterItself(_Base):
     """
 
     def _restores_adapter(self) -> bool:
-        return bool(self.is_fsdp_enabled and our_adapters(self.model))
+        return bool(self.is_fsdp_enabled and isinstance(active_config(self.model), BaLoraConfig))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the model of a checkpoint as the host does, but no sharded adapter of ours."""
@@ -101,8 +100,9 @@ def restore(
     )
     with gathered:
         parameters = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
+        frozen = _frozen_part(model)
         for name, value in values.items():
-            if not frozen_alone or _is_untrained(name):
+            if not frozen_alone or frozen(name):
                 _write(parameters[name], value)
 
 
@@ -123,8 +123,14 @@ def whole_state_dict(accelerator: Any) -> Iterator[None]:
         plugin.state_dict_type = kind
 
 
-def _is_untrained(name: str) -> bool:
-    return any(f".{attribute}." in name for attribute in _UNTRAINED)
+def _frozen_part(model: nn.Module) -> Callable[[str], bool]:
+    """Returns what says of a parameter's name whether it is frozen, and in the adapter's files.
+
+    That is A0, B0 and the head of a classifier's teacher; not the first copies of a language model's embeddings.
+    """
+    heads = wrapped_heads(model.get_base_model()) if isinstance(model, PeftModel) else ()
+    teachers = tuple(f"{PEFT_PREFIX}{name}.original_module." for name in heads)
+    return lambda name: name.startswith(teachers) or any(f".{attribute}." in name for attribute in FROZEN)
 
 
 def untrained_tensors(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
@@ -135,9 +141,9 @@ def untrained_tensors(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
     The state dict that ZeRO-3 gathers for a save leaves out what is frozen. Every rank calls this; one that does not
     `keep` gets an empty dict. One factor at a time is whole.
     """
-    found = {}
+    found, frozen = {}, _frozen_part(model)
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") and _is_untrained(name):
+        if hasattr(parameter, "ds_id") and frozen(name):
             from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters([parameter]):

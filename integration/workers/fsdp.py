@@ -64,7 +64,7 @@ def count_factors() -> list[int]:
     return made
 
 
-def sharding(kind: str, units: str) -> dict[str, Any]:
+def sharding(kind: str, units: str, *, saved: str = "FULL_STATE_DICT") -> dict[str, Any]:
     """What asks transformers and accelerate for FSDP."""
     if not kind.startswith("fsdp"):
         return {}
@@ -73,7 +73,7 @@ def sharding(kind: str, units: str) -> dict[str, Any]:
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": units.split(","),
         "use_orig_params": True,
-        "state_dict_type": "FULL_STATE_DICT",
+        "state_dict_type": saved,
         "sync_module_states": False,  # accelerate wants a GPU for it
     }
     return {"fsdp": True, "fsdp_config": config}

@@ -36,7 +36,7 @@ def train(kind: str, directory: Path, callbacks: list[TrainerCallback], *, seed:
     batch = 8 if kind == "alone" else 4
     if kind.startswith("zero"):
         changes["deepspeed"] = zero(int(kind[-1]))
-    changes |= sharding(kind, "BertLayer")
+    changes |= sharding(kind, "BertLayer", saved="SHARDED_STATE_DICT")  # the optimizer's alone: adapters are whole
     args = arguments(directory, per_device_train_batch_size=batch, **changes)
     if kind != "alone":
         pass_as_gpus(args)

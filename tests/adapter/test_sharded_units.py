@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
+from types import ModuleType
+
 import pytest
 import torch
 import torch.distributed as dist
+from classifiers import classifier
 from helpers import ba_lora
 from models import tiny_llama
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from balora_plugin.training.sharded_adapter import LoadsAdapterItself, untrained_tensors
 
 pytestmark = pytest.mark.hosts
 
@@ -52,3 +60,60 @@ def test_a_split_model_is_not_saved_by_one_process_alone(mesh, tmp_path):
     with pytest.raises(ValueError, match=r"split over processes.*save_model on every process"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """What ZeRO-3 is asked to make whole, in a list."""
+    asked = []
+
+    @contextmanager
+    def gathering(parameters, **kwargs):
+        asked.extend(parameters)
+        yield
+
+    zero = ModuleType("deepspeed.runtime.zero")
+    zero.GatheredParameters = gathering
+    for name in ("deepspeed", "deepspeed.runtime"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, zero.__name__, zero)
+    return asked
+
+
+def split_by_zero(model):
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    return model
+
+
+def test_zero3_gathers_for_a_save_what_the_adapters_files_hold(gathered):
+    """A0, B0, a classifier's first head; no embeddings, which are as large as they come."""
+    model = split_by_zero(ba_lora(tiny_llama(), targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    found = untrained_tensors(model, keep=True)
+    assert found and all("frozen_" in name for name in found)
+    assert len(gathered) == len(found)
+    model = split_by_zero(ba_lora(classifier(), targets=["query"], task_type="SEQ_CLS"))
+    heads = {name for name in untrained_tensors(model, keep=True) if "frozen_" not in name}
+    assert heads == {name for name, _ in model.named_parameters() if ".original_module." in name} != set()
+    assert untrained_tensors(model, keep=False) == {}
+
+
+class Loads:
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        self.loaded = checkpoint
+
+    def _load_best_model(self):
+        self.loaded = "best"
+
+
+@pytest.mark.parametrize(("sharded", "active", "by_host"), [(1, "default", 0), (0, "default", 1), (1, "plain", 1)])
+def test_the_host_loads_every_adapter_that_is_not_restored_here(sharded, active, by_host, llama):
+    """A run restores its active adapter: another kind beside a frozen one of ours would go on from its first values."""
+    trainer = type("Trainer", (LoadsAdapterItself, Loads), {"loaded": None, "is_fsdp_enabled": bool(sharded)})()
+    trainer.model = ba_lora(llama, targets=["q_proj"])
+    trainer.model.add_adapter("plain", LoraConfig(r=2, target_modules=["v_proj"]))
+    trainer.model.set_adapter(active)
+    trainer._load_from_checkpoint("checkpoint-1")
+    assert trainer.loaded == ("checkpoint-1" if by_host else None)
+    trainer._load_best_model()
+    assert trainer.loaded == ("best" if by_host else None)

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from ...distributed import collective_device, gather_objects, process_rank, raise_on_every_process, world_size
+from ...distributed import (
+    collective_device,
+    gather_objects,
+    is_loaded,
+    process_rank,
+    raise_on_every_process,
+    world_size,
+)
 from ..delta import base_matrix, base_parameter
 from ..kinds import counted, kind_of
 from .disk_cache import StartCache, cache_directory
@@ -130,5 +137,5 @@ def _say(cache: StartCache) -> None:
 
 def _ranks_with_weights(layers: list[tuple[str, LoraLayer]]) -> list[int]:
     """Returns the ranks whose base weights are loaded (a host that saves CPU memory loads them on rank 0 alone)."""
-    loaded = gather_objects(all(base_parameter(layer).device.type != "meta" for _, layer in layers))
+    loaded = gather_objects(is_loaded(base_parameter(layer) for _, layer in layers))
     return [rank for rank, whole in enumerate(loaded) if whole] or [0]

@@ -119,10 +119,12 @@ def of_block(block: Any, task: str) -> Iterator[Finding]:
         return
     unknown = list(_unknown(block))
     yield from unknown
-    if unknown:
+    if not isinstance(block, dict):
         return
-    try:
-        BaLoraBlock.model_validate(block).regularizers().resolved(task)
+    named = {finding.key for finding in unknown}
+    try:  # the rest of it, so that nothing is left for another round
+        rest = {key: value for key, value in block.items() if f"ba_lora.{key}" not in named}
+        BaLoraBlock.model_validate(rest).regularizers().resolved(task)
     except ValidationError as error:
         yield from map(_of_pydantic, error.errors())
     except ValueError as error:

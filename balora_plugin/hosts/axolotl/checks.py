@@ -34,6 +34,16 @@ _OURS = [
 # the others, refused there where ba_lora is in use
 _BLOCK_ONLY = [*(name for name in settings_of(RegularizerConfig) if name not in _OURS), *HOST_KEYS]
 
+# of Axolotl's keys that are read here: blocks of settings, and lists of blocks
+_BLOCKS = (
+    "bnb_config_kwargs",
+    "fsdp_config",
+    "gradient_checkpointing_kwargs",
+    "model_quantization_config_kwargs",
+    "overrides_of_model_kwargs",
+)
+_LISTS = ("datasets", "test_datasets")
+
 _TERMS = {  # the paper's numbers and letters
     "lambda_consistency": ("lambda1", "lambda_1", "lambda_cr", "l1", "cr"),
     "lambda_diversity": ("lambda2", "lambda_2", "lambda_dr", "lambda_entropy", "l2", "dr"),
@@ -89,6 +99,9 @@ def findings_of(data: dict[str, Any], *, model: bool = True) -> Iterator[Finding
         yield Finding("ba_lora.apply_to", target, "beside adapter: ba_lora contradicts it", "remove one of the two")
     if not active({"adapter": adapter, "ba_lora": block}):
         return
+    wrong = {finding.key: finding for finding in _kinds(data)}
+    yield from wrong.values()
+    data = {key: value for key, value in data.items() if key not in wrong}
     yield from refused(data)
     yield from of_classification(data, block)
     yield from _adapter(data)
@@ -144,6 +157,16 @@ def _terms(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
+def _kinds(data: dict[str, Any]) -> Iterator[Finding]:
+    """Finds values that are no block or no list where one is read, which no check could look into."""
+    for key in _BLOCKS:
+        if not isinstance(data.get(key) or {}, dict):
+            yield Finding(key, repr(data[key]), "must be a block of settings, or absent")
+    for key in _LISTS:
+        if not isinstance(data.get(key) or [], list):
+            yield Finding(key, repr(data[key]), "must be a list of datasets")
+
+
 def _names(data: dict[str, Any]) -> Iterator[Finding]:
     adapter = str(data.get("adapter") or "")
     for key in _BLOCK_ONLY:
@@ -175,16 +198,24 @@ def _adapter(data: dict[str, Any]) -> Iterator[Finding]:
         value = data.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             yield Finding(key, repr(value), "must be a whole number of at least 1, for example 16")
-    targets = ("lora_target_linear", "lora_target_modules", "lora_target_parameters")
-    if not any(data.get(key) for key in targets) and not data.get("lora_model_dir") and not is_classification(data):
-        remedy = "write lora_target_linear: true, or a list of module names"
-        yield Finding("lora_target_modules", None, "is missing", remedy)
+    yield from _targets(data)
     start = data.get("peft_init_lora_weights")
     if start not in STARTS:
         remedy = "write pissa, pissa_fast or true"
         yield Finding("peft_init_lora_weights", start, "is not a start of BA-LoRA", remedy, True)
+
+
+def _targets(data: dict[str, Any]) -> Iterator[Finding]:
+    keys = ("lora_target_linear", "lora_target_modules", "lora_target_parameters")
+    if not any(data.get(key) for key in keys) and not data.get("lora_model_dir") and not is_classification(data):
+        remedy = "write lora_target_linear: true, or a list of module names"
+        yield Finding("lora_target_modules", None, "is missing", remedy)
     modules = data.get("lora_target_modules") or []
-    for name in [modules] if isinstance(modules, str) else modules:
+    names = [modules] if isinstance(modules, str) else modules
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        yield Finding("lora_target_modules", repr(modules), "must be a list of names, or a regular expression")
+        return
+    for name in names:
         if name in ("lm_head", "embed_tokens", "embed_out", "wte"):
             why = "cannot be adapted (the terms read the head's weight)"
             remedy = "remove it; lora_modules_to_save trains such a module whole"

@@ -26,15 +26,15 @@ class SettingError(click.ClickException, ValueError):
 
 
 def refuse(findings: Iterable[Finding]) -> None:
-    """Raises one error for all findings; of several on one key the first says it.
+    """Raises one error for all findings; of several on one key and value the first says it.
 
     Raises:
         SettingError: there is a finding.
     """
-    by_key: dict[str, Finding] = {}
+    by_setting: dict[tuple[str, str], Finding] = {}
     for finding in findings:
-        by_key.setdefault(finding.key or str(finding), finding)
-    found = tuple(by_key.values())
+        by_setting.setdefault((finding.key, str(finding.value) if finding.key else str(finding)), finding)
+    found = tuple(by_setting.values())
     if len(found) == 1:
         raise SettingError(found[0].sentence(), found)
     if found:

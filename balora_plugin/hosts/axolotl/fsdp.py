@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator
 from functools import wraps
@@ -9,14 +10,13 @@ from typing import Any
 from weakref import WeakSet
 
 import axolotl
-from axolotl.integrations.expert_parallel import shard
 from torch import nn
 
 from ...findings import Finding
 from .classification import is_classification
 
 logger = logging.getLogger("axolotl.balora_plugin")
-_WRITER = "save_fsdp2_lora_adapter"
+_HOME, _WRITER = "axolotl.integrations.expert_parallel.shard", "save_fsdp2_lora_adapter"
 _saved_by_trainer: WeakSet[nn.Module] = WeakSet()
 
 
@@ -68,6 +68,10 @@ def save_by_the_trainer(model: nn.Module) -> None:
     Raises:
         ImportError: this Axolotl has no such writer, and may have another.
     """
+    try:  # here, so that an Axolotl without it trains by every other engine
+        shard = importlib.import_module(_HOME)
+    except ImportError:
+        shard = None
     theirs = getattr(shard, _WRITER, None)
     if theirs is None:
         raise ImportError(

@@ -178,7 +178,7 @@ class BaLoraPlugin(BasePlugin):
             )
         if active(cfg):
             logger.info("BA-LoRA trains with %s", trainer.ba_lora)
-            if cfg.adapter and fsdp.asks_for_fsdp(cfg):
+            if cfg.adapter and (trainer.is_fsdp_enabled or fsdp.asks_for_fsdp(cfg)):  # or by accelerate's own config
                 fsdp.save_by_the_trainer(trainer.model)
         if classifies(cfg):
             classification.set_up_trainer(cfg, trainer)
