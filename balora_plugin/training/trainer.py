@@ -196,7 +196,10 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
 
     def _begin(self, run: RunState, checkpoint: str | None) -> list[TrainerCallback]:
         """Readies a run for training, from a checkpoint or from the start; returns what watches this training alone."""
-        (check_classes if run.config.task == "nlu" else check_counted)(self.train_dataset)
+        if run.config.task == "nlu":
+            check_classes(self.train_dataset, run.model.config)
+        else:
+            check_counted(self.train_dataset)
         run.meter, run.resumed = CostMeter(self.args.device), checkpoint
         self._resume(run)
         callbacks: list[TrainerCallback] = [CostCallback(run.meter)]
