@@ -1,4 +1,4 @@
-"""LoRA options: those that BA-LoRA does not take, with what to write instead; values that no file would be read with."""
+"""LoRA options that BA-LoRA does not take, what to write instead, and values that no file would be read with."""
 
 from __future__ import annotations
 

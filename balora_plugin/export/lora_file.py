@@ -83,6 +83,11 @@ class Adapter:
         return next(iter(self.updates.values())).a.dtype
 
     @property
+    def language(self) -> bool:
+        """Returns whether it is a causal language model's, whose base can be loaded whole by its files alone."""
+        return task_type_of(self.config) == "CAUSAL_LM"
+
+    @property
     def origin(self) -> dict[str, Any] | None:
         """Returns what is recorded of its base: in ba_lora.json or, of an exported one, in the tensor file's header."""
         return self.settings or _exported(self.metadata)
@@ -160,8 +165,9 @@ def _once(others: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tens
             kept.setdefault(key.replace(".modules_to_save.", "."), value)
         else:
             kept[key] = value
-    trained = tuple(f".{name}.weight" for name in config.modules_to_save or [])
-    return kept, {**{key: value for key, value in kept.items() if not key.endswith(trained)}, **originals}
+    trained = [f".{name}." for name in config.modules_to_save or []]  # all tensors of a module: a head has a bias
+    bases = {key: value for key, value in kept.items() if not any(name in key for name in trained)}
+    return kept, {**bases, **originals}
 
 
 def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | None]:

@@ -219,7 +219,8 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
         """One table at the end of training, and `ba_lora_cost.json` in the output directory."""
         if run.meter is not None and run.meter.steps and self.is_world_process_zero():
             compiled = "" if run.compiled is None else run.compiled.in_use()
-            publish(run.meter, self.args, compiled=compiled, teacher_interval=run.config.teacher_interval)
+            facts = {"task": run.config.task, "compiled": compiled, "teacher_interval": run.config.teacher_interval}
+            publish(run.meter, self.args, **facts)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begins or restores the host's state; of streamed data the place where the checkpoint's run was."""
