@@ -50,7 +50,8 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     """
     lambdas = request.lambdas
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
-    if labels is None and shifted is None:
+    marked = labels if shifted is None else shifted
+    if marked is None:
         raise ValueError("the batch holds no labels: BA-LoRA needs them to know the counted tokens.")
     router = bool(inputs.pop("output_router_logits", None)) or _wants_router_logits(model)
     given, inputs = inputs, backbone_inputs(inputs)
@@ -60,7 +61,7 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         inputs = with_boundaries(inputs)
     check_head_now(model, main_input(inputs).device)
     head = read_head(model)
-    check_tokens(labels if shifted is None else shifted, main_input(inputs), head.weight.shape[0])
+    check_tokens(marked, main_input(inputs), head.weight.shape[0])
     needed = counted_positions(given) if request.cache is not None else None
     teacher = None
     if lambdas.consistency:
