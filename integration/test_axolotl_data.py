@@ -10,7 +10,8 @@ pytest.importorskip("axolotl")
 from click.testing import CliRunner
 
 from balora_plugin.hosts.axolotl.checks import SettingError
-from integration.axolotl_run import run
+
+from .axolotl_run import run
 
 TOKENS = [3, 4, 5]
 
