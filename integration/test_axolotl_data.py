@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("axolotl")
 from click.testing import CliRunner
 
-from balora_plugin.hosts.axolotl.checks import SettingError
+from balora_plugin.hosts.axolotl.errors import SettingError
 
 from .axolotl_run import run
 

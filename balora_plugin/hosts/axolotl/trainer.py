@@ -13,7 +13,7 @@ from ...config import RegularizerConfig
 from ...objective.request import StepOutput
 from ...training.run_state import RunState
 from ...training.trainer import BaLoraTrainerMixin
-from .checks import as_setting_errors
+from .errors import as_setting_errors
 
 
 class TaskPerplexity(Trainer):

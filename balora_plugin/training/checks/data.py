@@ -44,6 +44,18 @@ def check_cacheable(dataset: Any, regularizers: RegularizerConfig) -> None:
         )
 
 
+def check_data(dataset: Any, task: str, config: Any) -> None:
+    """Refuses training data from which a model of this `config` could learn nothing; `task`: "nlg" or "nlu".
+
+    Raises:
+        ValueError: names what it lacks.
+    """
+    if task == "nlu":
+        check_classes(dataset, config)
+    else:
+        check_counted(dataset)
+
+
 def check_classes(dataset: Any, config: Any) -> None:
     """Refuses a classifier's training data without rows, whose first label is text, or with labels of no class.
 
