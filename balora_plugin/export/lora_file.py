@@ -179,8 +179,10 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
     directory = files.model_id
     path = files.find(CONFIG_FILE)
     if path is None:
-        checkpoints = sorted(Path(directory).glob(f"checkpoint-*/{CONFIG_FILE}"), key=lambda p: p.stat().st_mtime)
-        hint = f"; its last checkpoint is {checkpoints[-1].parent}" if checkpoints else ""
+        inside = sorted(Path(directory).glob(f"*/{CONFIG_FILE}"), key=lambda p: p.stat().st_mtime)
+        checkpoints = [found for found in inside if found.parent.name.startswith("checkpoint-")]
+        hint = f"; an adapter by its name is {inside[-1].parent}" if inside else ""  # PEFT saves "default" alone here
+        hint = f"; its last checkpoint is {checkpoints[-1].parent}" if checkpoints else hint
         raise ValueError(f"{directory!r} holds no {CONFIG_FILE}: it is no adapter{hint}.")
     if read_object(path).get("init_lora_weights") == "loftq":  # PEFT asks for scipy
         raise ValueError(
