@@ -86,7 +86,7 @@ def _check_place(name: str) -> None:
         if not os.path.isdir(name):
             validate_repo_id(name)
     except HFValidationError:
-        raise ValueError(f"--base {name!r} is no directory here, and no name on the hub either.") from None
+        raise ValueError(f"--base {name} is no directory here, and no name on the hub either.") from None
 
 
 def is_quantised(name: str) -> bool:

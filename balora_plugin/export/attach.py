@@ -36,7 +36,8 @@ def exchange(model: PeftModel, adapter: Adapter) -> None:
     full = _scaling_inside(adapter, model.peft_config["default"].r)
     try:
         filled = _fill(model, full.updates)
-        result = set_peft_model_state_dict(model, full.others if filled else state_dict(full))
+        tensors = dict(full.others) if filled else state_dict(full)  # PEFT takes out of it what it has set
+        result = set_peft_model_state_dict(model, tensors)
     except RuntimeError as error:
         raise ValueError(f"{adapter.directory!r} does not fit this base: {error}") from None
     missing = [key for key in result.missing_keys if (".lora_" in key and not filled) or "modules_to_save" in key]

@@ -26,7 +26,8 @@ from .algebra import by_expert, update_distance, update_norm
 from .scalings import check_as_exported, check_as_trained, scalings_of, what_it_computes
 
 _ORIGIN = "balora"  # in the header of an exported tensor file, which needs no side file
-_STARTS_OPTIONS = ("corda_config", "lora_ga_config", "eva_config")  # say how a start was found, not what is computed
+# they say how a start was found, or what modules_to_save shares: the update is scaling * B A all the same
+_NOT_THE_UPDATE = ("corda_config", "lora_ga_config", "eva_config", "ensure_weight_tying")
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
         raise ValueError(f"peft_type={config.peft_type.value!r} in {directory!r} is no LoRA: only LoRAs are read.")
     for key, neutral in NEUTRAL_OPTIONS.items():
         value = getattr(config, key, neutral.value)
-        if value not in (neutral.value, None, False) and key not in _STARTS_OPTIONS:
+        if value not in (neutral.value, None, False) and key not in _NOT_THE_UPDATE:
             raise ValueError(f"{key}={value!r} in {directory!r}: the update is not scaling * B A; not supported.")
     return config, read_settings(files)
 

@@ -56,6 +56,22 @@ def test_an_adapted_head_is_not_taken_for_added_tokens(ids, tmp_path, capsys):
     assert "where tokens were" in out and "added, or where they are adapted" in out
 
 
+@pytest.mark.parametrize("make", [ba_lora, stock])
+@pytest.mark.parametrize("options", [{}, {"ensure_weight_tying": True}], ids=["", "tied by PEFT"])
+def test_whole_modules_beside_a_rank_that_is_looked_for_and_in_a_merge(make, options, ids, tmp_path, capsys):
+    if make is ba_lora and options:
+        pytest.skip("BA-LoRA refuses it")
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model = make(loaded(tmp_path / "base"), targets=["q_proj", "v_proj"], modules_to_save=["embed_tokens"], **options)
+    expected = trained(model, ids, tmp_path / "adapter")
+    to = ["export", tmp_path / "adapter", "--base", tmp_path / "base", "--output"]
+    code, out, err = run(capsys, *to, tmp_path / "small", "--rank", "auto", "--max-error", 0.1)
+    assert code == 0 and "of the" in out, err
+    code, _, err = run(capsys, *to, tmp_path / "merged", "--merge")
+    assert code == 0, err
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged"), ids), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", ["²", "9" * 5000, "-1", "0", "1.5", "", "٣"])
 def test_what_is_no_rank_is_said_in_one_short_line(rank, tmp_path, capsys):
     line = refused(capsys, "export", tmp_path, "--output", tmp_path / "out", f"--rank={rank}")
