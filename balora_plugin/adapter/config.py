@@ -25,7 +25,7 @@ from ..config import RegularizerConfig, as_regularizers
 from ..settings import as_path
 from ..teacher.files import HEADER
 from .delta import not_linears_own
-from .options import NEUTRAL_OPTIONS, OTHER_STARTS
+from .options import NEUTRAL_OPTIONS, OTHER_STARTS, check_options
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class BaLoraConfig(LoraConfig):
         if isinstance(self.init_lora_weights, str):
             self.init_lora_weights = str(self.init_lora_weights)
         self._take_iterations()
+        check_options(self)
         super().__post_init__()
         self.regularizers = as_regularizers(self.regularizers)
         self._check_neutral()
@@ -104,8 +105,6 @@ class BaLoraConfig(LoraConfig):
                 f"start_from={self.start_from!r} with init_lora_weights={self.init_lora_weights!r}, which has no A0 "
                 "and B0: write init_lora_weights='pissa' or 'pissa_fast', or leave start_from out."
             )
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r={self.r!r} must be a whole number >= 1.")
         if self.delta:
             self.init_lora_weights = _DeltaStart(self.init_lora_weights)
         # no fields, so that they are not saved; the first: the output directory of a run that a host resumes there
@@ -143,7 +142,7 @@ class BaLoraConfig(LoraConfig):
     def _check_neutral(self) -> None:
         """Refuses a start, or a LoRA option, that replaces the function or the teacher."""
         start = self.init_lora_weights
-        if start not in (*DELTA_STARTS, True, False):
+        if not isinstance(start, (str, bool)) or start not in (*DELTA_STARTS, True, False):
             why = OTHER_STARTS.get(str(start).lower())
             raise ValueError(
                 f"init_lora_weights={start!r} is not a BA-LoRA start: "

@@ -1,8 +1,12 @@
-"""The LoRA options and starts that BA-LoRA does not take: why, and what to write instead."""
+"""LoRA options that BA-LoRA does not take, what to write instead, and values that no file would be read with."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..checkpoint.rules import OPTIONS, flaw
 
 
 class Neutral(NamedTuple):
@@ -107,3 +111,28 @@ OTHER_STARTS: dict[str, str] = {
     "loftq": "it replaces the base by a quantised one: load the base with a BitsAndBytesConfig, write 'pissa', and "
     "name the full-precision model in start_from",
 }
+
+_CHECKED_APART = {"init_lora_weights", "task_type", "base_model_name_or_path", "regularizers", "start_from"}
+
+
+def check_options(config: Any) -> None:
+    """Takes numpy's numbers in a LoraConfig for Python's (in place), and refuses what its file would not be read with.
+
+    Raises:
+        ValueError: names the option, its value and what it has to be.
+    """
+    for key, rule in OPTIONS.items():
+        if key in _CHECKED_APART:
+            continue
+        value = _python_value(getattr(config, key))
+        setattr(config, key, value)
+        names = list(value) if isinstance(value, (set, tuple)) else value
+        if flaw({key: names}, {key: rule}) is not None:
+            raise ValueError(f"{key}={repr(value)[:60]} must be {rule[0]}.")
+
+
+def _python_value(value: Any) -> Any:
+    """Returns a number of numpy's as Python's, which JSON can hold; in the values of a mapping too."""
+    if isinstance(value, dict):
+        return {key: _python_value(each) for key, each in value.items()}
+    return value.item() if isinstance(value, np.generic) else value

@@ -52,7 +52,10 @@ def beyond_all_linear(model: nn.Module) -> list[str]:
 
 
 def gives_its_product(layer: nn.Module) -> bool:
-    """Returns False for a linear layer of a class of its own whose forward gives something else than one tensor."""
+    """Returns False for a linear layer of a class of its own whose forward makes something else of a row than a row.
+
+    Routers that give several tensors, and products by groups of rows (DeepSeek V4).
+    """
     if not isinstance(layer, nn.Linear) or not type(layer).__module__.startswith("transformers.models."):
         return True
     if type(layer).forward is nn.Linear.forward:
@@ -62,7 +65,11 @@ def gives_its_product(layer: nn.Module) -> bool:
         for name, p in layer.named_parameters()
     }
     row = torch.empty(1, layer.in_features, dtype=layer.weight.dtype, device="meta")
-    return isinstance(torch.func.functional_call(layer, meta, row), torch.Tensor)
+    try:
+        found = torch.func.functional_call(layer, meta, row)
+    except RuntimeError:
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, layer.out_features)
 
 
 def _exclude(config: BaLoraConfig, leaves: list[str]) -> None:

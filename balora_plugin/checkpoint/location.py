@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 _HUB_OPTIONS = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder"}
 
@@ -56,6 +56,8 @@ class AdapterFiles:
             ) from None
         except EntryNotFoundError:
             return None
+        except HFValidationError:  # a path that is not there
+            raise ValueError(f"{self.model_id!r} is no directory here, and no name on the hub either.") from None
 
     def arguments(self) -> dict[str, Any]:
         """Returns subfolder and options as keywords, for PEFT's own readers."""

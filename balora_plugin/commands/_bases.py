@@ -58,11 +58,16 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Base:
     from ..export import lora_file
     from ..pretrained.identity import BaseIdentity
 
-    kind = lora_file.task_type_of(adapter.config)
-    if kind != "CAUSAL_LM":
+    if not adapter.language:
+        kind = lora_file.task_type_of(adapter.config)
+        instead = (
+            "A classifier merges with PEFT: PeftModel.from_pretrained(model, adapter).merge_and_unload(), with a model "
+            "loaded by AutoModelForSequenceClassification"
+            if args.merge
+            else "Leave --base out: the weights' error is measured without it"
+        )
         raise ValueError(
-            f"task_type={kind!r} in {args.adapter!r}: only causal language models are loaded here. Leave --base out, "
-            "or merge with PEFT: PeftModel.from_pretrained(model, adapter).merge_and_unload()."
+            f"task_type={kind!r} in {args.adapter!r}: --base is loaded for causal language models only. {instead}."
         )
     recorded = BaseIdentity.from_settings(adapter.origin)
     as_trained = recorded is not None and recorded.quantization is not None and args.merge_into != "full"
@@ -152,8 +157,10 @@ HARMLESS = 1e-3  # of what training moved
 
 
 def _dequantised(args: argparse.Namespace, model: Any) -> Any:
+    from ..pretrained.quantised import as_floats
+
     try:
-        return model.dequantize()
+        return as_floats(model)
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise ValueError(
             f"--base {args.base} cannot be dequantised ({error}): give the full-precision model, with "

@@ -63,6 +63,7 @@ def load_base(
 
     from ..pretrained.backbone import is_multimodal_class
 
+    _check_place(name)
     class_name, what = MULTIMODAL if is_multimodal_class(trained) else CLASSES[task]
     if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(f"{name}/config.json"):
         raise ValueError(f"--base {name} is an adapter: give the model it was trained on.")
@@ -76,10 +77,23 @@ def load_base(
         raise ValueError(f"--base {name} does not load as a {what}: {error}") from None
 
 
+def _check_place(name: str) -> None:
+    """Refuses a base that is neither a directory nor a possible name on the hub, before anybody asks there."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        if not os.path.isdir(name):
+            validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(f"--base {name} is no directory here, and no name on the hub either.") from None
+
+
 def is_quantised(name: str) -> bool:
     """Returns whether the model's files are a quantised one's."""
     from transformers import AutoConfig
 
+    _check_place(name)
     try:
         return getattr(AutoConfig.from_pretrained(name), "quantization_config", None) is not None
     except (OSError, ValueError) as error:

@@ -64,8 +64,10 @@ def read(path: str) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"--config {path} is no YAML: {error}") from None
+        except RecursionError:
+            raise ValueError(f"--config {path} is nested too deep: it is no such file.") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} is no mapping of keys to values: write one, such as an Axolotl YAML.")
     return values

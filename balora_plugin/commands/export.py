@@ -9,14 +9,18 @@ ADAPTER is a BA-LoRA adapter, any plain LoRA, or a raw PiSSA adapter (PEFT's ini
 the adapter it started as. All layers get one rank and one scaling, because servers read r and lora_alpha alone.
 
 With --base, what is lost is measured on predictions: KL(the adapter || what is written), of the probe's tokens or a
-text (--data), beside what training moved, KL(the adapter || the base). The error of the weights is the update's,
-relative, in the Frobenius norm, over all layers and for the worst.
+text (--data), beside what training moved, KL(the adapter || the base); where that is no more than rounding, the error
+of the weights decides: the update's, relative, in the Frobenius norm, over all layers and for the worst.
+
+Merging is for causal language models. A classifier merges with PEFT: PeftModel.from_pretrained(model, ADAPTER), of a
+model loaded with AutoModelForSequenceClassification, and its merge_and_unload().
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from ._bases import MERGE_INTO, base_of, warn_of_mismatch
@@ -38,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="DIR", required=True, help="directory to write; nothing is written elsewhere"
     )
     parser.add_argument(
-        "--base", metavar="MODEL", help="the base model: a directory or a hub id; measures what is lost"
+        "--base",
+        metavar="MODEL",
+        help="the base model, a directory or a hub id: measures what is lost (causal language models; of a classifier "
+        "the weights' error alone is measured, without --base)",
     )
     parser.add_argument("--rank", metavar="N|auto", type=_rank, help="cut to N, or to the smallest for --max-error")
     parser.add_argument(
@@ -48,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --rank auto, such as 0.05: of the KL that training moved (without --base: of the update's norm)",
     )
     parser.add_argument("--data", metavar="FILE", help="measure on this text instead of the probe (needs --base)")
-    parser.add_argument("--merge", action="store_true", help="write the merged model (needs --base)")
+    parser.add_argument(
+        "--merge", action="store_true", help="write the merged model of a causal language model (needs --base)"
+    )
     parser.add_argument(
         "--merge-into",
         choices=MERGE_INTO,
@@ -150,13 +159,14 @@ def _export(args: argparse.Namespace, adapter: Adapter) -> None:
         warn_of_mismatch(args, adapter, base, model)
         measure = _yardstick(args, model)
     if args.rank == "auto":
-        changed = reduced.smallest(adapter, args.max_error, dtype, None if measure is None else measure.relative_loss)
+        by_predictions = measure.relative_loss if measure is not None and measure.clear else None
+        changed = reduced.smallest(adapter, args.max_error, dtype, by_predictions)
     else:
         changed = reduced.one_rank(adapter, args.rank, dtype)
     lost = Lost(reduced.errors(changed, adapter), None if measure is None else measure.loss_of(changed))
     written = size(lora_file.size_of(lora_file.state_dict(changed).values()))
     print(f"writes   {args.output}: plain LoRA, rank {changed.config.r}, {_name(changed.dtype)}, {written}")
-    _print_lost(args, lost)
+    _print_lost(args, lost, adapter)
     _print_what_servers_take(changed)
     if args.dry_run:
         return
@@ -174,7 +184,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
     from ..export.attach import attach
     from ..export.card import exported
     from ..export.lora_file import size_of
-    from ..export.merge import merge
+    from ..export.merge import merge, save
     from ..export.prediction import Lost
     from ..pretrained.backbone import is_multimodal_class
 
@@ -189,7 +199,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
     lost = Lost(merged.errors, None if measure is None else measure.loss(rounded))
     written = rounded.to(dtype)
     print(f"writes   {args.output}: merged model, {_name(dtype)}, {size(size_of(written.state_dict().values()))}")
-    _print_lost(args, lost)
+    _print_lost(args, lost, adapter)
     if lost.much and dtype != torch.float32:
         print("note     rounding the weights takes much of what was trained: --dtype float32 keeps it, and so does")
         print("         serving the adapter without merging")
@@ -197,7 +207,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
         return
     trained = (adapter.origin or {}).get("base_class")
     with writing(args.output, overwrite=args.overwrite) as directory:
-        written.save_pretrained(directory)
+        save(written, directory)
         tokenizer = _tokenizer(args)
         if tokenizer is None:
             print("note     neither the adapter nor the base holds a tokenizer: none was written")
@@ -238,14 +248,16 @@ def _origin(adapter: Adapter, lost: Lost) -> dict[str, Any]:
     return {**values, **{key: origin.get(key) for key in keys}}
 
 
-def _print_lost(args: argparse.Namespace, lost: Lost) -> None:
+def _print_lost(args: argparse.Namespace, lost: Lost, adapter: Adapter) -> None:
     if lost.loss is not None:
         print(f"kl       {lost.loss}")
     worst = ", ".join(f"{name} {error:.2g}" for name, error in lost.errors.worst())
     print(f"error    {lost.errors.total:.2g} of the update's Frobenius norm in total; worst layers: {worst}")
-    if lost.loss is None and lost.errors.total:
+    measured = lost.loss is not None and lost.loss.clear
+    if not measured and lost.errors.total:
         what = f"--max-error {args.max_error:g} was held against it" if args.rank == "auto" else "it says little"
-        print(f"note     that is the weights' error, not the predictions', and {what}: --base MODEL measures their KL")
+        remedy = ": --base MODEL measures their KL" if lost.loss is None and adapter.language else ""
+        print(f"note     that is the weights' error, not the predictions', and {what}{remedy}")
 
 
 def _print_what_servers_take(adapter: Adapter) -> None:
@@ -255,10 +267,12 @@ def _print_what_servers_take(adapter: Adapter) -> None:
     if rank > VLLM_DEFAULT_RANK:
         print(f"note     vLLM takes ranks up to {VLLM_DEFAULT_RANK} unless it is told --max-lora-rank, here {rank}")
     if adapter.originals:
-        print("note     tokens were added: the file holds embedding and head, once each. PEFT loads it on a base whose")
-        print("         embedding is as large; servers take no such adapter: for them, use --merge")
+        print("note     the file holds the base's own embedding or head too, as PEFT saves them where tokens were")
+        print("         added, or where they are adapted. PEFT loads it on a base whose embedding is as large;")
+        print("         servers take no such adapter: for them, use --merge")
     elif adapter.others:
-        print("note     vLLM takes no modules_to_save: for it, use --merge")
+        merge = "use --merge" if adapter.language else "merge with PEFT"
+        print(f"note     vLLM takes no modules_to_save: for it, {merge}")
 
 
 def _write_card(directory: str, text: str) -> None:
@@ -284,9 +298,9 @@ def _name(dtype: Any) -> str:
 def _rank(text: str) -> int | str:
     if text == "auto":
         return text
-    if text.isdigit() and int(text) >= 1:
+    if re.fullmatch(r"[1-9][0-9]{0,8}", text):
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no rank: write a whole number >= 1, or auto")
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is no rank: write a whole number >= 1, or auto")
 
 
 def _fraction(text: str) -> float:

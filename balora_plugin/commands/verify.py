@@ -8,6 +8,8 @@ Exit code 0: nothing differs; 1: something does; 2: the command line or a file c
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
     from ..pretrained.probe import Probe
 
 HELP = "check an adapter's files and whether a model is the base it was trained on"
+
+_LOADING, _STOCK = "loading in stock PEFT", "adapter in stock PEFT"
+_APART = "This adapter and this base do not belong together, or files were changed."
+_LOADED_OTHERWISE = (
+    "They belong together, but this release of unmodified PEFT makes something else of them: load the adapter with "
+    "balora_plugin.BaLoraModel, or merge it (balora export --merge)."
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(check.subject) for check in checks)
     for check in checks:
         print(f"{'MISMATCH' if check.mismatch else '':8}  {check.subject:{width}}  {check.text}")
-    if any(check.mismatch for check in checks):
-        print("This adapter and this base do not belong together, or files were changed.")
+    wrong = {check.subject for check in checks if check.mismatch}
+    if wrong:
+        print(_LOADED_OTHERWISE if wrong <= {_LOADING, _STOCK} else _APART)
         return 1
     compared = any(check.compared for check in checks)
     print("OK" if compared else "Nothing is recorded to compare with: not verified.")
@@ -143,7 +153,7 @@ def _model(
             return [*checks, Check("adapter", text, mismatch=True)]
     missing = [str(w.message) for w in heard if "missing adapter keys" in str(w.message)]
     if missing:
-        checks.append(Check("adapter", f"lacks tensors for this model: {missing[0][:200]}", mismatch=True))
+        checks.append(_left_out(missing[0], adapter))
     quantised = recorded is not None and recorded.quantization != here.quantization
     allowed = probe.tolerance(here.dtype, recorded.dtype if recorded else here.dtype, quantised=quantised)
     base_logits = probe.base_logits(stock.get_base_model())
@@ -157,7 +167,7 @@ def _model(
     if stored.adapted is None:
         text = f"not stored with the adapter ({(about or {}).get('note')}): only its base is checked"
         return [*checks, Check("adapter's logits", text, compared=False)]
-    checks.append(_logits("adapter in stock PEFT", adapted, stored.adapted, allowed))
+    checks.append(_logits(_STOCK, adapted, stored.adapted, allowed))
     if delta:
         again = BaLoraModel.from_pretrained(stock.unload(), adapter)
         logits = probe.adapted_logits(again, "default")
@@ -166,6 +176,24 @@ def _model(
     moved = probe.discrepancy(stored.adapted, stored.base) if stored.base is not None else 0.0
     checks.append(Check("for scale", f"the adapter moves these logits by {moved:.2g}", compared=False))
     return checks
+
+
+def _left_out(warning: str, adapter: str) -> Check:
+    """Returns why PEFT left tensors of the model as they were: the file lacks them, or PEFT renames them.
+
+    For some architectures it renames what it loads by patterns that are meant for earlier files and fit today's too.
+    """
+    from safetensors import safe_open
+
+    from ..checkpoint.names import WEIGHTS_FILE
+
+    names = [name.replace(".default.", ".") for name in re.findall(r"'([^']+)'", warning)]
+    with safe_open(os.path.join(adapter, WEIGHTS_FILE), framework="pt") as file:
+        held = set(file.keys())
+    if names and held.issuperset(names):
+        text = f"leaves out {len(names)} tensors that the file holds, such as {names[0]}: it looks for other names"
+        return Check(_LOADING, text, mismatch=True)
+    return Check("adapter", f"lacks tensors for this model: {warning[:200]}", mismatch=True)
 
 
 def _base(verdict: str, recorded: BaseIdentity | None, here: BaseIdentity) -> Check:

@@ -39,7 +39,8 @@ def _hosts(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
         yield Finding(
             "base_model", values["base_model"], "needs Axolotl, which is not installed", versions.remedy("axolotl")
         )
-    if values.get("adapter") == "ba_lora" and PLUGIN not in (values.get("plugins") or []):
+    plugins = values.get("plugins")
+    if values.get("adapter") == "ba_lora" and not (isinstance(plugins, (list, str)) and PLUGIN in plugins):
         yield Finding("adapter", "ba_lora", "is this plug-in's, and no line names it", f"write plugins: [{PLUGIN}]")
 
 
@@ -68,22 +69,13 @@ def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
 
 
 def _precision(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
+    """Finds precisions that are refused: on a CPU bf16 alone is, and fp16 (or bf16: auto) computes in float32 there."""
     without = machine.device == "cpu" and not values.get("use_cpu")
     for key in ("bf16", "bfloat16"):
         if values.get(key) is True and without:
             yield Finding(key, True, "needs a GPU, and there is none here", f"write {key}: false")
         elif values.get(key) is True and machine.device != "cpu" and not machine.bf16:
             yield Finding(key, True, f"is not computed by {machine.name}", f"write {key}: false and fp16: true")
-    for key in ("fp16", "float16"):
-        if values.get(key) is True and without:
-            yield Finding(key, True, "needs a GPU, and there is none here", f"write {key}: false")
-    if for_axolotl(values) and without and values.get("bf16", "auto") == "auto" and values.get("fp16") is None:
-        yield Finding(
-            "bf16",
-            "auto",
-            "becomes fp16: true where there is no GPU, which needs one",
-            "write bf16: false, fp16: false",
-        )
     if values.get("tf32") is True and (machine.capability or (0, 0)) < (8, 0):
         yield Finding("tf32", True, "needs a CUDA device of compute capability 8.0 or more", "write tf32: false")
     if values.get("fp8") and (machine.capability or (0, 0)) < (8, 9):

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..adapter.delta import PEFT_PREFIX
 from .algebra import from_experts, pad_rank
-from .lora_file import Adapter, state_dict
+from .lora_file import Adapter, Update, state_dict
 from .reduced import plain_config
 
 
@@ -34,13 +35,35 @@ def exchange(model: PeftModel, adapter: Adapter) -> None:
     """
     full = _scaling_inside(adapter, model.peft_config["default"].r)
     try:
-        result = set_peft_model_state_dict(model, state_dict(full))
+        filled = _fill(model, full.updates)
+        tensors = dict(full.others) if filled else state_dict(full)  # PEFT takes out of it what it has set
+        result = set_peft_model_state_dict(model, tensors)
     except RuntimeError as error:
         raise ValueError(f"{adapter.directory!r} does not fit this base: {error}") from None
-    missing = [key for key in result.missing_keys if ".lora_" in key or "modules_to_save" in key]
+    missing = [key for key in result.missing_keys if (".lora_" in key and not filled) or "modules_to_save" in key]
     odd = [*missing, *result.unexpected_keys]
     if odd:
         raise ValueError(f"{adapter.directory!r} does not fit this base: {odd[0]} is in one of them alone.")
+
+
+@torch.no_grad()
+def _fill(model: PeftModel, updates: dict[str, Update]) -> bool:
+    """Copies factors into the layers of their names; returns False, with nothing done, if those are not the model's.
+
+    PEFT renames what it loads, by patterns for files of earlier releases; some of them fit today's names too (Laguna's
+    shared experts), whose tensors it then leaves out.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and (layer.lora_A or layer.lora_embedding_A)
+    }
+    if layers.keys() != updates.keys() or any(layer.lora_embedding_A for layer in layers.values()):
+        return False
+    for name, update in updates.items():
+        layers[name].lora_A["default"].weight.copy_(update.a)
+        layers[name].lora_B["default"].weight.copy_(update.b)
+    return True
 
 
 def _scaling_inside(adapter: Adapter, rank: int) -> Adapter:

@@ -26,7 +26,8 @@ from .algebra import by_expert, update_distance, update_norm
 from .scalings import check_as_exported, check_as_trained, scalings_of, what_it_computes
 
 _ORIGIN = "balora"  # in the header of an exported tensor file, which needs no side file
-_STARTS_OPTIONS = ("corda_config", "lora_ga_config", "eva_config")  # say how a start was found, not what is computed
+# they say how a start was found, or what modules_to_save shares: the update is scaling * B A all the same
+_NOT_THE_UPDATE = ("corda_config", "lora_ga_config", "eva_config", "ensure_weight_tying")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Adapter:
     def dtype(self) -> torch.dtype:
         """Returns the dtype of its factors."""
         return next(iter(self.updates.values())).a.dtype
+
+    @property
+    def language(self) -> bool:
+        """Returns whether it is a causal language model's, whose base can be loaded whole by its files alone."""
+        return task_type_of(self.config) == "CAUSAL_LM"
 
     @property
     def origin(self) -> dict[str, Any] | None:
@@ -160,8 +166,9 @@ def _once(others: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tens
             kept.setdefault(key.replace(".modules_to_save.", "."), value)
         else:
             kept[key] = value
-    trained = tuple(f".{name}.weight" for name in config.modules_to_save or [])
-    return kept, {**{key: value for key, value in kept.items() if not key.endswith(trained)}, **originals}
+    trained = [f".{name}." for name in config.modules_to_save or []]  # all tensors of a module: a head has a bias
+    bases = {key: value for key, value in kept.items() if not any(name in key for name in trained)}
+    return kept, {**bases, **originals}
 
 
 def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | None]:
@@ -173,8 +180,10 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
     directory = files.model_id
     path = files.find(CONFIG_FILE)
     if path is None:
-        checkpoints = sorted(Path(directory).glob(f"checkpoint-*/{CONFIG_FILE}"), key=lambda p: p.stat().st_mtime)
-        hint = f"; its last checkpoint is {checkpoints[-1].parent}" if checkpoints else ""
+        inside = sorted(Path(directory).glob(f"*/{CONFIG_FILE}"), key=lambda p: p.stat().st_mtime)
+        checkpoints = [found for found in inside if found.parent.name.startswith("checkpoint-")]
+        hint = f"; an adapter by its name is {inside[-1].parent}" if inside else ""  # PEFT saves "default" alone here
+        hint = f"; its last checkpoint is {checkpoints[-1].parent}" if checkpoints else hint
         raise ValueError(f"{directory!r} holds no {CONFIG_FILE}: it is no adapter{hint}.")
     if read_object(path).get("init_lora_weights") == "loftq":  # PEFT asks for scipy
         raise ValueError(
@@ -189,7 +198,7 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
         raise ValueError(f"peft_type={config.peft_type.value!r} in {directory!r} is no LoRA: only LoRAs are read.")
     for key, neutral in NEUTRAL_OPTIONS.items():
         value = getattr(config, key, neutral.value)
-        if value not in (neutral.value, None, False) and key not in _STARTS_OPTIONS:
+        if value not in (neutral.value, None, False) and key not in _NOT_THE_UPDATE:
             raise ValueError(f"{key}={value!r} in {directory!r}: the update is not scaling * B A; not supported.")
     return config, read_settings(files)
 

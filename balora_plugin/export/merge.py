@@ -1,8 +1,9 @@
-"""Merging an adapter into a base in float32, and how much of the update the merged weights still hold."""
+"""Merging an adapter into a base in float32, how much of the update the merged weights still hold, and saving them."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .algebra import relative
 from .reduced import Errors
@@ -55,6 +58,23 @@ def merge(model: PeftModel, dtype: torch.dtype) -> Merged:
     total = math.sqrt(sum(error**2 for error in lost.values()))
     errors = Errors(relative(total, whole), {name: relative(error, norms[name]) for name, error in lost.items()})
     return Merged(model.merge_and_unload(), errors)
+
+
+def save(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Writes a merged model, with the base's settings of generation as they stand: they are none of ours to correct.
+
+    transformers loads settings that contradict each other (a temperature without sampling) and does not save them.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        model.save_pretrained(directory)
+        return
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(directory)
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(os.path.join(directory, GENERATION_CONFIG_NAME))
 
 
 def _weight(layer: LoraLayer) -> Tensor:

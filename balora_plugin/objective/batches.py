@@ -8,13 +8,50 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..fused.loss import IGNORED
 from ..teacher.documents import BOUNDARIES
 
 
 def main_input(inputs: dict[str, Any]) -> Tensor:
-    """What a batch gives a model to read: input_ids (B, L), or inputs_embeds (B, L, d) in their place."""
-    ids: Tensor | None = inputs.get("input_ids")
-    return inputs["inputs_embeds"] if ids is None else ids
+    """What a batch gives a model to read: input_ids (B, L), or inputs_embeds (B, L, d) in their place.
+
+    Raises:
+        ValueError: it holds neither.
+    """
+    for name in ("input_ids", "inputs_embeds"):
+        found = inputs.get(name)
+        if isinstance(found, Tensor):
+            return found
+    raise ValueError(
+        "the batch holds neither input_ids nor inputs_embeds as a tensor: tokenise the data, and see what its collator "
+        "leaves out."
+    )
+
+
+def check_tokens(labels: Tensor, read: Tensor, vocabulary: int) -> None:
+    """Refuses labels that are not one token of the vocabulary, or -100, for each that the model reads: (B, L).
+
+    Of labels on an accelerator the values are not asked: that would wait for it.
+
+    Raises:
+        ValueError: names the labels and what they have to be.
+    """
+    if labels.shape != read.shape[:2]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} in a batch of {tuple(read.shape[:2])} tokens: write one label a token, -100 "
+            "where none counts (a collator that pads input_ids pads labels too)."
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise ValueError(f"labels are {kind}: write the whole numbers of tokens, -100 where none counts.")
+    if labels.device.type != "cpu":
+        return
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels: {int(wrong[0])} is no token of this model, which has {vocabulary}: write -100 where none counts, "
+            "and tokenise the data with the model's own tokenizer."
+        )
 
 
 def without_crossings(inputs: dict[str, Any]) -> dict[str, Any]:

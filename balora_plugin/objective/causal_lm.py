@@ -23,7 +23,7 @@ from ..pretrained.attention import implementation_of, is_flash
 from ..pretrained.backbone import run_backbone
 from ..pretrained.lm_head import check_head_now, read_head
 from ..pretrained.switch import TeacherSwitch
-from .batches import check_task_weights, counted_positions, main_input, with_boundaries
+from .batches import check_task_weights, check_tokens, counted_positions, main_input, with_boundaries
 from .causal_lm_terms import (
     backbone_pass,
     head_spectrum,
@@ -50,17 +50,19 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     """
     lambdas = request.lambdas
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
-    if labels is None and shifted is None:
+    marked = labels if shifted is None else shifted
+    if marked is None:
         raise ValueError("the batch holds no labels: BA-LoRA needs them to know the counted tokens.")
     router = bool(inputs.pop("output_router_logits", None)) or _wants_router_logits(model)
-    needed = counted_positions(inputs) if request.cache is not None else None
-    inputs = backbone_inputs(inputs)
+    given, inputs = inputs, backbone_inputs(inputs)
 
     compiled = request.compiled
     if compiled is not None and is_flash(implementation_of(model)):
         inputs = with_boundaries(inputs)
     check_head_now(model, main_input(inputs).device)
     head = read_head(model)
+    check_tokens(marked, main_input(inputs), head.weight.shape[0])
+    needed = counted_positions(given) if request.cache is not None else None
     teacher = None
     if lambdas.consistency:
         with request.part("teacher"):

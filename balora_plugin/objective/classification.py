@@ -54,6 +54,7 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
         raise ValueError("the batch holds no labels: name the column of classes or scores 'label' or 'labels'.")
     inputs = {key: value for key, value in inputs.items() if key not in ("labels", "return_dict") and value is not None}
     problem = problem_of(model, labels)
+    check_fit(labels, problem, model.config.num_labels)
     single = problem == SINGLE_LABEL
     n = labels.shape[0]
     counted = labels.new_full((n,), request.counts, dtype=torch.bool)
@@ -205,6 +206,11 @@ def problem_of(model: Any, labels: Tensor) -> str:
     config = model.config
     if config.problem_type is None:
         whole = not labels.is_floating_point()
+        if not whole and config.num_labels > 1 and labels.numel() == labels.shape[0]:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} are no whole numbers, and the model has {config.num_labels} "
+                "classes: write each class as an integer, or load the model with num_labels=1 for a score."
+            )
         if whole and config.num_labels > 1 and labels.ndim > 1 and labels[0].numel() > 1:
             raise ValueError(
                 f"labels {tuple(labels.shape)} are whole numbers, and problem_type is None, which takes those for one "
@@ -213,6 +219,29 @@ def problem_of(model: Any, labels: Tensor) -> str:
             )
         config.problem_type = REGRESSION if config.num_labels == 1 else SINGLE_LABEL if whole else MULTI_LABEL
     return str(config.problem_type)
+
+
+def check_fit(labels: Tensor, problem: str, num_labels: int) -> None:
+    """Refuses classes (N,) that a model has not, or labels (N, D) of another number than it has.
+
+    Of classes on an accelerator the values are not asked: that would wait for it.
+
+    Raises:
+        ValueError: names the labels and what they have to be.
+    """
+    if problem == MULTI_LABEL and labels.shape[1:] != (num_labels,):
+        raise ValueError(
+            f"labels {tuple(labels.shape)}, and the model has num_labels={num_labels}: write so many a sample, or load "
+            "it with another num_labels."
+        )
+    if problem != SINGLE_LABEL or labels.device.type != "cpu":
+        return
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num_labels))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels: {int(wrong[0])} is no class of this model, which has num_labels={num_labels}: write whole "
+            f"numbers from 0 to {num_labels - 1} (-100: does not count), or load it with another num_labels."
+        )
 
 
 def samples_of(labels: Tensor, items: Tensor | int) -> Tensor | int:

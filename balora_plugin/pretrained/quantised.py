@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def is_quantised_linear(module: nn.Module) -> bool:
@@ -21,6 +22,29 @@ def dequantised(layer: nn.Module) -> Tensor:
     before loses its scales by it.
     """
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).data
+
+
+def as_floats(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a quantised model as the floats it computes with: merged into it, an adapter gives the trained model.
+
+    Merged into the quantised model itself, a small update would be rounded away.
+
+    Raises:
+        ValueError, NotImplementedError, AttributeError: its method of quantisation has no way back.
+    """
+    model = model.dequantize()
+    # of files that were stored quantised transformers keeps the reader, and fails to reverse it when the model is saved
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [
+            entry
+            for entry in conversions
+            if not any(
+                type(operation).__module__.startswith("transformers.integrations.")
+                for operation in getattr(entry, "operations", None) or ()
+            )
+        ]
+    return model
 
 
 def protect_weights(model: nn.Module) -> None:

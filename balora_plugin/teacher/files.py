@@ -88,7 +88,7 @@ class CacheFiles:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             entries = os.listdir(directory)
-            header = read_object(path) if path.exists() else None
+            header = read_object(path) if os.path.lexists(path) else None  # a link to nothing too
         except OSError as error:
             raise ValueError(
                 f"teacher_cache={directory} cannot be used ({reason(error)}): name a directory that can be written."

@@ -190,7 +190,8 @@ def format_report(report: dict[str, Any]) -> str:
         if name != "step" and not seconds[name] and name in ("teacher", "spectrum", "token_terms"):
             continue
         peak = f"{peaks[name]:8.2f} GiB" if peaks.get(name) else ""
-        lines.append(f"  {LABELS[name]:34s}{seconds[name]:9.4f} s {100 * seconds[name] / whole:5.1f} %{peak}")
+        label = "sample terms" if name == "token_terms" and report.get("task") == "nlu" else LABELS[name]
+        lines.append(f"  {label:34s}{seconds[name]:9.4f} s {100 * seconds[name] / whole:5.1f} %{peak}")
     if held := report.get("held_bytes"):
         parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in held.items())
         lines.append(f"  held all along, GiB: {parts}")

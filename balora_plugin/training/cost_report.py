@@ -23,6 +23,7 @@ def publish(run: RunState, args: Any) -> None:
     if meter is None or not meter.steps:
         return
     report = meter.report(
+        task=run.config.task,
         compiled="" if run.compiled is None else run.compiled.in_use(),
         teacher_interval=run.config.teacher_interval,
         held_bytes=dataclasses.asdict(held_by(run.wrapped, optimizer_name(args))),

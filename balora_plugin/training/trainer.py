@@ -26,7 +26,7 @@ from ..schedules import Lambdas
 from ..settings import as_path
 from .acting import check_bases
 from .checkpoints import Sealing, alone_in
-from .checks.data import check_classes, check_counted
+from .checks.data import check_data
 from .classification import restore_head, save_head
 from .compiling import compile_for_the_host, take_backend
 from .cost import CostCallback, CostMeter
@@ -197,7 +197,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
 
     def _begin(self, run: RunState, checkpoint: str | None) -> list[TrainerCallback]:
         """Readies a run for training, from a checkpoint or from the start; returns what watches this training alone."""
-        (check_classes if run.config.task == "nlu" else check_counted)(self.train_dataset)
+        check_data(self.train_dataset, run.config.task, run.model.config)
         run.meter, run.resumed = CostMeter(self.args.device), checkpoint
         self._resume(run)
         callbacks: list[TrainerCallback] = [CostCallback(run.meter)]

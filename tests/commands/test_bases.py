@@ -59,6 +59,15 @@ def test_by_default_it_merges_into_what_was_trained(exported, trained, ids, tmp_
     assert "dequantised from" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_base_that_is_stored_quantised_is_merged_into_too(kind, trained, ids, tmp_path, capsys):
+    load_quantised(tmp_path / "base", kind).save_pretrained(tmp_path / "stored")
+    arguments = ["export", tmp_path / "adapter", "--merge", "--base", tmp_path / "stored", "--output", tmp_path / "out"]
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    assert "the one it was trained on, dequantised" in out and not warnings_in(out)
+    torch.testing.assert_close(logits(loaded(tmp_path / "out"), ids), trained, rtol=0, atol=1e-4)
+
+
 def test_merging_into_the_full_precision_is_another_model_and_says_how_far(trained, ids, tmp_path, capsys):
     arguments = ["--merge", "--merge-into", "full", "--base", tmp_path / "base", "--output", tmp_path / "out"]
     code, out, err = run(capsys, "export", tmp_path / "adapter", *arguments)

@@ -142,3 +142,20 @@ def test_a_damaged_adapter_is_one_line(damage, command, tmp_path, capsys):
     assert code == 2, said
     assert said.err.startswith("Error: ") and said.err.count("\n") == 1 and str(adapter) in said.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["not/there/at/all", "/not/there", "", "a b"])
+@pytest.mark.parametrize("which", ["adapter", "base"])
+def test_a_path_that_is_not_there_is_called_so(which, name, capsys):
+    adapter, base = (name, str(EARLIER / "base")) if which == "adapter" else (str(EARLIER / "checkpoint-4"), name)
+    assert commands.main(["verify", adapter, "--base", base]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is no directory here, and no name on the hub either" in said
+    assert " ".join((repr(name) if which == "adapter" else f"--base {name}").split()) in said
+
+
+def test_an_adapter_by_its_name_is_found_for_who_asks_above_it(tmp_path, capsys):
+    """PEFT saves an adapter of another name than "default" into a directory of that name."""
+    shutil.copytree(EARLIER / "checkpoint-4", tmp_path / "run" / "mine")
+    assert commands.main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 2
+    assert f"an adapter by its name is {tmp_path / 'run' / 'mine'}" in capsys.readouterr().err

@@ -171,6 +171,7 @@ NO_BNB = {"bitsandbytes": "is not installed"}
 CANNOT = {
     "axolotl": (CPU, {**AXOLOTL, "fp16": False}, {"base_model": "pip install"}),
     "plugin": (CPU, {"adapter": "ba_lora"}, {"adapter": "write plugins: [balora_plugin.BaLoraPlugin]"}),
+    "plugins of another type": (CPU, {"adapter": "ba_lora", "plugins": 3}, {"adapter": "write plugins: ["}),
     "flash on a CPU": (CPU, {"flash_attention": True}, {"flash_attention": "write attn_implementation: sdpa"}),
     "flash without its package": (
         GPU,
@@ -188,12 +189,7 @@ CANNOT = {
     "flex on a CPU": (CPU, {"flex_attention": True}, {"flex_attention": "sdpa"}),
     "bf16 on a CPU": (CPU, {"bf16": True}, {"bf16": "write bf16: false"}),
     "bf16 on Turing": (TURING, {"bf16": True}, {"bf16": "fp16: true"}),
-    "bf16 auto becomes fp16": (
-        CPU,
-        {**AXOLOTL, "bf16": "auto"},
-        {"base_model": "axolotl", "bf16": "write bf16: false, fp16: false"},
-    ),
-    "fp16 and tf32 on a CPU": (CPU, {"fp16": True, "tf32": True}, {"fp16": "fp16: false", "tf32": "tf32: false"}),
+    "tf32 on a CPU": (CPU, {"tf32": True}, {"tf32": "tf32: false"}),
     "fp8": (GPU, {"fp8": True}, {"fp8": "remove it"}),
     "4-bit": (dataclasses.replace(CPU, **NO_BNB), {"load_in_4bit": True}, {"load_in_4bit": "pip install"}),
     "8-bit optimizer": (
@@ -262,6 +258,8 @@ CAN = {
     "flash by Axolotl's default precision": (dataclasses.replace(GPU, modules=FLASH), {"flash_attention": True}),
     "flash from the hub": (dataclasses.replace(GPU, modules=frozenset({"kernels"})), {"flash_attention": True}),
     "autocast on a CPU": (CPU, {"bf16": True, "use_cpu": True}),
+    "what a CPU computes in float32": (CPU, {"fp16": True}),
+    "bf16 by Axolotl's own choice": (with_versions(CPU, axolotl="0.19"), {"base_model": "a/b", "bf16": "auto"}),
     "4-bit": (CPU, {"load_in_4bit": True, "optimizer": "adamw_8bit"}),
     "compiled": (CPU, {"ba_lora": {"compile": True}, "torch_compile_backend": "inductor"}),
     "compiled, packed flash": (
@@ -324,7 +322,7 @@ def test_the_command(on, tmp_path, capsys):
     assert {line["subject"] for line in report["lines"]} >= set(versions.NAMES)
     config.write_text("bf16: false\n")
     assert on(CPU, "--config", config) == 0
-    for wrong, words in (("- a\n", "no mapping"), ("a: [", "no YAML")):
+    for wrong, words in (("- a\n", "no mapping"), ("a: [", "no YAML"), ("a: " + "[" * 5000, "nested too deep")):
         config.write_text(wrong)
         assert on(CPU, "--config", config) == 2
         assert words in capsys.readouterr().err

@@ -133,6 +133,43 @@ def test_what_cannot_be_measured_on_is_refused(trained, capsys):
     assert "needs a tokenizer" in refused(capsys, "export", trained / "adapter", *arguments)
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e4])  # of logits: it changes no prediction
+def test_near_predictions_are_told_apart(shift):
+    exact = torch.randn(70, 300) + shift
+    other = exact + 1e-5 * torch.randn(70, 300) * (1 + shift)
+    one, two = (z.double().log_softmax(-1) for z in (exact, other))
+    expected = float((one.exp() * (one - two)).sum(-1).mean())
+    assert abs(prediction.mean_kl([exact], [other]) / expected - 1) < 1e-6
+
+
+def test_what_rounding_does_is_of_the_size_that_it_has():
+    exact = 4 * torch.randn(64, 500, dtype=torch.float64)
+    rounded = exact.to(torch.bfloat16).double()
+    estimate = prediction.rounding([exact], torch.finfo(torch.bfloat16).eps)
+    assert 1 < estimate / prediction.mean_kl([exact], [rounded]) < 60  # layers round too
+    assert prediction.rounding([torch.tensor([[0.0, -torch.inf]])], 0.1) == 0.0  # a column that is left out
+
+
+@pytest.mark.parametrize("lr", [1e-9, 1e-2])
+def test_what_rounding_alone_does_is_no_measure(lr, ids, tmp_path, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = ba_lora(loaded(tmp_path / "base"))
+    train(model, ids, steps=2, lr=lr)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    auto = ["export", tmp_path / "adapter", "--rank", "auto", "--max-error", 0.3, "--output"]
+    code, out, err = run(capsys, *auto, tmp_path / "measured", "--base", tmp_path / "base")
+    assert code == 0, err
+    run(capsys, *auto, tmp_path / "weights")
+    ranks = [json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] for name in ("measured", "weights")]
+    if lr == 1e-9:
+        assert "kl       not measurable on the probe: training moved it by" in out and "rounding alone" in out
+        assert "--max-error 0.3 was held against it" in out and "--base MODEL" not in out and error_in(out) <= 0.3
+        assert ranks[0] == ranks[1]
+        assert "not measurable" in (tmp_path / "measured" / "README.md").read_text()
+    else:
+        assert "not measurable" not in out and said(out)[1] <= 0.3 and ranks[0] < ranks[1]
+
+
 def test_a_divergence_is_the_formula():
     one, other = (torch.randn(5, 7).log_softmax(-1) for _ in range(2))
     expected = torch.nn.functional.kl_div(other, one, log_target=True, reduction="batchmean").item()

@@ -392,6 +392,15 @@ def test_no_flipped_bit_of_cache_json_is_believed(tmp_path):
         assert f"teacher_cache={tmp_path}" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("leads_to", [HEADER, "nowhere.json", "/dev/null"])
+def test_a_header_that_is_a_link_to_nothing_is_one_line(leads_to, tmp_path):
+    filled(tmp_path)
+    (tmp_path / HEADER).unlink()
+    (tmp_path / HEADER).symlink_to(leads_to)
+    with pytest.raises(ValueError, match=f"teacher_cache={tmp_path}"):
+        opened(tmp_path)
+
+
 def test_a_full_disk_is_named_in_the_words_there_are(tmp_path):
     """numpy says how many numbers it could write, without a number or text of the system's."""
     cache = opened(tmp_path)

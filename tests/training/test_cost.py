@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from balora_plugin.training import cost
-from balora_plugin.training.cost import CostCallback, CostMeter, format_report, write_report
+from balora_plugin.training.cost import PARTS, CostCallback, CostMeter, format_report, write_report
 
 
 @pytest.fixture
@@ -187,6 +187,13 @@ def test_the_table_and_the_file(clock, tmp_path):
     lines = format_report(report).splitlines()
     assert [line.split("  ")[1] for line in lines[1:]] == list(cost.LABELS.values())
     assert "100.0 %" in lines[-1]
+
+
+def test_a_classifiers_terms_are_of_samples():
+    report = CostMeter(torch.device("cpu")).report(task="nlu")
+    report["seconds_per_step"] = dict.fromkeys((*PARTS, "step"), 1.0)
+    assert "sample terms" in format_report(report) and "token terms" not in format_report(report)
+    assert "token terms" in format_report({**report, "task": "nlg"})
 
 
 def test_a_part_that_never_ran_has_no_line(clock):

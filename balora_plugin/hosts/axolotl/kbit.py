@@ -36,7 +36,7 @@ def ask_for_quantisation(cfg: Any) -> None:
     """At register, before validation: asks transformers for a quantised base, through `overrides_of_model_kwargs`.
 
     The settings are filled in by [`configure`], when the final precision is known. `merge-lora` too loads the base that
-    was trained on, which [`dequantise`] then makes floats of: the merged model is the trained one.
+    was trained on, which is then made floats of: the merged model is the trained one.
 
     Raises:
         ValueError: a merge method that merges into another base.
@@ -106,26 +106,6 @@ def prepare_base(cfg: Any, model: PreTrainedModel) -> None:
     bits = bits_of(cfg)
     if bits is not None:
         _AsBuiltIn(cfg, bits, model.config, model)._configure_embedding_dtypes()
-
-
-def dequantise(model: PreTrainedModel) -> PreTrainedModel:
-    """A quantised base as the floats it computes with: merged into it, an adapter gives the trained model.
-
-    Merged into the quantised base itself, a small update would be rounded away.
-    """
-    model = model.dequantize()
-    # of files that were stored quantised transformers keeps the reader, and fails to reverse it when the model is saved
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions:
-        model._weight_conversions = [
-            entry
-            for entry in conversions
-            if not any(
-                type(operation).__module__ == "transformers.integrations.bitsandbytes"
-                for operation in getattr(entry, "operations", None) or ()
-            )
-        ]
-    return model
 
 
 def check_quantised(cfg: Any, model: PeftModel, *, inference: bool) -> None:

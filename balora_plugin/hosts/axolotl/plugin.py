@@ -25,6 +25,7 @@ from ...config import RegularizerConfig
 from ...findings import Finding
 from ...pretrained.classifier_head import is_classifier
 from ...pretrained.lm_head import check_head
+from ...pretrained.quantised import as_floats
 from ...training.checks.model import resolve
 from . import classification, fsdp, kbit
 from .args import BaLoraBlock, of_block
@@ -120,7 +121,7 @@ class BaLoraPlugin(BasePlugin):
             if cfg.merge_lora:
                 classification.before_merging(model)
         if cfg.merge_lora and getattr(model, "is_quantized", False):
-            model = kbit.dequantise(model)
+            model = as_floats(model)
         if cfg.lora_model_dir:
             wrapped = BaLoraModel.from_pretrained(
                 model, str(cfg.lora_model_dir), is_trainable=not inference, **autocast

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ...config import RegularizerConfig
 from ...objective.request import StepOutput
+from ...training.run_state import RunState
 from ...training.trainer import BaLoraTrainerMixin
+from .errors import as_setting_errors
 
 
 class TaskPerplexity(Trainer):
@@ -35,6 +37,10 @@ class AxolotlBaLoraTrainer(BaLoraTrainerMixin, AxolotlTrainer, TaskPerplexity):
         super().__init__(*args, regularizers=self.terms, **kwargs)
         if self.ba_lora is not None:
             self.args.average_tokens_across_devices = True
+
+    def _begin(self, run: RunState, checkpoint: str | None) -> list[TrainerCallback]:
+        with as_setting_errors():  # data of which nothing can be learnt is one line, as a wrong setting is
+            return super()._begin(run, checkpoint)
 
     def record_ba_lora_metrics(self, out: StepOutput, inputs: dict[str, Any], training: bool) -> None:
         """Axolotl's token counts (`include_tkps`), which its own compute_loss would keep."""

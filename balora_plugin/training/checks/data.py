@@ -9,6 +9,8 @@ import torch
 
 from ...config import RegularizerConfig
 
+_IGNORED = -100
+
 
 def check_rows(dataset: Any) -> None:
     """Refuses training data without a row; what has no length is not looked at.
@@ -42,8 +44,23 @@ def check_cacheable(dataset: Any, regularizers: RegularizerConfig) -> None:
         )
 
 
-def check_classes(dataset: Any) -> None:
-    """Refuses a classifier's training data without rows, or whose first label is text.
+def check_data(dataset: Any, task: str, config: Any) -> None:
+    """Refuses training data from which a model of this `config` could learn nothing; `task`: "nlg" or "nlu".
+
+    Raises:
+        ValueError: names what it lacks.
+    """
+    if task == "nlu":
+        check_classes(dataset, config)
+    else:
+        check_counted(dataset)
+
+
+def check_classes(dataset: Any, config: Any) -> None:
+    """Refuses a classifier's training data without rows, whose first label is text, or with labels of no class.
+
+    `config`: the model's. The whole column is read: a class that the model has not stops an accelerator without a word
+    of what it was.
 
     Raises:
         ValueError: names the label and what to write.
@@ -55,6 +72,20 @@ def check_classes(dataset: Any) -> None:
     for name in ("labels", "label"):  # a collator renames the second
         if isinstance(row, Mapping) and row.get(name) is not None:
             _check_numbers(row[name], 0)
+            single = config.problem_type in (None, "single_label_classification") and config.num_labels > 1
+            if single and isinstance(row[name], int) and hasattr(dataset, "unique"):
+                _check_range(name, dataset.unique(name), config.num_labels)
+
+
+def _check_range(name: str, found: Sequence[int | None], classes: int) -> None:
+    wrong = [value for value in found if value is None or not (0 <= value < classes or value == _IGNORED)]
+    if wrong:
+        raise ValueError(
+            f"{name}: {wrong[0]} in the training data is no class of this model, which has num_labels={classes}: write "
+            f"whole numbers from 0 to {classes - 1}, or load it with another num_labels."
+        )
+    if all(value == _IGNORED for value in found):
+        raise ValueError(f"{name}: all are {_IGNORED} in the training data, so no sample counts: write their classes.")
 
 
 def check_counted(dataset: Any) -> None:
