@@ -259,7 +259,6 @@ CAN = {
     "flash from the hub": (dataclasses.replace(GPU, modules=frozenset({"kernels"})), {"flash_attention": True}),
     "autocast on a CPU": (CPU, {"bf16": True, "use_cpu": True}),
     "what a CPU computes in float32": (CPU, {"fp16": True}),
-    "bf16 by Axolotl's own choice": (with_versions(CPU, axolotl="0.19"), {"base_model": "a/b", "bf16": "auto"}),
     "4-bit": (CPU, {"load_in_4bit": True, "optimizer": "adamw_8bit"}),
     "compiled": (CPU, {"ba_lora": {"compile": True}, "torch_compile_backend": "inductor"}),
     "compiled, packed flash": (
@@ -333,7 +332,8 @@ def test_the_command(on, tmp_path, capsys):
 def test_the_plugins_own_checks_are_asked_too(tmp_path):
     here = with_versions(CPU, axolotl="0.19.0")
     values = {**AXOLOTL, "fp16": False, "lora_r": 4, "lora_alpha": 4, "lora_target_linear": True}
-    assert problems(values, here) == []
+    for changes in ({}, {"bf16": "auto"}, {"bf16": "auto", "fp16": True}):  # on a CPU they run, in float32
+        assert problems({**values, **changes}, here) == []
     for changes, key, words in (
         ({"ba_lora": {"lambda_svdd": 0.1}}, "ba_lora.lambda_svdd", "did you mean lambda_svd?"),
         ({"lora_r": None}, "lora_r", "write for example lora_r: 16"),
