@@ -187,7 +187,7 @@ def test_nothing_is_left_for_another_round():
         checks.check_raw({**LORA, "lora_target_modules": ["lm_head", "embed_tokens"]})
     assert [finding.value for finding in caught.value.findings] == ["lm_head", "embed_tokens"]
     keys = [finding.key for finding in of_block({"lamda_svd": 1, "temperature": 0, "lambda_svd": -1}, "nlg")]
-    assert keys == ["ba_lora.lamda_svd", "ba_lora.temperature", "ba_lora.lambda_svd"]
+    assert keys == ["ba_lora.lamda_svd", "ba_lora.lambda_svd", "ba_lora.temperature"]
 
 
 OF_ANOTHER_KIND = {
