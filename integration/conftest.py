@@ -1,4 +1,4 @@
-"""The marker of the tests here, and fixtures of the Axolotl tests: a base model with data, and YAMLs."""
+"""The marker of the tests here; fixtures: a base model with data and YAMLs for Axolotl, Llama's code for Liger."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from models import character_tokenizer, tiny_llama
+from transformers.models.llama import modeling_llama
 
 HERE = Path(__file__).parent
 
@@ -19,6 +20,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.hosts)
+
+
+@pytest.fixture
+def llama_code(monkeypatch):
+    """transformers' module of Llama, which a test may have Liger patch: it is as it was for the tests after it."""
+    for name in ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb"):
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", modeling_llama.LlamaForCausalLM.forward)
+    return modeling_llama
 
 
 @pytest.fixture(scope="session")

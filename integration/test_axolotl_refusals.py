@@ -17,7 +17,6 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-from transformers.models.llama import modeling_llama
 
 from balora_plugin.doctor.requested import problems
 from balora_plugin.hosts.axolotl import checks, model_config, refusals, superseded
@@ -73,28 +72,19 @@ def test_kernels_that_read_the_adapter_of_experts_give_way_to_grouped_mm(kernel,
     assert {key: cfg[key] for key in kernel} == kernel
 
 
-@pytest.fixture
-def llama(monkeypatch):
-    """Keeps what Liger patches in Llama's module, for the time after."""
-    for name in ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb"):
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", modeling_llama.LlamaForCausalLM.forward)
-    return modeling_llama
-
-
 @pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
-def test_superseded_plugins_do_not_act_and_the_rest_of_liger_does(first, written, llama):
+def test_superseded_plugins_do_not_act_and_the_rest_of_liger_does(first, written, llama_code):
     """By a key, and where the plug-in itself turns it on; whichever is listed first."""
     others = [CCE, LIGER]
     losses = {"chunked_cross_entropy": True, "liger_fused_linear_cross_entropy": True}
     path = written(plugins=[OURS, *others] if first else [*others, OURS], liger_rms_norm=True, **losses)
     cfg = load_cfg(str(path))
     assert not any(cfg[key] for key in ("cut_cross_entropy", *losses))
-    forward, norm = llama.LlamaForCausalLM.forward, llama.LlamaRMSNorm
+    forward, norm = llama_code.LlamaForCausalLM.forward, llama_code.LlamaRMSNorm
     for plugin in PluginManager.get_instance().plugins.values():
         plugin.pre_model_load(cfg)
-    assert llama.LlamaForCausalLM.forward is forward
-    assert llama.LlamaRMSNorm is not norm and "Liger" in llama.LlamaRMSNorm.__name__
+    assert llama_code.LlamaForCausalLM.forward is forward
+    assert llama_code.LlamaRMSNorm is not norm and "Liger" in llama_code.LlamaRMSNorm.__name__
 
 
 def test_for_adapter_lora_axolotl_cannot_turn_its_kernels_on(written):
@@ -187,7 +177,7 @@ def test_nothing_is_left_for_another_round():
         checks.check_raw({**LORA, "lora_target_modules": ["lm_head", "embed_tokens"]})
     assert [finding.value for finding in caught.value.findings] == ["lm_head", "embed_tokens"]
     keys = [finding.key for finding in of_block({"lamda_svd": 1, "temperature": 0, "lambda_svd": -1}, "nlg")]
-    assert keys == ["ba_lora.lamda_svd", "ba_lora.temperature", "ba_lora.lambda_svd"]
+    assert keys == ["ba_lora.lamda_svd", "ba_lora.lambda_svd", "ba_lora.temperature"]
 
 
 OF_ANOTHER_KIND = {
@@ -310,7 +300,7 @@ def test_the_survey_counts_our_examples_and_yamls_of_every_kind(tmp_path):
     assert f"{len(counted) + 2} of {len(counted) + 3} work" in text
 
 
-def test_a_run_with_everything_superseded_trains_as_one_without(written, llama):
+def test_a_run_with_everything_superseded_trains_as_one_without(written, llama_code):
     on = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True, "chunked_cross_entropy": True}
     runs = [run(written(max_steps=2)), run(written(max_steps=2, plugins=[CCE, OURS], cut_cross_entropy=True, **on))]
     for key in ("loss", "grad_norm", "balora/consistency", "balora/svd"):

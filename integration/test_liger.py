@@ -84,7 +84,7 @@ def reference_norm(x, weight, eps, *_):
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def test_ligers_norms_leave_our_forward_and_the_head_check_right(tmp_path, monkeypatch):
+def test_ligers_norms_leave_our_forward_and_the_head_check_right(tmp_path, monkeypatch, llama_code):
     pytest.importorskip("liger_kernel")
     norms = importlib.import_module("liger_kernel.transformers.rms_norm")
     monkeypatch.setattr(norms, "LigerRMSNormFunction", SimpleNamespace(apply=reference_norm))

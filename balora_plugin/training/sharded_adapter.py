@@ -21,13 +21,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from ..adapter.config import BaLoraConfig
+from ..adapter.config import BaLoraConfig, active_config
 from ..adapter.delta import FROZEN, PEFT_PREFIX, unwrapped_name
 from ..adapter.saved.reading import read_factors
 from ..checkpoint.names import HEAD_FILE, INIT_FILE
 from ..pretrained.classifier_head import wrapped_heads
 from .host import HostTrainer
-from .run_state import active_config
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -72,12 +71,12 @@ class RestoreAdapter(TrainerCallback):
 
     def _restore(self, directory: str) -> None:
         host = self._host
-        name = host.model.active_adapters[0]
-        where = directory if name == "default" else os.path.join(directory, name)
-        if host.is_fsdp_enabled:
-            restore(host.model, name, where, wrapped=host.model_wrapped)
-        elif host.is_deepspeed_enabled:  # its own file has what trains, and a copy of it in the optimizer
-            restore(host.model, name, where, frozen_alone=True)
+        for name in host.model.active_adapters:
+            where = directory if name == "default" else os.path.join(directory, name)
+            if host.is_fsdp_enabled:
+                restore(host.model, name, where, wrapped=host.model_wrapped)
+            elif host.is_deepspeed_enabled:  # its own file has what trains, and a copy of it in the optimizer
+                restore(host.model, name, where, frozen_alone=True)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from balora_plugin.training.sharded_adapter import LoadsAdapterItself, untrained_tensors
+from balora_plugin.training.sharded_adapter import LoadsAdapterItself, RestoreAdapter, untrained_tensors
 
 pytestmark = pytest.mark.hosts
 
@@ -108,7 +108,7 @@ class Loads:
 
 @pytest.mark.parametrize(("sharded", "active", "by_host"), [(1, "default", 0), (0, "default", 1), (1, "plain", 1)])
 def test_the_host_loads_every_adapter_that_is_not_restored_here(sharded, active, by_host, llama):
-    """A run restores its active adapter: another kind beside a frozen one of ours would go on from its first values."""
+    """A run restores what is active: another kind beside a frozen one of ours would go on from its first values."""
     trainer = type("Trainer", (LoadsAdapterItself, Loads), {"loaded": None, "is_fsdp_enabled": bool(sharded)})()
     trainer.model = ba_lora(llama, targets=["q_proj"])
     trainer.model.add_adapter("plain", LoraConfig(r=2, target_modules=["v_proj"]))
@@ -117,3 +117,20 @@ def test_the_host_loads_every_adapter_that_is_not_restored_here(sharded, active,
     assert trainer.loaded == ("checkpoint-1" if by_host else None)
     trainer._load_best_model()
     assert trainer.loaded == ("best" if by_host else None)
+
+
+def test_every_active_adapter_is_restored(llama, tmp_path):
+    """The host loads none of them: one of another kind before ours would be restored in its place."""
+    model = ba_lora(llama, targets=["q_proj"])
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.base_model.set_adapter(["plain", "default"])
+    trained = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    for number, parameter in enumerate(trained.values(), 1):
+        parameter.data.fill_(number / 8)
+    model.save_pretrained(tmp_path)
+    for parameter in trained.values():
+        parameter.data.zero_()
+    host = SimpleNamespace(model=model, model_wrapped=model, is_fsdp_enabled=True)
+    RestoreAdapter(host, str(tmp_path)).on_train_begin(None, None, None)
+    for number, parameter in enumerate(trained.values(), 1):
+        torch.testing.assert_close(parameter, torch.full_like(parameter, number / 8))
