@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from balora_plugin import BaLoraConfig, RegularizerConfig, get_ba_lora_model
+from balora_plugin.pretrained.quantised import is_quantised_linear
 
 
 def ba_lora(model, r=4, targets="all-linear", **changes):
@@ -58,7 +59,7 @@ def quantised_layers(model):
     return {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): module
         for name, module in model.named_modules()
-        if type(module).__module__.startswith("bitsandbytes.")
+        if is_quantised_linear(module)
     }
 
 

@@ -12,6 +12,8 @@ ZeRO-3, and as parameters (not buffers) DDP does not broadcast them at every ste
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -25,6 +27,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..pretrained.quantised import dequantised, is_quantised_linear
+from ..pretrained.quantised_experts import StoredParameter, forget_cached, stored_parameter
 from .guard import REMEDY, guard_layer
 
 TESTED_PEFT = ("0.20", "0.22")  # from, below
@@ -101,7 +104,7 @@ class DeltaParamWrapper(ParamWrapper):
             return super().get_delta_weight(adapter_name, *args, **kwargs)
         lhs, rhs, scaling = self.get_delta_factors(adapter_name)
         update = lhs @ rhs * scaling
-        return update if self.get_param().ndim == 3 else update.squeeze(0)
+        return update if len(stored_of(self).shape) == 3 else update.squeeze(0)
 
     def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
         """Returns lhs, rhs, scaling: the update is scaling * lhs @ rhs, (experts, ., .), oriented as the parameter."""
@@ -116,10 +119,31 @@ class DeltaParamWrapper(ParamWrapper):
         )
         a = a.reshape(self.num_experts, -1, a.shape[-1])  # (E, 2r, in)
         b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)  # (E, out, 2r)
-        param = self.get_param()
-        out_first = param.ndim == 2 or self._did_swap_in_out_features
+        param = stored_of(self)
+        out_first = len(param.shape) == 2 or self._did_swap_in_out_features
         lhs, rhs = (b, a) if out_first else (a.mT, b.mT)
         return lhs.to(param.dtype), rhs.to(param.dtype), self.scaling[adapter_name]
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """Adds the update inside the block, also to a quantised parameter beside another one that is adapted."""
+        with super()._activate_lora(active_adapters):
+            forget_cached(self.get_base_layer(), self.parameter_name)
+            try:
+                yield
+            finally:
+                forget_cached(self.get_base_layer(), self.parameter_name)
+
+    def _remove_parametrizations(self) -> None:
+        """Takes the update off again, and leaves what the parameter was made of before (a quantised one its floats).
+
+        PEFT 0.21 looks there for another class than it has put there, and leaves the update on.
+        """
+        steps = self.get_base_layer().parametrizations[self.parameter_name]
+        if len(steps) > 1:
+            del steps[-1]
+        else:
+            super()._remove_parametrizations()
 
 
 # PEFT recognises its wrapper by this name when a second adapter targets the same parameters; pickle uses __qualname__
@@ -273,10 +297,14 @@ def attach_delta(layer: LoraLayer, adapter_name: str) -> None:
         layer.lora_variant[adapter_name] = DeltaVariant()
 
 
+def stored_of(layer: LoraLayer) -> StoredParameter:
+    """Returns the base weight that this layer adapts, as it is stored, and its shape and dtype on access."""
+    return stored_parameter(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
+
 def base_parameter(layer: LoraLayer) -> Tensor:
     """Returns the base weight that this layer adapts, as it is stored."""
-    weight: Tensor = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
-    return weight
+    return stored_of(layer).original
 
 
 def base_matrix(layer: LoraLayer) -> Tensor:

@@ -17,12 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..pretrained.classifier_head import head_names
 from ..pretrained.quantised import is_quantised_linear
+from ..pretrained.quantised_experts import EXPERT, own_parameters, quantised_experts, stored_parameter
 from .delta import FROZEN, is_delta, num_experts, split_name, target_key
 from .start.pissa import started_rank
 from .targets import gives_its_product, injected_layers
 
 _OF_AN_ADAPTER = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save", *FROZEN}
-_EXPERT, _ROUTER = re.compile("expert", re.IGNORECASE), re.compile("router|gate", re.IGNORECASE)
+_COPIES = {"original_module", "parametrizations"}  # what is there once more, under its own name
+_ROUTER = re.compile("router|gate", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def what_is_adapted(model: PeftModel, adapter_name: str | None = None) -> WhatIs
         for key, value in model.named_parameters()
         if _OF_AN_ADAPTER & {*key.split(".")}
     )
+    packed = (stored_parameter(module, key) for _, module, key in quantised_experts(base))
     return WhatIsAdapted(
         kinds=kinds,
         left_out=counted(free),
@@ -136,7 +139,7 @@ def what_is_adapted(model: PeftModel, adapter_name: str | None = None) -> WhatIs
         rank=model.peft_config[name].r,
         trained=trained,
         frozen=sum(kind.frozen for kind in kinds),
-        base=everything - beside,
+        base=everything - beside + sum(each.numbers - each.original.numel() for each in packed),
     )
 
 
@@ -174,7 +177,7 @@ def _matrices(base: Any) -> Iterator[tuple[str, Kind]]:
     output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     for name, module in base.named_modules():
         parts = name.split(".")
-        if module is output or parts[0] in heads or (_OF_AN_ADAPTER | {"original_module"}) & {*parts}:
+        if module is output or parts[0] in heads or (_OF_AN_ADAPTER | _COPIES) & {*parts}:
             continue
         if isinstance(module, LoraLayer):
             continue
@@ -194,9 +197,9 @@ def _matrices(base: Any) -> Iterator[tuple[str, Kind]]:
 
 def _parameters(where: str, module: nn.Module) -> Iterator[tuple[str, Kind]]:
     """Yields the matrices that a module holds without a layer of their own: fused experts, and routers."""
-    expert = _EXPERT.search(f"{where} {type(module).__name__}")
-    for name, parameter in module.named_parameters(recurse=False):
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    expert = EXPERT.search(f"{where} {type(module).__name__}")
+    for name, parameter in own_parameters(module):
+        shape = tuple(parameter.shape)
         full = f"{where}.{name}"
         if expert and len(shape) == 3 and not name.endswith("bias"):
             rows, columns = shape[:0:-1] if getattr(module, "is_transposed", False) else shape[1:]

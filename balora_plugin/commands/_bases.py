@@ -57,6 +57,7 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Base:
     """
     from ..export import lora_file
     from ..pretrained.identity import BaseIdentity
+    from ..pretrained.quantised_experts import dequantise_experts
 
     if not adapter.language:
         kind = lora_file.task_type_of(adapter.config)
@@ -85,6 +86,7 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Base:
         trained=(adapter.origin or {}).get("base_class"),
     )
     verdict = _compared(args, adapter, model, recorded)
+    dequantise_experts(model)  # to what they compute with: stock PEFT adapts no parameter that is stored quantised
     quantised = getattr(model, "is_quantized", False)
     if args.merge and quantised:
         model = _dequantised(args, model)

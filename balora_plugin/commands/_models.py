@@ -62,6 +62,7 @@ def load_base(
     from transformers import AutoConfig
 
     from ..pretrained.backbone import is_multimodal_class
+    from ..pretrained.quantised_experts import quantise_experts
 
     _check_place(name)
     class_name, what = MULTIMODAL if is_multimodal_class(trained) else CLASSES[task]
@@ -72,9 +73,12 @@ def load_base(
         settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
         if quantization is not None and getattr(config, "quantization_config", None) is None:
             settings |= _as_quantised(quantization, instead)
-        return getattr(transformers, class_name).from_pretrained(name, **settings).eval()
+        model = getattr(transformers, class_name).from_pretrained(name, **settings).eval()
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--base {name} does not load as a {what}: {error}") from None
+    if quantization is not None and quantization.get("experts"):
+        quantise_experts(model, quantization["experts"])
+    return model
 
 
 def _check_place(name: str) -> None:
@@ -114,7 +118,11 @@ def _as_quantised(values: dict[str, Any], instead: str) -> dict[str, Any]:
             "the adapter was trained on a base quantised by bitsandbytes, which is not installed: pip install "
             f"bitsandbytes, or {instead}."
         )
-    known = {key: value for key, value in values.items() if not key.startswith("_") and key != "quant_method"}
+    known = {
+        key: value
+        for key, value in values.items()
+        if not key.startswith("_") and key not in ("quant_method", "experts")
+    }
     device = {"": torch.accelerator.current_device_index()} if torch.accelerator.is_available() else {"": "cpu"}
     return {"quantization_config": BitsAndBytesConfig.from_dict(known), "device_map": device}
 

@@ -138,12 +138,14 @@ def _model(
     from ..adapter.model import BaLoraModel
     from ..pretrained import probe
     from ..pretrained.identity import base_identity, compare
+    from ..pretrained.quantised_experts import dequantise_experts
 
     if stored is not None and stored.vocabulary != probe.vocabulary_of(model):
         return [_vocabulary(probe.vocabulary_of(model) or 0, stored.vocabulary)]  # its hash would say "another model"
     here = base_identity(model)
     verdict = compare(recorded, here)
     checks = [_base(verdict, recorded, here)]
+    dequantise_experts(model)  # to what they compute with: stock PEFT adapts no parameter that is stored quantised
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:

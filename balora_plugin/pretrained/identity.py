@@ -13,6 +13,7 @@ from torch import nn
 
 from ..distributed import is_sharded
 from .fingerprint import combine, weight_digests
+from .quantised_experts import how_experts_are_stored
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ def base_identity(model: nn.Module) -> BaseIdentity:
     quantization: Any = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
+    experts = how_experts_are_stored(model)
+    if experts is not None:  # which no config of transformers says
+        quantization = {**(quantization or {}), "experts": experts}
     return BaseIdentity(
         sha256=combine(config, stored),
         weights=_of_all(stored.values()),

@@ -9,10 +9,12 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .quantised_experts import dequantise_experts
+
 
 def is_quantised_linear(module: nn.Module) -> bool:
     """Returns whether this is a linear layer of bitsandbytes, 4-bit or 8-bit."""
-    return type(module).__module__.startswith("bitsandbytes.")
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
 
 
 def dequantised(layer: nn.Module) -> Tensor:
@@ -33,6 +35,7 @@ def as_floats(model: PreTrainedModel) -> PreTrainedModel:
         ValueError, NotImplementedError, AttributeError: its method of quantisation has no way back.
     """
     model = model.dequantize()
+    dequantise_experts(model)
     # of files that were stored quantised transformers keeps the reader, and fails to reverse it when the model is saved
     conversions = getattr(model, "_weight_conversions", None)
     if conversions:

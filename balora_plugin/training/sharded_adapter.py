@@ -26,6 +26,7 @@ from ..adapter.delta import FROZEN, PEFT_PREFIX, unwrapped_name
 from ..adapter.saved.reading import read_factors
 from ..checkpoint.names import HEAD_FILE, INIT_FILE
 from ..pretrained.classifier_head import wrapped_heads
+from ..pretrained.quantised_experts import left_out_of_state_dicts
 from .host import HostTrainer
 
 if TYPE_CHECKING:
@@ -106,10 +107,11 @@ def restore(
 
 
 @contextmanager
-def whole_state_dict(accelerator: Any) -> Iterator[None]:
+def whole_state_dict(accelerator: Any, model: nn.Module) -> Iterator[None]:
     """Inside: under FSDP a Trainer's save_model gathers the model and saves it, as without FSDP.
 
-    Where its checkpoints are sharded (`SHARDED_STATE_DICT`) it would write no adapter, and say nothing.
+    Where its checkpoints are sharded (`SHARDED_STATE_DICT`) it would write no adapter, and say nothing. Quantised
+    experts, which no adapter's file holds, are left out of what is gathered: FSDP2 fails at their names.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -117,7 +119,8 @@ def whole_state_dict(accelerator: Any) -> Iterator[None]:
         return
     kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
     try:
-        yield
+        with left_out_of_state_dicts(model):
+            yield
     finally:
         plugin.state_dict_type = kind
 

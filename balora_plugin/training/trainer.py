@@ -323,7 +323,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
             self._sealing.begin(output_dir or str(self.args.output_dir), saved_weight(self))
         self._untrained = untrained_tensors(self.model, keep=self.args.should_save)
         try:
-            with whole_state_dict(self.accelerator) if our_adapters(self.model) else nullcontext():
+            with whole_state_dict(self.accelerator, self.model) if our_adapters(self.model) else nullcontext():
                 super().save_model(output_dir, *args, **kwargs)
         finally:
             self._untrained = {}

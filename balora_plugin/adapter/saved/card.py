@@ -168,6 +168,8 @@ def loading_snippet(
     else:
         imports, made = f"{loader}, BitsAndBytesConfig", [f"quantization = BitsAndBytesConfig({settings})"]
         arguments.append("quantization_config=quantization")
+    if quantization is not None and quantization.get("experts"):
+        made.append("# training had its fused experts quantised too; full-precision ones are near, not the same")
     return [
         "```python",
         "from peft import PeftModel",
@@ -215,9 +217,16 @@ def quantisation_in_words(values: dict[str, Any] | None) -> str:
     """Returns a quantisation in words."""
     if values is None:
         return "no"
+    experts = values.get("experts")
+    beside = "" if experts is None else f"; fused experts {_bits_in_words(**experts)}"
     if values.get("load_in_4bit"):
-        double = ", double quantisation" if values.get("bnb_4bit_use_double_quant") else ""
-        return f"bitsandbytes 4-bit ({values.get('bnb_4bit_quant_type')}{double})"
+        linear = _bits_in_words(4, values.get("bnb_4bit_quant_type"), values.get("bnb_4bit_use_double_quant"))
+        return f"bitsandbytes {linear}{beside}"
     if values.get("load_in_8bit"):
-        return "bitsandbytes 8-bit"
-    return str(values.get("quant_method", "yes"))
+        return f"bitsandbytes {_bits_in_words(8)}{beside}"
+    return f"{values.get('quant_method', 'yes')}{beside}"
+
+
+def _bits_in_words(bits: int, quant_type: str | None = None, double_quant: bool | None = None) -> str:
+    double = ", double quantisation" if double_quant else ""
+    return "8-bit" if bits == 8 else f"4-bit ({quant_type}{double})"

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ...checkpoint.location import AdapterFiles
 from ...pretrained.quantised import dequantised, is_quantised_linear
 from ..config import BaLoraConfig
+from ..delta import stored_of, target_key
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # |W - Q(W)| / |W|: about 0.1 for 4-bit, 0.01 for int8; 1.4 for a model that has nothing to do with the base
@@ -34,6 +35,12 @@ def full_precision_of(
     """
     if config.start_from is None:
         return None
+    packed = [target_key(name, layer) for name, layer in layers if stored_of(layer).how is not None]
+    if packed:
+        raise ValueError(
+            f"start_from={config.start_from!r} gives linear layers alone their A0 and B0, but {packed[0]} is a "
+            "quantised parameter (fused experts): leave start_from out, or the experts out of target_parameters."
+        )
     quantised = {name: module for name, layer in layers if is_quantised_linear(module := layer.get_base_layer())}
     if not quantised:
         raise ValueError(

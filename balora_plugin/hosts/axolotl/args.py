@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 from ...config import RegularizerConfig
 from ...findings import Finding
 from ...settings import Setting, settings_of
+from . import experts
 from .checks import HOST_KEYS, check_raw, nearest_field
 
 
@@ -159,3 +160,8 @@ class BaLoraArgs(BaseModel):
         if isinstance(data, dict):
             check_raw(data)
         return data
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _quantised_experts(cls, data: Any, validate: Any) -> Any:
+        return experts.validated(data, validate)

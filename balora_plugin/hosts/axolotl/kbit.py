@@ -7,7 +7,7 @@ here renames the adapter in the config, where other plug-ins, telemetry and what
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import axolotl
 from axolotl.loaders.model import ModelLoader
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...pretrained.quantised import is_quantised_linear
+from . import experts
 from .quantisation import LOAD_IN
 
 logger = logging.getLogger("axolotl.balora_plugin")
@@ -28,8 +29,16 @@ TESTED_AXOLOTL = ("0.19", "0.20")  # from, below
 _STEPS = ("_set_quantization_config", "_configure_embedding_dtypes")  # what Axolotl calls private; only here
 _NAMES = {4: "qlora", 8: "lora"}
 
-# merge-lora reads the YAML twice, the second time with both keys off: what the first reading said, by the YAML's path
-_first_reading: dict[str, int | None] = {}
+
+class _Reading(NamedTuple):
+    """In how many bits a YAML loads linear layers and fused experts; None: as they are stored."""
+
+    bits: int | None = None
+    experts: int | None = None
+
+
+# merge-lora reads the YAML twice, the second time with these keys off: what the first reading said, by the YAML's path
+_first_reading: dict[str, _Reading] = {}
 
 
 def ask_for_quantisation(cfg: Any) -> None:
@@ -44,7 +53,9 @@ def ask_for_quantisation(cfg: Any) -> None:
     path = str(cfg.get("axolotl_config_path"))
     bits = next((bits for bits, key in LOAD_IN.items() if cfg.get(key)), None)
     if cfg.get("merge_lora") and bits is None:
-        bits = _first_reading.get(path)
+        bits, of_experts = _first_reading.get(path, _Reading())
+        if of_experts is not None:
+            experts.load_whole(cfg)
         if bits is not None:
             if cfg.get("merge_method") == "memory_efficient":
                 raise ValueError(
@@ -54,7 +65,7 @@ def ask_for_quantisation(cfg: Any) -> None:
                 )
             cfg["merge_method"] = "legacy"
     else:
-        _first_reading[path] = bits
+        _first_reading[path] = _Reading(bits, bits if cfg.get(experts.KEY) else None)
     if bits is not None and not _stored(cfg):  # files that are quantised already say so themselves
         overrides = dict(cfg.get("overrides_of_model_kwargs") or {})
         cfg["overrides_of_model_kwargs"] = {**overrides, "quantization_config": {LOAD_IN[bits]: True}}
@@ -85,6 +96,9 @@ def configure(cfg: Any, *, inference: bool) -> None:
     """
     bits, stored = bits_of(cfg), _stored(cfg)
     _check_stored(cfg, bits, stored)
+    merged = _experts_to_merge(cfg)
+    if merged is not None:
+        experts.quantise_on_load(cfg, merged)
     if bits is None:
         return
     _check_version()
@@ -104,8 +118,25 @@ def prepare_base(cfg: Any, model: PreTrainedModel) -> None:
     Input gradients and checkpointing are left to the places that see to them for every adapter.
     """
     bits = bits_of(cfg)
+    if cfg.quantize_moe_experts:
+        experts.check_quantised_experts(cfg, model)
     if bits is not None:
         _AsBuiltIn(cfg, bits, model.config, model)._configure_embedding_dtypes()
+
+
+def check_merged(cfg: Any, model: PreTrainedModel) -> None:
+    """A base to be merged into has its experts quantised where training had.
+
+    Raises:
+        ValueError: they are in full precision; names the key and what to write.
+    """
+    if _experts_to_merge(cfg) is not None:
+        experts.check_quantised_experts(cfg, model)
+
+
+def _experts_to_merge(cfg: Any) -> int | None:
+    """In how many bits training had the experts of a base that is loaded to be merged into."""
+    return _first_reading.get(str(cfg.axolotl_config_path), _Reading()).experts if cfg.merge_lora else None
 
 
 def check_quantised(cfg: Any, model: PeftModel, *, inference: bool) -> None:

@@ -95,7 +95,8 @@ class BaLoraPlugin(BasePlugin):
 
     def pre_lora_load(self, cfg: Any, model: PreTrainedModel) -> None:
         if cfg.adapter == ADAPTER and not cfg.merge_lora:
-            kbit.prepare_base(cfg, model)
+            with as_setting_errors():
+                kbit.prepare_base(cfg, model)
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: Any, inference: bool = False, config_only: bool = False
@@ -121,6 +122,7 @@ class BaLoraPlugin(BasePlugin):
             if cfg.merge_lora:
                 classification.before_merging(model)
         if cfg.merge_lora and getattr(model, "is_quantized", False):
+            kbit.check_merged(cfg, model)
             model = as_floats(model)
         if cfg.lora_model_dir:
             wrapped = BaLoraModel.from_pretrained(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...findings import Finding
+from .experts import of_experts
 
 LOAD_IN = {4: "load_in_4bit", 8: "load_in_8bit"}
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -51,6 +52,7 @@ def of_quantisation(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Fin
         yield Finding("bnb_config_kwargs", options, why, "remove it", False)
     yield from _options(options)
     yield from _start_from(data, block.get("start_from"), bool(on or idle))
+    yield from of_experts(data, block, bool(on or idle))
 
 
 def _options(options: dict[str, Any]) -> Iterator[Finding]:

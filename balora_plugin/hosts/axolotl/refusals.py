@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from ...findings import Finding
 from .asked import peft_block
-from .experts import size_of_experts
 
 
 class Refusal(NamedTuple):
@@ -32,12 +31,6 @@ REFUSED: dict[str, Refusal] = {
     "kd_trainer": _LOGITS,
     "orpo_alpha": _LOGITS,
     "gptq": _STORED,
-    "quantize_moe_experts": Refusal(
-        "stores the experts by Axolotl's own 4- or 8-bit code, for which neither start nor hash of the base is made",
-        "remove it, and where the experts as they are stored do not fit on one device let DeepSpeed ZeRO-3 split them "
-        "(deepspeed: deepspeed_configs/zero3_bf16.json)",
-        True,
-    ),
     "rl": _OTHER_LOSS,
     "reward_model": _OTHER_LOSS,
     "process_reward_model": _OTHER_LOSS,
@@ -61,11 +54,8 @@ TRAINERS = ("DiffusionPlugin", "HatcheryPlugin")
 def refused(values: Any) -> Iterator[Finding]:
     """Finds what is refused by its key alone, in a YAML as it was written or in the final config."""
     for key, refusal in REFUSED.items():
-        if not values.get(key):
-            continue
-        if key == "quantize_moe_experts" and (size := size_of_experts(values)):
-            refusal = refusal._replace(remedy=refusal.remedy.replace("stored", f"stored ({size})", 1))
-        yield Finding(key, _plain(values.get(key)), *refusal)
+        if values.get(key):
+            yield Finding(key, _plain(values.get(key)), *refusal)
     for key in SPLITS:
         if str(values.get(key) or 1) != "1":
             yield Finding(key, values.get(key), *_SPLIT)
