@@ -22,7 +22,6 @@ from balora_plugin import BaLoraModel
 from balora_plugin.adapter.kinds import what_is_adapted
 from balora_plugin.hosts.axolotl.injection import PATCHES, target_modules
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin
-from balora_plugin.hosts.axolotl.refusals import refused
 
 EXPERTS = {"lora_target_modules": ["q_proj", "w1", "w2", "w3"], "lora_dropout": 0.5}  # names of before they were fused
 
@@ -125,16 +124,3 @@ def test_the_head_is_left_out_by_what_it_is(ids):
     head = next(name for name, module in base.named_modules() if module is base.get_output_embeddings())
     found = target_modules(settings(lora_target_linear=True), base)
     assert head not in found and f"gpt_neox.layers.0.extra.{head}" in found
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_quantised_experts_are_refused_with_the_size_of_the_experts(there, tmp_path):
-    config = tiny_mixtral().config
-    config.update({"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_local_experts": 8})
-    config.save_pretrained(tmp_path)
-    values = {"adapter": "ba_lora", "lora_r": 4, "lora_alpha": 4, "lora_target_linear": True, "load_in_4bit": True}
-    base = str(tmp_path if there else tmp_path / "none")
-    (found,) = refused({**values, "quantize_moe_experts": True, "base_model": base})
-    assert str(found).startswith("quantize_moe_experts: true ") and "remove it" in str(found) and "ZeRO-3" in str(found)
-    gigabytes = 32 * 8 * 3 * 4096 * 14336 * 2 / 1e9  # Mixtral-8x7B's
-    assert (f"stored ({gigabytes:.3g} GB in bfloat16)" in str(found)) == there

@@ -346,7 +346,6 @@ WRONG = {
     "fp8": ({**FOUR, "fp8": True}, "fp8: True beside load_in_4bit: true"),
     "mxfp4": ({**FOUR, "model_quantization_config": "Mxfp4Config"}, "model_quantization_config: Mxfp4Config"),
     "qat": ({**EIGHT, "qat": {"weight_dtype": "int8"}}, "qat: "),
-    "experts": ({**FOUR, "quantize_moe_experts": True}, "quantize_moe_experts: True"),
     "apply_to": (
         {**EIGHT, "adapter": "lora", "ba_lora": {"apply_to": "lora"}},
         "load_in_8bit: true with ba_lora.apply_to: lora is not supported: write adapter: ba_lora",

@@ -185,10 +185,9 @@ FSDP = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [{}, ADAPTED])
-def test_quantised_experts_may_be_sharded(targets, as_on_cuda, written, tmp_path):
+def test_quantised_experts_may_be_sharded(as_on_cuda, written, tmp_path):
     plugins = ["balora_plugin.BaLoraPlugin", "integration.moe_on_cpu.ShardedExpertsPlugin"]
-    check_same(written, tmp_path, FSDP, load_in_4bit=True, plugins=plugins, **targets)
+    check_same(written, tmp_path, FSDP, load_in_4bit=True, plugins=plugins, **ADAPTED)
 
 
 def test_experts_that_were_not_quantised_are_refused(written, ids):
@@ -219,3 +218,13 @@ def test_experts_are_quantised_by_cuda_alone():
     values = {"adapter": "ba_lora", "quantize_moe_experts": True, "load_in_4bit": True}
     with pytest.raises(ValueError, match="quantize_moe_experts: true is quantised by CUDA alone, not on gfx942"):
         experts.validated({**values, "capabilities": {"compute_capability": "gfx942"}}, dict)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_size_of_experts_is_read_from_the_models_config(there, tmp_path):
+    config = tiny_mixtral().config
+    config.update({"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_local_experts": 8})
+    config.save_pretrained(tmp_path)
+    gigabytes = 32 * 8 * 3 * 4096 * 14336 * 2 / 1e9  # Mixtral-8x7B's
+    found = experts.size_of_experts({"base_model": str(tmp_path if there else tmp_path / "none")})
+    assert found == (f"{gigabytes:.3g} GB in bfloat16" if there else "")
