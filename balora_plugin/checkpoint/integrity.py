@@ -94,6 +94,9 @@ def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool
         open_manifest(directory)
 
 
+_NOTHING_WHOLE = "There is no whole checkpoint"
+
+
 def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT, *, fresh_optimizer: bool = False) -> str | None:
     """Returns what is wrong with a checkpoint of a BA-LoRA trainer; None if training can be resumed from it exactly.
 
@@ -193,7 +196,8 @@ def check_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, fresh_opt
         return
     remedy = _remedy(directory, adapters)
     if not fresh_optimizer and checkpoint_flaw(directory, adapters, fresh_optimizer=True) is None:
-        remedy = f"{_without_optimizer(directory, adapters)} {remedy}"
+        otherwise = "" if remedy.startswith(_NOTHING_WHOLE) else f" Else: {remedy}"
+        remedy = f"{_without_optimizer(directory, adapters)}{otherwise}"
     raise ValueError(f"cannot resume from {directory}: {flaw}. {remedy}")
 
 
@@ -204,7 +208,7 @@ def _without_optimizer(directory: str, adapters: Sequence[str]) -> str:
         load = f"balora_plugin.BaLoraModel.from_pretrained(base, {directory!r}, is_trainable=True)"
     return (
         f"To go on with a fresh optimizer: trainer.train(resume_from_checkpoint={directory!r}, fresh_optimizer=True). "
-        f"To begin a new run with its weights, without resuming: {load} (Axolotl: lora_model_dir: {directory}). Else:"
+        f"To begin a new run with its weights, without resuming: {load} (Axolotl: lora_model_dir: {directory})."
     )
 
 
@@ -261,6 +265,6 @@ def _remedy(directory: str, adapters: Sequence[str] = _DEFAULT) -> str:
         return "Use the last whole checkpoint of that run."
     found = recommended(str(path.parent), adapters, but=path.name)
     if found.path is None:
-        return f"There is no whole checkpoint in {path.parent}: start again without resuming.{found.in_words()}"
+        return f"{_NOTHING_WHOLE} in {path.parent}: start again without resuming.{found.in_words()}"
     automatically = f" (to do so automatically, remove {path})" if path.exists() else ""
     return f"The last whole checkpoint is {found.path}: resume from it{automatically}.{found.in_words()}"

@@ -12,6 +12,7 @@ from . import versions
 from .machine import Machine
 
 PLUGIN = "balora_plugin.BaLoraPlugin"
+LIGER_LAYERS = ("rope", "rms_norm", "rms_norm_gated", "layer_norm", "glu_activation", "swiglu")  # behind liger_
 NEEDS = {"xformers": ("xformers", "xformers"), "sage": ("sageattention", "sageattention")}  # module, pip's name
 
 
@@ -27,7 +28,7 @@ def problems(values: dict[str, Any], machine: Machine) -> list[Finding]:
         values: The YAML as it was written.
         machine: The facts to hold it against.
     """
-    checks = (_hosts, _attention, _precision, _quantisation, _compiling, _engines, _paths)
+    checks = (_hosts, _attention, _kernels, _precision, _quantisation, _compiling, _engines, _paths)
     found = [problem for check in checks for problem in check(values, machine)]
     if for_axolotl(values) and machine.has("axolotl"):
         found += _of_the_plugin(values, {problem.key for problem in found})
@@ -66,6 +67,15 @@ def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
         yield Finding(key, value, f"needs the package {package}", f"pip install {package}, or {instead}")
     elif name == "flex_attention" and machine.device == "cpu":
         yield Finding(key, value, "has no backward pass on a CPU", instead)
+
+
+def _kernels(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
+    """Finds Liger's layers, which stay Liger's, where there is nothing to run its Triton kernels on."""
+    if machine.device != "cpu" or not any(str(name).endswith("LigerPlugin") for name in values.get("plugins") or []):
+        return
+    for key in (f"liger_{layer}" for layer in LIGER_LAYERS):
+        if values.get(key):
+            yield Finding(key, values[key], "needs a GPU, and there is none here", "remove it", False)
 
 
 def _precision(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ class Bounds(NamedTuple):
 BOUNDS = {
     "python": Bounds("3.10", "3.11", "3.11", needed=True),
     "torch": Bounds("2.10", "2.10", "2.13", needed=True),
-    "transformers": Bounds("5.16", "5.16", "5.23", needed=True),
+    "transformers": Bounds("5.16", "5.16", "5.24", needed=True),
     "peft": Bounds("0.20", "0.20", "0.21", needed=True),
     "trl": Bounds("1.9", "1.9", "1.16"),
     "axolotl": Bounds("0.19", "0.19", "0.19"),

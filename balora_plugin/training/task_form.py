@@ -8,6 +8,7 @@ from ..fused.loss import TaskForm
 
 NLL = ("nll", "chunked_nll")  # TRL's names of the cross-entropy: in chunks or not is its own way to compute it
 DFT = "dft"
+LOSS_TYPES = (*NLL, DFT)
 
 
 def task_form(smoothing: Any, loss_type: Any) -> TaskForm:
@@ -22,7 +23,7 @@ def task_form(smoothing: Any, loss_type: Any) -> TaskForm:
             f"label_smoothing_factor={smoothing!r} is the part of each target that goes to the whole vocabulary: write "
             "a number from 0 to 1."
         )
-    if loss_type not in (None, *NLL, DFT):
+    if loss_type not in (None, *LOSS_TYPES):
         raise ValueError(f"loss_type={loss_type!r} is no form of BA-LoRA's task loss: write 'nll' or 'dft'.")
     if loss_type == DFT and smoothing:  # TRL leaves the smoothing out, without a word
         raise ValueError(

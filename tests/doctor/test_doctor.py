@@ -346,6 +346,9 @@ def test_the_plugins_own_checks_are_asked_too(tmp_path):
     assert str(found) == (
         "flash_attention: true needs a GPU, and there is none here: write attn_implementation: sdpa in its place"
     )
+    liger = {"plugins": [*values["plugins"], "axolotl.integrations.liger.LigerPlugin"]}
+    (found,) = problems({**values, **liger, "liger_rms_norm": True, "liger_rope": False}, here)
+    assert str(found) == "liger_rms_norm: true needs a GPU, and there is none here: remove it (trains the same)"
 
 
 @pytest.mark.skipif(find_spec("axolotl") is None, reason="Axolotl's YAMLs need Axolotl")

@@ -11,7 +11,7 @@ from ...config import RegularizerConfig
 from ...findings import Finding
 from ...settings import settings_of
 from ...training.checks.teacher import MUTATING_STARTS
-from ...training.task_form import task_form
+from ...training.task_form import LOSS_TYPES, task_form
 from .classification import is_classification, of_classification
 from .engine import of_engine
 from .errors import refuse
@@ -125,7 +125,8 @@ def check_raw(data: dict[str, Any]) -> None:
 def _terms(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
     """What the core refuses once the model is there, said before and in the YAML's words."""
     try:
-        task_form(data.get("label_smoothing_factor"), block.get("loss_type"))
+        asked = block.get("loss_type")  # another one is found with the block's other settings
+        task_form(data.get("label_smoothing_factor"), asked if asked in LOSS_TYPES else None)
     except ValueError as error:
         yield Finding.of_error(str(error))
     target = block.get("apply_to")
