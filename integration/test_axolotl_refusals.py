@@ -254,7 +254,7 @@ def test_the_docs_table_is_the_codes_mapping():
     assert of["superseded"] == {*superseded.SUPERSEDED, *superseded.CHOOSING_EXPERTS, superseded.CUT_CROSS_ENTROPY}
     assert of["refused"] <= {*refusals.REFUSED, *refusals.SPLITS}
     for key in of["passed"]:
-        values = {**LORA, key: True}
+        values = {**LORA, "load_in_4bit": True, key: True}
         assert not list(superseded.asked(values)), key
         assert not list(BaLoraPlugin.findings(values)), key
     # every switch of Axolotl's schema that is of speed or memory by its name
