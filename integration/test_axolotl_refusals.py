@@ -184,6 +184,8 @@ OF_ANOTHER_KIND = {
     **dict.fromkeys(checks._BLOCKS, (True, "x", 3, ["x"])),
     **dict.fromkeys(checks._LISTS, (True, 3, "x", {"path": "x"})),
     "lora_target_modules": (True, 3, [3], {"x": 1}),
+    "adapter": (3, ["ba_lora"], {"ba_lora": 1}),
+    "plugins": (True, 3, {"x": 1}),
 }
 
 

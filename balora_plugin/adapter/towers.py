@@ -20,7 +20,8 @@ def leave_towers_out(config: BaLoraConfig, model: Any) -> None:
     """Keeps an adapter (its config, in place) off what stands beside a multimodal model's language model.
 
     Towers have layers of the same names (q_proj), so that "all-linear", PEFT's defaults and most lists of names match
-    there too. Left as they are written: a regular expression, and a name that is found beside the language model alone.
+    there too. Left as they are written: a regular expression, and a name that is found beside the language model alone,
+    also where a shorter one of the list matches the same layer.
     What is left out is said, in one line, and stands in `exclude_modules`, so that PEFT leaves it out again when it
     loads the adapter.
     """
@@ -32,21 +33,33 @@ def leave_towers_out(config: BaLoraConfig, model: Any) -> None:
     modules = {name: module for name, module in model.named_modules() if not (own and re.fullmatch(own, name))}
     there = [name for name in modules if _is_inside(name, towers)]
     if isinstance(wanted, str):
-        pattern, left_out = r"(?:\..*)?", [name for name in there if isinstance(modules[name], nn.Linear)]
+        left_out = [name for name in there if isinstance(modules[name], nn.Linear)]
+        pattern = rf"(?:{_any_of(towers)})(?:\..*)?"
     else:
         here = [name for name in modules if not _is_inside(name, towers)]
-        names = sorted(name for name in wanted or _defaults(model) if any(_ends(full, name) for full in here))
-        pattern = rf"\.(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
-        left_out = [full for full in there if any(_ends(full, name) for name in names)]
+        asked = sorted(wanted or _defaults(model))
+        shared = [name for name in asked if any(_ends(full, name) for full in here)]
+        left_out, but = _left_out(there, shared, [name for name in asked if name not in shared])
+        pattern = rf"{but}(?:{_any_of(towers)})\.(?:.*\.)?(?:{_any_of(shared)})"
     if not left_out:
         return
-    pattern = rf"(?:{'|'.join(map(re.escape, towers))}){pattern}"
     config.exclude_modules = f"{pattern}|{own}" if own else pattern
     logger.warning(
         f"BA-LoRA: of {type(model).__name__} the language model is adapted; {len(left_out)} layers of "
         f"{', '.join(towers)} that target_modules matches too, and that PEFT's own LoRA would adapt, stay as they "
         "are. To adapt them as well, write a regular expression that matches them, or their full names."
     )
+
+
+def _left_out(there: list[str], shared: list[str], own: list[str]) -> tuple[list[str], str]:
+    """Of the layers in towers those to be left out, and a lookahead that keeps a pattern off those asked for.
+
+    `shared`: the names that the language model has too; `own`: those that it has not, which ask for what they match.
+    """
+    matched = [full for full in there if any(_ends(full, name) for name in shared)]
+    asked = [name for name in own if any(_ends(full, name) for full in matched)]
+    left_out = [full for full in matched if not any(_ends(full, name) for name in asked)]
+    return left_out, rf"(?!(?:.*\.)?(?:{_any_of(asked)})$)" if asked else ""
 
 
 def _is_inside(name: str, towers: Iterable[str]) -> bool:
@@ -70,4 +83,9 @@ def _as_pattern(excluded: list[str] | str | None) -> str:
         return ""
     if isinstance(excluded, str):
         return excluded
-    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(excluded)))})"
+    return rf"(?:.*\.)?(?:{_any_of(sorted(excluded))})"
+
+
+def _any_of(names: Iterable[str]) -> str:
+    """These names, as the alternatives of a regular expression."""
+    return "|".join(map(re.escape, names))

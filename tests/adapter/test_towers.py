@@ -65,6 +65,20 @@ def test_names_found_in_both_mean_the_language_model(family, targets, caplog, tm
     assert again.peft_config["default"].exclude_modules == model.peft_config["default"].exclude_modules
 
 
+@pytest.mark.parametrize("start", ["model.vision_tower.encoder.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"])
+def test_a_longer_name_of_a_tower_beside_a_short_one_asks_for_its_layer(start, caplog, tmp_path):
+    """What the line about the others says to write; a name that the language model has too asks for nothing more."""
+    base = tiny_multimodal("llava")
+    model = ba_lora(copy.deepcopy(base), r=2, targets=["q_proj", start])
+    found = adapted(model)
+    assert len(found - in_towers(found)) == 2
+    assert in_towers(found) == ({start} if "vision" in start else set())
+    said = [record.getMessage() for record in caplog.records if LEFT in record.getMessage()]
+    assert f"{1 if 'vision' in start else 2} layers of model.vision_tower" in said[0]
+    model.save_pretrained(tmp_path)
+    assert adapted(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)) == found
+
+
 def test_a_regular_expression_and_names_of_a_tower_alone_ask_for_it(caplog):
     regex = adapted(ba_lora(tiny_multimodal("gemma3"), r=2, targets=r".*\.(q_proj|linear_1)"))
     names = adapted(ba_lora(tiny_multimodal("gemma3"), r=2, targets=["q_proj", "fc1"]))

@@ -83,6 +83,9 @@ def findings_of(data: dict[str, Any], *, model: bool = True) -> Iterator[Finding
         data: The YAML.
         model: Also what the base model's config says.
     """
+    if not isinstance(data.get("adapter") or "", (str, bool)):
+        yield Finding("adapter", repr(data["adapter"]), "must be a name", "write adapter: ba_lora")
+        return
     yield from _names(data)
     written, adapter = data.get("ba_lora"), data.get("adapter")
     block = written if isinstance(written, dict) else {}
@@ -160,6 +163,11 @@ def _terms(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
 
 def _kinds(data: dict[str, Any]) -> Iterator[Finding]:
     """Finds values that are no block or no list where one is read, which no check could look into."""
+    plugins = data.get("plugins") or []
+    if not isinstance(plugins, (str, list)):
+        yield Finding(
+            "plugins", repr(plugins), "must be a list of plug-ins", "write plugins: [balora_plugin.BaLoraPlugin]"
+        )
     for key in _BLOCKS:
         if not isinstance(data.get(key) or {}, dict):
             yield Finding(key, repr(data[key]), "must be a block of settings, or absent")
