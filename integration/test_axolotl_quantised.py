@@ -342,8 +342,8 @@ def test_the_command_line_trains_and_merges(written, tmp_path):
 
 WRONG = {
     "both": ({**FOUR, **EIGHT}, "load_in_4bit: true beside load_in_8bit: true"),
-    "gptq": ({**FOUR, "gptq": True}, "gptq: True is not supported"),
-    "fp8": ({**FOUR, "fp8": True}, "fp8: True beside load_in_4bit: true"),
+    "gptq": ({**FOUR, "gptq": True}, "gptq: true is not supported"),
+    "fp8": ({**FOUR, "fp8": True}, "fp8: true beside load_in_4bit: true"),
     "mxfp4": ({**FOUR, "model_quantization_config": "Mxfp4Config"}, "model_quantization_config: Mxfp4Config"),
     "qat": ({**EIGHT, "qat": {"weight_dtype": "int8"}}, "qat: "),
     "apply_to": (

@@ -94,7 +94,7 @@ def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool
         open_manifest(directory)
 
 
-_NOTHING_WHOLE = "There is no whole checkpoint"
+_ANEW = " Start again without resuming."
 
 
 def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT, *, fresh_optimizer: bool = False) -> str | None:
@@ -196,8 +196,8 @@ def check_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, fresh_opt
         return
     remedy = _remedy(directory, adapters)
     if not fresh_optimizer and checkpoint_flaw(directory, adapters, fresh_optimizer=True) is None:
-        otherwise = "" if remedy.startswith(_NOTHING_WHOLE) else f" Else: {remedy}"
-        remedy = f"{_without_optimizer(directory, adapters)}{otherwise}"
+        otherwise = remedy.removesuffix(_ANEW) if remedy.endswith(_ANEW) else f"Else: {remedy}"
+        remedy = f"{_without_optimizer(directory, adapters)} {otherwise}"
     raise ValueError(f"cannot resume from {directory}: {flaw}. {remedy}")
 
 
@@ -265,6 +265,6 @@ def _remedy(directory: str, adapters: Sequence[str] = _DEFAULT) -> str:
         return "Use the last whole checkpoint of that run."
     found = recommended(str(path.parent), adapters, but=path.name)
     if found.path is None:
-        return f"{_NOTHING_WHOLE} in {path.parent}: start again without resuming.{found.in_words()}"
+        return f"There is no whole checkpoint in {path.parent}.{found.in_words()}{_ANEW}"
     automatically = f" (to do so automatically, remove {path})" if path.exists() else ""
     return f"The last whole checkpoint is {found.path}: resume from it{automatically}.{found.in_words()}"
