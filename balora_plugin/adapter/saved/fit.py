@@ -49,12 +49,13 @@ def check_tensors(
 ) -> None:
     """Refuses a file of other layers or trained modules; `keys`: its tensors, `modules`: its modules_to_save.
 
-    The base's own embeddings, which PEFT writes where the vocabulary grew, may stand in it too.
+    Where the vocabulary grew PEFT writes embedding and head of the base as well, and the trained ones twice.
 
     Raises:
         ValueError: names a tensor and what to write.
     """
-    found, expected = set(keys), _tensors(model, adapter_name)
+    found = {key.replace(".modules_to_save.", ".") for key in keys if ".original_module." not in key}
+    expected = _tensors(model, adapter_name)
     here = sorted(getattr(model.peft_config[adapter_name], "modules_to_save", None) or [])
     saved = [modules] if isinstance(modules, str) else sorted(modules or [])
     foreign = {key for key in found - expected if ".lora_" in key or _is_of(key, saved)}
