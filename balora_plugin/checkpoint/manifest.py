@@ -80,9 +80,15 @@ def seal(directory: str, adapters: Sequence[str], *, largest: float | None, save
     names = [*_ONCE, *random_states(ranks), *(settings_path(name) for name in adapters)]
     for pattern in _WEIGHTS:
         found = sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")])
-        names += [file.relative_to(path).as_posix() for file in found]
+        names += [file.relative_to(path).as_posix() for file in found if not _is_left_over(file)]
     hashes = {name: file_digest(path / name) for name in names if (path / name).is_file()}
     _write(directory, Manifest(hashes, ranks, save_only_model, largest))
+
+
+def _is_left_over(weights: Path) -> bool:
+    """Whether weights are a pickle that lies beside the safetensors which are loaded in its place."""
+    loaded = "adapter_model*.safetensors" if weights.name.startswith("adapter_") else "model*.safetensors"
+    return weights.suffix == ".bin" and any(weights.parent.glob(loaded))
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest | None:
