@@ -16,7 +16,7 @@ LOWEST = .venv-lowest/bin/python
 PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 
-.PHONY: quickstart quickstart-trl test environments test-pins test-newest test-lowest lint clean
+.PHONY: quickstart quickstart-trl test environments test-pins test-newest test-lowest test-models lint clean
 
 quickstart: .venv-axolotl/.ready
 	$(PINS) -m studies.quickstart
@@ -37,15 +37,20 @@ lint: .venv-axolotl/.ready
 	$(PINS) -m mypy
 
 test-pins: .venv-axolotl/.ready
-	$(THREADS) $(PINS) $(PYTEST) tests integration
+	$(THREADS) $(PINS) $(PYTEST) -m "not models" tests integration
 
 # only what touches the hosts runs again (pure maths does not depend on them), the slow tests on the first set alone
 test-newest: .venv-newest/.ready
-	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow" tests integration
+	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow and not models" tests integration
 
 # before a release: the lower bounds of pyproject.toml really are bounds (their torch comes from PyPI, with CUDA)
 test-lowest: .venv-lowest/.ready
 	$(THREADS) $(LOWEST) $(PYTEST) -m "hosts and not slow" tests
+
+# every architecture of docs/architectures.md: rewrites that page, then each of them in `axolotl train`
+test-models: .venv-axolotl/.ready
+	$(THREADS) $(PINS) -m integration.models
+	$(THREADS) $(PINS) $(PYTEST) -m models -k axolotl integration/test_models.py
 
 .venv/.ready: requirements/quickstart.txt pyproject.toml
 	$(call environment,.venv,-r requirements/quickstart.txt)
