@@ -15,8 +15,9 @@ QUICK = .venv/bin/python
 LOWEST = .venv-lowest/bin/python
 PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
+NEWEST_TORCH = .venv-newest-torch/bin/python
 
-.PHONY: quickstart quickstart-trl test environments test-pins test-newest test-lowest test-models lint clean
+.PHONY: quickstart quickstart-trl test environments test-pins test-newest test-newest-torch test-lowest test-models lint clean
 
 quickstart: .venv-axolotl/.ready
 	$(PINS) -m studies.quickstart
@@ -43,9 +44,13 @@ test-pins: .venv-axolotl/.ready
 test-newest: .venv-newest/.ready
 	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow and not models" tests integration
 
+# before a release: the newest set on the newest torch (from PyPI, with CUDA)
+test-newest-torch: .venv-newest-torch/.ready
+	$(THREADS) $(NEWEST_TORCH) $(PYTEST) -m "hosts and not slow and not models" tests integration
+
 # before a release: the lower bounds of pyproject.toml really are bounds (their torch comes from PyPI, with CUDA)
 test-lowest: .venv-lowest/.ready
-	$(THREADS) $(LOWEST) $(PYTEST) -m "hosts and not slow" tests
+	$(THREADS) $(LOWEST) $(PYTEST) -m "hosts and not slow and not models" tests
 
 # every architecture of docs/architectures.md: rewrites that page, then each of them in `axolotl train`
 test-models: .venv-axolotl/.ready
@@ -61,6 +66,10 @@ test-models: .venv-axolotl/.ready
 .venv-newest/.ready: requirements/newest.txt requirements/dev.txt pyproject.toml
 	$(call environment,.venv-newest,-r requirements/newest.txt -r requirements/dev.txt)
 
+.venv-newest-torch/.ready: TORCH = torch==2.14.1
+.venv-newest-torch/.ready: requirements/newest.txt requirements/dev.txt pyproject.toml
+	$(call environment,.venv-newest-torch,-r requirements/newest.txt -r requirements/dev.txt)
+
 .venv-lowest/.ready: TORCH = $(shell grep ^torch== requirements/lowest.txt)
 .venv-lowest/.ready: requirements/lowest.txt requirements/dev.txt pyproject.toml
 	$(call environment,.venv-lowest,-r requirements/lowest.txt -r requirements/dev.txt)
@@ -75,4 +84,4 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-axolotl .venv-newest .venv-lowest .cache outputs
+	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .cache outputs
