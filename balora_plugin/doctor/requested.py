@@ -71,7 +71,9 @@ def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
 
 def _kernels(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     """Finds Liger's layers, which stay Liger's, where there is nothing to run its Triton kernels on."""
-    if machine.device != "cpu" or not any(str(name).endswith("LigerPlugin") for name in values.get("plugins") or []):
+    plugins = values.get("plugins")
+    listed = plugins if isinstance(plugins, (list, tuple)) else [plugins]
+    if machine.device != "cpu" or not any(str(name).endswith("LigerPlugin") for name in listed):
         return
     for key in (f"liger_{layer}" for layer in LIGER_LAYERS):
         if values.get(key):

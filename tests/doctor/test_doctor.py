@@ -107,7 +107,7 @@ def lines(report, subject):
     ("changes", "state", "words", "remedy"),
     [
         ({"peft": "0.18.0"}, "PROBLEM", "too old: needs 0.20 or newer", 'pip install "peft>=0.20,<0.22"'),
-        ({"transformers": None}, "PROBLEM", "not installed", 'pip install "transformers>=5.16,<5.24"'),
+        ({"transformers": None}, "PROBLEM", "not installed", 'pip install "transformers>=5.16,<5.25"'),
         ({"trl": "2.0"}, "note", "2.0  newer than tested (1.9 to 1.16)", 'pip install "trl>=1.9,<1.17"'),
         ({"trl": None}, "", "not installed", 'pip install "trl>=1.9,<1.17"'),
         ({"python": "3.9.1"}, "PROBLEM", "too old: needs 3.10", "make an environment with python 3.11"),
