@@ -135,7 +135,7 @@ REFUSED = {
     "task": ({"model_type": None}, "ba_lora.task: nlu with model_type: None: write model_type: AutoModelForSeq"),
     "labels": ({"num_labels": None}, "num_labels: None must be the number of classes"),
     "nlg": ({"ba_lora": {"task": "nlg"}}, "which classifies: write nlu"),
-    "packing": ({"sample_packing": True}, "sample_packing: True does not work with model_type"),
+    "packing": ({"sample_packing": True}, "sample_packing: true does not work with model_type"),
     "prompts": ({"datasets": [{"path": "x", "type": "alpaca"}]}, "datasets: type: alpaca of x is a prompt format"),
     "merging": ({"merge_method": "memory_efficient"}, "merge_method: memory_efficient would leave out"),
     "top": ({"label_column": "y"}, "write ba_lora.label_column"),
