@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from models import VOCABULARY, character_tokenizer
 
 VIDEO, START, IMAGE, END = range(VOCABULARY - 4, VOCABULARY)  # IMAGE: the placeholder of an image's features
@@ -287,3 +289,9 @@ def tiny_processor(name: str) -> Any:
         num_additional_image_tokens=1,
         image_token="<image>",
     )
+
+
+def skip_where_broken(family):
+    """Skips a family whose own forward fails in the transformers that is installed."""
+    if family == "llama4" and transformers.__version__.startswith("5.24."):
+        pytest.skip("transformers 5.24's Llama4ForConditionalGeneration reads image_outputs of an output without any")

@@ -168,6 +168,7 @@ def test_a_given_config_is_taken_instead_of_the_directorys(saved, ids):
     config.lora_dropout, config.base_model_name_or_path, config.regularizers = 0.25, "moved/base", TERMS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's calls of transformers
         loaded = BaLoraModel.from_pretrained(tiny_llama(), directory, config=config, is_trainable=True)
     here = loaded.peft_config["default"]
     assert (here.lora_dropout, here.base_model_name_or_path, here.inference_mode) == (0.25, "moved/base", False)
