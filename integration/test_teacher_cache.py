@@ -511,6 +511,7 @@ def test_another_temperature_or_form_is_refused_before_training(tmp_path, tokeni
     trainer(tmp_path, tokenizer, tmp_path / "cache", values={"preset": "iclr2026"})  # at temperature 2 too
 
 
+@pytest.mark.slow
 def test_compiled_steps_with_log_probabilities(tmp_path, tokenizer, without_inductor):  # noqa: F811
     settings = {"max_steps": 3, "learning_rate": 1e-2}
     runs = []

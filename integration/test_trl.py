@@ -513,6 +513,7 @@ def test_layers_that_cannot_be_compiled_run_eagerly(last, tmp_path, tokenizer, w
     assert histories[0] == pytest.approx(histories[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_that_share_graphs_may_differ_in_scale(tmp_path, tokenizer, without_inductor, monkeypatch):
     """Dynamo makes a scale that changes an input of the graph: the updates accumulate all the same."""
     from balora_plugin.compile import backend
@@ -594,6 +595,7 @@ def test_inductor_compiles_whole_training_steps(tmp_path, tokenizer):
         assert history(runs[0], key) == pytest.approx(history(runs[1], key), rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_the_backends_name_among_the_hosts_arguments_compiles_too(tmp_path, tokenizer, without_inductor):
     """accelerate refuses the name: the trainer takes it out of a copy of the arguments."""
     asked = {"torch_compile": True, "torch_compile_backend": "ba_lora", "max_steps": 1}
