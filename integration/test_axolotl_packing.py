@@ -14,7 +14,7 @@ from axolotl.common.datasets import load_datasets
 from axolotl.train import setup_model_and_trainer
 from packing import assert_same_terms, documents, leak, move
 
-from balora_plugin.hosts.axolotl import checks
+from balora_plugin.hosts.axolotl.engine import attention_here
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin
 
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 1}
@@ -80,6 +80,6 @@ def test_flash_attention_in_the_precision_of_the_final_config(monkeypatch):
     """bf16: auto on a GPU that has none, and fp16: false."""
     monkeypatch.setattr("balora_plugin.pretrained.attention.accelerator", lambda: "xpu")
     setting, cfg = "flash_attention: true", {"attn_implementation": "flash_attention_2", "torch_dtype": torch.float32}
-    with pytest.raises(ValueError, match=r"^flash_attention: true needs half precision: write bf16: true"):
-        checks.check_attention_here(cfg, setting)
-    checks.check_attention_here({**cfg, "torch_dtype": torch.bfloat16}, setting)
+    (found,) = attention_here(cfg, setting)
+    assert str(found).startswith("flash_attention: true needs half precision: write bf16: true")
+    assert not list(attention_here({**cfg, "torch_dtype": torch.bfloat16}, setting))

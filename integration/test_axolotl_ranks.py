@@ -93,7 +93,7 @@ def test_ray_hands_its_workers_the_run_that_was_configured(written, monkeypatch)
     ("changes", "words"),
     [
         ({"ba_lora": {"lambda_svdd": 1}}, "did you mean lambda_svd"),
-        ({"lora_mlp_kernel": True}, "lora_mlp_kernel: True"),
+        ({"relora": True}, "relora: true"),
     ],
 )
 def test_ray_starts_no_worker_with_a_wrong_yaml(changes, words, written):
