@@ -31,6 +31,7 @@ from .weights import largest_saved
 
 _ARCHIVES = (OPTIMIZER_FILE, SCHEDULER_FILE, SCALER_FILE)  # zip files: their directory stands at their end
 _STARTS_ANEW = {OPTIMIZER_FILE: "the optimizer", SCHEDULER_FILE: "the learning rate's schedule"}
+_ANEW = " Start again without resuming."
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _DEFAULT = ("default",)  # PEFT saves an adapter of this name in the directory itself, others below it
 _SHARDED = ("pytorch_model_fsdp*", "optimizer_*", "optimizer.bin", "global_step*", "zero_to_fp32.py")
@@ -92,9 +93,6 @@ def begin_save(directory: str, *, rank: int = 0, processes: int = 1, first: bool
         Path(directory, name).unlink(missing_ok=True)
     if first and sealed:
         open_manifest(directory)
-
-
-_ANEW = " Start again without resuming."
 
 
 def checkpoint_flaw(directory: str, adapters: Sequence[str] = _DEFAULT, *, fresh_optimizer: bool = False) -> str | None:
