@@ -7,8 +7,8 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# tests: one process a core, one thread a process; a file's tests share their fixtures
-PYTEST = -m pytest -n $(shell nproc 2>/dev/null || echo 2) --dist loadfile
+# tests: one process a core, one thread a process; a file's tests share their fixtures, the longest files come first
+PYTEST = -m pytest -n $(shell nproc 2>/dev/null || echo 2) --dist loadfile --no-loadscope-reorder
 THREADS = OMP_NUM_THREADS=1
 
 QUICK = .venv/bin/python
@@ -17,7 +17,7 @@ PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 NEWEST_TORCH = .venv-newest-torch/bin/python
 
-.PHONY: quickstart quickstart-trl test environments test-pins test-newest test-newest-torch test-lowest test-models lint clean
+.PHONY: quickstart quickstart-trl test environments test-pins test-newest test-newest-torch test-lowest test-long test-models lint clean
 
 quickstart: .venv-axolotl/.ready
 	$(PINS) -m studies.quickstart
@@ -38,19 +38,23 @@ lint: .venv-axolotl/.ready
 	$(PINS) -m mypy
 
 test-pins: .venv-axolotl/.ready
-	$(THREADS) $(PINS) $(PYTEST) -m "not models" tests integration
+	$(THREADS) $(PINS) $(PYTEST) -m "not models and not long" integration tests
 
 # only what touches the hosts runs again (pure maths does not depend on them), the slow tests on the first set alone
 test-newest: .venv-newest/.ready
-	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow and not models" tests integration
+	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow and not long and not models" integration tests
 
 # before a release: the newest set on the newest torch (from PyPI, with CUDA)
 test-newest-torch: .venv-newest-torch/.ready
-	$(THREADS) $(NEWEST_TORCH) $(PYTEST) -m "hosts and not slow and not models" tests integration
+	$(THREADS) $(NEWEST_TORCH) $(PYTEST) -m "hosts and not slow and not long and not models" integration tests
 
 # before a release: the lower bounds of pyproject.toml really are bounds (their torch comes from PyPI, with CUDA)
 test-lowest: .venv-lowest/.ready
-	$(THREADS) $(LOWEST) $(PYTEST) -m "hosts and not slow and not models" tests
+	$(THREADS) $(LOWEST) $(PYTEST) -m "hosts and not slow and not long and not models" tests
+
+# before a release: what takes most of a minute and has a quicker test of its kind in `make test`
+test-long: .venv-axolotl/.ready
+	$(THREADS) $(PINS) $(PYTEST) -m long integration tests
 
 # every architecture of docs/architectures.md: rewrites that page, then each of them in `axolotl train`
 test-models: .venv-axolotl/.ready

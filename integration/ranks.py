@@ -1,22 +1,30 @@
-"""Worker scripts on several gloo ranks of this machine: `python -m integration.ranks 2 script.py arguments`.
+"""Worker scripts in processes of their own, alone or on several gloo ranks of this machine.
 
-torchrun imports torch, and then every rank all libraries by itself, most of the time such a test takes. Here they are
-imported once and the ranks are forks that see torchrun's variables. Axolotl's own launcher is tested beside.
+A process that imports all libraries by itself takes most of the time of such a test. Here one process, a nursery,
+imports them once for all tests of a pytest process; every worker is a fork of it and sees torchrun's variables.
+Axolotl's own launcher is tested beside.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
+import json
 import os
 import runpy
+import selectors
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
+WORKERS = ROOT / "integration" / "workers"
 # not axolotl, which looks for its rank while it is imported
 LIBRARIES = (
     "trl.trainer.sft_trainer",
@@ -24,6 +32,7 @@ LIBRARIES = (
     "balora_plugin.training.trainer",
     "balora_plugin.hosts.trl",
 )
+TIMEOUT = 400  # seconds
 
 
 def free_port() -> int:
@@ -33,26 +42,99 @@ def free_port() -> int:
 
 
 def run_worker(script: str, *arguments: str, ranks: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A worker of this folder in a process of its own, or in one per rank; for its exit code and what it printed."""
-    launcher = [] if ranks == 1 else ["-m", "integration.ranks", str(ranks)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "integration" / "workers" / script), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
+    """A worker of `workers/` in a process of its own, or in one per rank; for its exit code and what it printed."""
+    job: dict[str, Any] = {
+        "script": str(WORKERS / script),
+        "arguments": arguments,
+        "ranks": ranks,
+        "environment": {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **variables},
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        printed = job["printed"] = [os.path.join(directory, name) for name in ("stdout", "stderr")]
+        code = nursery().run(job)
+        stdout, stderr = (Path(path).read_text(encoding="utf-8", errors="replace") for path in printed)
+    return subprocess.CompletedProcess([script, *arguments], code, stdout, stderr)
 
 
-def main() -> int:
-    """The first exit code that is not 0; the other ranks are ended then, as they would wait for that one."""
-    ranks, script = int(sys.argv[1]), sys.argv[2]
-    sys.argv = sys.argv[2:]
+@functools.cache
+def nursery() -> Nursery:
+    """The one of this process; it ends with it."""
+    return Nursery()
+
+
+class Nursery:
+    """The client's side of the process that workers are forked from."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "integration.ranks"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, job: dict[str, Any]) -> int:
+        """Returns the exit code of a job, negative for the signal that killed it.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not end; it is killed with all its ranks.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        leader = int(self._answer(None))
+        try:
+            return int(self._answer(TIMEOUT))
+        except subprocess.TimeoutExpired:
+            os.killpg(leader, signal.SIGKILL)
+            self._answer(None)
+            raise
+
+    def _answer(self, timeout: float | None) -> str:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout):
+                raise subprocess.TimeoutExpired("a worker", TIMEOUT)
+        line = self._process.stdout.readline()
+        assert line, "the process that forks the workers has died"
+        return line
+
+
+def serve(jobs: IO[str], answers: IO[str]) -> None:
+    """The nursery's side: for each line of `jobs` answers the leader of its processes, then their exit code."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # accelerate collects garbage whenever a trainer starts: a second over what the libraries hold
+    for line in jobs:
+        leader = os.fork()
+        if not leader:
+            _lead(json.loads(line))
+        print(leader, file=answers, flush=True)
+        _, status = os.waitpid(leader, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+def _lead(job: dict[str, Any]) -> None:
+    """Becomes the worker, or the parent of its ranks; does not return."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    sys.argv = [job["script"], *job["arguments"]]
+    for stream, path in zip((1, 2), job["printed"], strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if job["ranks"] == 1:
+        _work(job["script"])
+    os._exit(_on_ranks(job["script"], job["ranks"]))
+
+
+def _on_ranks(script: str, ranks: int) -> int:
+    """The first exit code that is not 0; the other ranks are ended then, as they would wait for that one."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     running = {_fork(rank, script) for rank in range(ranks)}
@@ -70,9 +152,14 @@ def main() -> int:
 
 def _fork(rank: int, script: str) -> int:
     process = os.fork()
-    if process:
-        return process
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    if not process:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        _work(script)
+    return process
+
+
+def _work(script: str) -> None:
+    """Runs the script and ends the process."""
     code = 1
     try:
         runpy.run_path(script, run_name="__main__")
@@ -88,4 +175,7 @@ def _fork(rank: int, script: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # what libraries print while they are imported is no answer
+    answering = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(sys.stdin, answering)

@@ -88,7 +88,7 @@ def test_trains_from_a_zero_consistency_and_saves_a_stock_adapter(case, workspac
     assert (expected - logits(base_model(workspace), ids)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("how", [True, "layers"])
+@pytest.mark.parametrize("how", [True, pytest.param("layers", marks=pytest.mark.long)])
 def test_compiled(how, written, monkeypatch):
     """One key of the block, said twice here; without inductor below, whose C++ takes most of a minute.
 

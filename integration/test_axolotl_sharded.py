@@ -96,7 +96,7 @@ def test_sharded_ranks_train_save_resume_and_merge_as_one_process(written, tmp_p
     torch.testing.assert_close(logits(merged, ids), logits(stock, ids), rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quantised_base_may_be_sharded(written, tmp_path):
     pytest.importorskip("bitsandbytes")
     check_same(written, tmp_path, QUANTISED, load_in_4bit=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 
 from balora_plugin.checkpoint import integrity
 
+from .ranks import run_worker
 from .workers.crash import KILL_AT, MOMENTS, STEPS, trainer
 
 HOSTS = ("trl", "transformers")
@@ -23,15 +22,7 @@ pytestmark = pytest.mark.slow
 def killed(tmp_path_factory):
     """The directories of all killed runs."""
     directory = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, "-m", "integration.workers.crash", str(directory)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", "tests", os.environ.get("PYTHONPATH", "")])},
-        cwd=Path(__file__).parents[1],
-        timeout=600,
-        check=False,
-    )
+    done = run_worker("crash.py", str(directory))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return directory
 

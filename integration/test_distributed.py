@@ -17,7 +17,7 @@ def step(directory, host, ranks, batch, accumulation):
     return torch.load(directory / "result.pt", weights_only=False), load_file(directory / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("host", ["trl", "axolotl", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("host", ["trl", "axolotl", pytest.param("compiled", marks=pytest.mark.long)])
 def test_ranks_do_not_change_the_gradients(host, tmp_path):
     if host == "axolotl":
         pytest.importorskip("axolotl")

@@ -96,7 +96,7 @@ def test_a_second_model_as_teacher_attends_by_the_same_kernel(tmp_path, tokenize
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flash_attention_in_compiled_graphs(tmp_path, tokenizer, monkeypatch):
     """Packed rows compile whole, teacher and student; without inductor below, whose C++ takes most of a minute."""
     lowered = []

@@ -407,7 +407,7 @@ WEIGHTS = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.
             },
             marks=pytest.mark.slow,
         ),
-        pytest.param({"bf16": True}, marks=pytest.mark.slow),
+        pytest.param({"bf16": True}, marks=pytest.mark.long),
     ],
     ids=["plain", "checkpointing_accumulation", "bf16"],
 )
@@ -435,7 +435,7 @@ def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without
         {},
         pytest.param(
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
     ],
     ids=["plain", "reentrant"],
@@ -532,7 +532,7 @@ def test_layers_that_share_graphs_may_differ_in_scale(tmp_path, tokenizer, witho
     assert histories[0] == pytest.approx(histories[1], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_run_needs_many_graphs(tmp_path, tokenizer, without_inductor):
     """With a teacher and without, with the spectrum and without, a last batch of one row, lengths that vary."""
     rows = [{"prompt": "a" * (i % 5 + 3), "completion": "b" * (i % 7 + 2)} for i in range(7)]
@@ -643,8 +643,9 @@ def test_the_hosts_mode_is_passed_on_and_a_failure_is_said_once(terms, tmp_path,
     assert len(set(said)) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    "packing", [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_twenty_lengths_do_not_recompile_without_end(packing, tmp_path, tokenizer, without_inductor):
     """A static graph, then a dynamic one, of the teacher and of the student each."""
     count = 10 if packing else 20  # packed, two samples a row

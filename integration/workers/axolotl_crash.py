@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     moments, yamls = sys.argv[1::2], sys.argv[2::2]
     sys.argv = ["axolotl"]
+    gc.freeze()  # as conftest.py
     for moment, path in zip(moments, yamls, strict=True):
         child = os.fork()
         if not child:
