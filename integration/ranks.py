@@ -33,6 +33,8 @@ LIBRARIES = (
     "balora_plugin.hosts.trl",
 )
 TIMEOUT = 400  # seconds
+# before any test: Axolotl leaves accelerate's and FSDP's variables behind in the process that reads its YAML
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def free_port() -> int:
@@ -47,7 +49,7 @@ def run_worker(script: str, *arguments: str, ranks: int = 1, **variables: str) -
         "script": str(WORKERS / script),
         "arguments": arguments,
         "ranks": ranks,
-        "environment": {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", **variables},
+        "environment": {**ENVIRONMENT, **variables},
     }
     with tempfile.TemporaryDirectory() as directory:
         printed = job["printed"] = [os.path.join(directory, name) for name in ("stdout", "stderr")]
@@ -66,11 +68,11 @@ class Nursery:
     """The client's side of the process that workers are forked from."""
 
     def __init__(self) -> None:
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), ENVIRONMENT.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "integration.ranks"],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            env={**ENVIRONMENT, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
