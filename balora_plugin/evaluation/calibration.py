@@ -14,7 +14,7 @@ BINS = 15  # of equal width between 0 and 1
 def bin_sums(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Returns count, sum of confidence and sum of `right` in each bin of confidence, (BINS, 3), of vectors (n)."""
     sums = np.zeros((BINS, 3))
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    place = np.minimum((np.nan_to_num(confidence) * BINS).astype(int), BINS - 1)  # NaN stays one in the sums
     for column, values in enumerate((np.ones_like(confidence), confidence, right)):
         np.add.at(sums[:, column], place, values)
     return sums

@@ -42,12 +42,17 @@ class Scored:
 
 
 def score(sides: Sequence[Side], documents: Sequence[TokenDocument], batch_size: int, what: str) -> Scored:
-    """Runs one or two sides over the documents; `what` names the progress bar."""
+    """Runs one or two sides over the documents; `what` names the progress bar.
+
+    Raises:
+        ValueError: two sides have vocabularies of different sizes.
+    """
     found = Scored({side.name: [] for side in sides}, [])
     batches = range(0, len(documents), batch_size)
     for start in tqdm(batches, desc=what, disable=None, leave=False):
         part = documents[start : start + batch_size]
         kept = [_counted_logits(side, part) for side in sides]
+        _check_vocabularies([each[0].shape[-1] for each in kept])
         for number, document in enumerate(part):
             targets = torch.tensor([t for t, c in zip(document.ids, document.counted, strict=True) if c])
             logits = [each[number] for each in kept]
@@ -56,6 +61,14 @@ def score(sides: Sequence[Side], documents: Sequence[TokenDocument], batch_size:
             if len(sides) == 2:
                 found.drift.append(_kl(*logits))
     return found
+
+
+def _check_vocabularies(sizes: Sequence[int]) -> None:
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"the models have {' and '.join(map(str, sizes))} entries in their vocabularies: predictions of different "
+            "tokens cannot be compared; leave --drift out."
+        )
 
 
 def _counted_logits(side: Side, part: Sequence[TokenDocument]) -> list[Tensor]:
