@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     Measure = Callable[[Sequence[Side]], list[Figure]]
 
+NOTHING, MODEL, ADAPTER = "nothing", "model", "adapter"
 _LEAST = {"limit": 1, "batch_size": 1, "context": 2, "num_fewshot": 0, "max_new_tokens": 1, "code_megabytes": 64}
 
 HELP = "measure a base and its adapter side by side: tasks, drift, bias"
@@ -71,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.table import as_rows, as_table, not_finite
 
     with quiet(), limited(Limits(args.code_seconds, args.code_megabytes)):
-        tokenizer = _tokenizer(args)
-        measures = _planned(args, tokenizer)
-        sides = _sides(args)
+        given = _given(args)
+        measures = _planned(args, _tokenizer(args))
+        sides = _sides(args, given)
         figures = [figure for measure in measures for figure in measure(sides)]
     names = [side.name for side in sides]
     rows = as_rows(figures, names)
@@ -222,20 +224,44 @@ def _answers(args: argparse.Namespace) -> str:
     return str(Path(args.output).with_suffix("")) + "_mt_bench"
 
 
+@dataclass(frozen=True)
+class Given:
+    """What ADAPTER is: nothing, a model of its own, a LoRA as it was read, or another form, which PEFT loads."""
+
+    kind: str  # of NOTHING, MODEL, ADAPTER
+    adapter: Adapter | None = None
+
+
+def _given(args: argparse.Namespace) -> Given:
+    """Looks at ADAPTER, and reads a LoRA's files."""
+    from transformers import AutoConfig
+
+    from ..evaluation.sides import check_adapter_form, ordinary_lora
+
+    if args.adapter is None:
+        return Given(NOTHING)
+    config = check_adapter_form(args.adapter)
+    if config is not None:
+        return Given(ADAPTER, ordinary_lora(args.adapter, config))
+    try:
+        AutoConfig.from_pretrained(args.adapter)
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"ADAPTER {args.adapter} holds neither an adapter_config.json nor a model: {text}") from None
+    return Given(MODEL)
+
+
 # --- the models
 
 
-def _sides(args: argparse.Namespace) -> list[Side]:
+def _sides(args: argparse.Namespace, given: Given) -> list[Side]:
     """Loads the models that are compared."""
-    from ..evaluation.sides import BASE, Side, check_form, ordinary_lora, with_adapter
+    from ..evaluation.sides import BASE, Side, with_adapter
 
-    if args.adapter is None:
-        return [Side(BASE, _placed(args, load_base(args.base, args.dtype or "auto")))]
-    config = check_form(args.adapter)
-    if config is None:
-        base = _placed(args, load_base(args.base, args.dtype or "auto"))
-        return [Side(BASE, base), Side("model", _placed(args, _merged(args)))]
-    adapter = ordinary_lora(args.adapter, config)
+    if given.kind != ADAPTER:
+        sides = [Side(BASE, _placed(args, load_base(args.base, args.dtype or "auto")))]
+        return sides if given.kind == NOTHING else [*sides, Side(MODEL, _placed(args, _merged(args)))]
+    adapter = given.adapter
 
     def again() -> Any:
         print("note     the base is loaded twice: this form of adapter cannot be switched off exactly", file=sys.stderr)
@@ -250,7 +276,7 @@ def _merged(args: argparse.Namespace) -> Any:
         return load_base(args.adapter, args.dtype or "auto")
     except ValueError as error:
         text = str(error).replace(f"--base {args.adapter}", f"ADAPTER {args.adapter}", 1)
-        raise ValueError(f"{text} (it holds no adapter_config.json either)") from None
+        raise ValueError(text) from None
 
 
 def _base(args: argparse.Namespace, adapter: Adapter | None) -> Any:

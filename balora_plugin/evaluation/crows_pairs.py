@@ -10,7 +10,7 @@ from typing import Any
 from .documents import whole_text
 from .figures import Figure
 from .rows import read_rows
-from .scoring import score
+from .scoring import score_documents
 from .sides import Side
 
 NAME = "crows_pairs"
@@ -51,7 +51,7 @@ def crows_figures(pairs: Sequence[Pair], sides: Sequence[Side], tokenizer: Any, 
     documents = [whole_text(text, tokenizer) for text in texts]
     likelihoods = {}
     for side in sides:  # one at a time: nothing of two models is compared within a token
-        sums = score([side], documents, batch_size, f"{NAME} ({side.name})").sides[side.name]
+        sums = score_documents([side], documents, batch_size, f"{NAME} ({side.name})").sides[side.name]
         likelihoods[side.name] = [-each.loss for each in sums]
     more = {name: values[0::2] for name, values in likelihoods.items()}
     less = {name: values[1::2] for name, values in likelihoods.items()}

@@ -8,14 +8,14 @@ from pathlib import Path
 from .calibration import ECE
 from .documents import Reading
 from .figures import RATIO, Figure
-from .scoring import DocumentSums, Scored, score
+from .scoring import DocumentSums, Scored, score_documents
 from .sides import Side
 
 
 def drift_figures(path: str, reading: Reading, sides: Sequence[Side], batch_size: int) -> list[Figure]:
     """Measures the sides on the documents of a file; all figures are means over counted tokens, losses in nats."""
     name = f"drift:{Path(path).name}"
-    return figures_of(name, score(sides, reading.documents, batch_size, name))
+    return figures_of(name, score_documents(sides, reading.documents, batch_size, name))
 
 
 def figures_of(name: str, scored: Scored) -> list[Figure]:

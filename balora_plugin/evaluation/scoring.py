@@ -41,7 +41,7 @@ class Scored:
     drift: list[float]
 
 
-def score(sides: Sequence[Side], documents: Sequence[TokenDocument], batch_size: int, what: str) -> Scored:
+def score_documents(sides: Sequence[Side], documents: Sequence[TokenDocument], batch_size: int, what: str) -> Scored:
     """Runs one or two sides over the documents; `what` names the progress bar.
 
     Raises:

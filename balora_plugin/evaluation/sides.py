@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from ..checkpoint.json_file import read_object
@@ -40,7 +40,7 @@ class Side:
             yield self.model
 
 
-def check_form(directory: str) -> Mapping[str, Any] | None:
+def check_adapter_form(directory: str) -> Mapping[str, Any] | None:
     """Returns an adapter's config, or None where `directory` is no adapter; called before a model is loaded.
 
     Raises:
@@ -61,6 +61,10 @@ def check_form(directory: str) -> Mapping[str, Any] | None:
             f"task_type={task!r} in {directory!r}: only causal language models are evaluated here; balora glue scores "
             "classifiers."
         )
+    try:
+        PeftConfig.from_pretrained(directory)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # whatever its fields make of other types
+        raise ValueError(f"{path} is not read by PEFT: {type(error).__name__}: {error}") from None
     return config
 
 
@@ -96,7 +100,7 @@ def with_adapter(base: Any, directory: str, adapter: Adapter | None, again: Call
     else:
         try:
             wrapped = PeftModel.from_pretrained(base, directory).eval()
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{directory!r} does not fit this base: {' '.join(str(error).split())[:200]}") from None
     model = wrapped.get_base_model()
     switch = TeacherSwitch(wrapped)

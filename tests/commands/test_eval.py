@@ -228,7 +228,8 @@ def test_another_base_is_refused(adapter, place, capsys, tmp_path):
     assert "is not the base that" in line
 
 
+@pytest.mark.usefixtures("never_loads")
 def test_what_is_neither_adapter_nor_model_is_named(place, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     line = refused(capsys, "eval", tmp_path / "empty", "--base", place / "base", "--drift", place / "text.txt")
-    assert line.startswith(f"Error: ADAPTER {tmp_path / 'empty'} does not load")
+    assert line.startswith(f"Error: ADAPTER {tmp_path / 'empty'} holds neither")

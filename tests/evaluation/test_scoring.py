@@ -14,7 +14,7 @@ from balora_plugin.evaluation.crows_pairs import Pair, crows_figures, read_pairs
 from balora_plugin.evaluation.documents import TokenDocument, whole_text
 from balora_plugin.evaluation.drift import figures_of
 from balora_plugin.evaluation.figures import measured
-from balora_plugin.evaluation.scoring import score
+from balora_plugin.evaluation.scoring import score_documents
 from balora_plugin.evaluation.sides import Side
 
 pytestmark = pytest.mark.hosts
@@ -51,7 +51,7 @@ def reference(model, document):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_sums_are_those_of_float64_logits(sides, documents, batch_size):
-    scored = score(sides, documents, batch_size, "test")
+    scored = score_documents(sides, documents, batch_size, "test")
     for number, document in enumerate(documents):
         logs = []
         for side in sides:
@@ -69,7 +69,7 @@ def test_sums_are_those_of_float64_logits(sides, documents, batch_size):
 
 
 def test_drift_is_a_mean_over_counted_tokens_and_of_the_adapter_alone(sides, documents):
-    scored = score(sides, documents, 2, "test")
+    scored = score_documents(sides, documents, 2, "test")
     figures = {figure.name: figure for figure in figures_of("drift:x", scored)}
     kl = figures["kl_from_base"]
     assert list(kl.values) == ["adapter"]
@@ -77,14 +77,14 @@ def test_drift_is_a_mean_over_counted_tokens_and_of_the_adapter_alone(sides, doc
     assert measured(kl, "adapter").value == pytest.approx(sum(scored.drift) / count)
     loss = sum(sums.loss for sums in scored.sides["base"]) / count
     assert measured(figures["loss"], "base").value == pytest.approx(loss)
-    alone = figures_of("drift:x", score(sides[:1], documents, 2, "test"))
+    alone = figures_of("drift:x", score_documents(sides[:1], documents, 2, "test"))
     assert [figure.name for figure in alone] == ["loss", "entropy", "accuracy", "ece"]
 
 
 def test_two_vocabularies_are_refused(sides, documents):
     larger = Side("model", tiny_llama(vocab_size=100).eval())
     with pytest.raises(ValueError, match=r"96 and 100 entries.*--drift"):
-        score([sides[0], larger], documents, 1, "test")
+        score_documents([sides[0], larger], documents, 1, "test")
 
 
 def test_crows_pairs_counts_the_likelier_sentence(sides, tokenizer):
@@ -131,7 +131,7 @@ def test_a_switched_adapter_is_scored_as_two_models_are(tmp_path, ids, documents
     switched = with_adapter(base(), directory, ordinary_lora(directory, {"peft_type": "LORA"}), lambda: 1 / 0)
     assert switched[0].model is switched[1].model
     apart = [Side("base", base()), Side("adapter", model.eval().merge_and_unload())]
-    one, two = score(switched, documents, 2, "test"), score(apart, documents, 2, "test")
+    one, two = score_documents(switched, documents, 2, "test"), score_documents(apart, documents, 2, "test")
     assert one.drift == pytest.approx(two.drift, rel=1e-3) and min(one.drift) > 1e-3
     assert [s.loss for s in one.sides["base"]] == [s.loss for s in two.sides["base"]]
     assert [s.loss for s in one.sides["adapter"]] == pytest.approx([s.loss for s in two.sides["adapter"]], rel=1e-5)
