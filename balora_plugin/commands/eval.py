@@ -225,36 +225,36 @@ def _answers(args: argparse.Namespace) -> str:
 
 
 @dataclass(frozen=True)
-class Given:
+class _Given:
     """What ADAPTER is: nothing, a model of its own, a LoRA as it was read, or another form, which PEFT loads."""
 
     kind: str  # of NOTHING, MODEL, ADAPTER
     adapter: Adapter | None = None
 
 
-def _given(args: argparse.Namespace) -> Given:
+def _given(args: argparse.Namespace) -> _Given:
     """Looks at ADAPTER, and reads a LoRA's files."""
     from transformers import AutoConfig
 
     from ..evaluation.sides import check_adapter_form, ordinary_lora
 
     if args.adapter is None:
-        return Given(NOTHING)
+        return _Given(NOTHING)
     config = check_adapter_form(args.adapter)
     if config is not None:
-        return Given(ADAPTER, ordinary_lora(args.adapter, config))
+        return _Given(ADAPTER, ordinary_lora(args.adapter, config))
     try:
         AutoConfig.from_pretrained(args.adapter)
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())[:200]
         raise ValueError(f"ADAPTER {args.adapter} holds neither an adapter_config.json nor a model: {text}") from None
-    return Given(MODEL)
+    return _Given(MODEL)
 
 
 # --- the models
 
 
-def _sides(args: argparse.Namespace, given: Given) -> list[Side]:
+def _sides(args: argparse.Namespace, given: _Given) -> list[Side]:
     """Loads the models that are compared."""
     from ..evaluation.sides import BASE, Side, with_adapter
 
