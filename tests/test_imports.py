@@ -31,6 +31,7 @@ LAYERS = (
     ("hosts.transformers", "hosts.trl", "hosts.axolotl"),
     ("doctor",),
     ("glue",),
+    ("evaluation",),
     ("commands",),
 )
 TREES = ("balora_plugin", "benchmarks", "studies", "integration")

@@ -55,7 +55,7 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Base:
     Raises:
         ValueError: another base, one that cannot be merged into, or an adapter of no causal language model.
     """
-    from ..export import lora_file
+    from ..export import lora_file, residual_start
     from ..pretrained.identity import BaseIdentity
     from ..pretrained.quantised_experts import dequantise_experts
 
@@ -85,7 +85,10 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Base:
         instead="write --merge-into full" if args.merge else "leave --base out",
         trained=(adapter.origin or {}).get("base_class"),
     )
-    verdict = _compared(args, adapter, model, recorded)
+    verdict = compared(args.base, adapter, model, recorded)
+    if args.initial is not None:
+        residual_start.check_start(model, lora_file.read_adapter(args.initial), str(adapter.config.init_lora_weights))
+        verdict = "initial" if verdict == "unknown" else verdict
     dequantise_experts(model)  # to what they compute with: stock PEFT adapts no parameter that is stored quantised
     quantised = getattr(model, "is_quantized", False)
     if args.merge and quantised:
@@ -97,13 +100,12 @@ def base_of(args: argparse.Namespace, adapter: Adapter) -> Base:
     return Base(model, verdict, recorded, dequantised=args.merge and quantised)
 
 
-def _compared(args: argparse.Namespace, adapter: Adapter, model: Any, recorded: BaseIdentity | None) -> str:
-    """Returns how a base compares with the recorded one, after it got the rows of tokens added in training.
+def compared(name: str, adapter: Adapter, model: Any, recorded: BaseIdentity | None) -> str:
+    """Returns how the base --base `name` compares with the recorded one, after it got the rows of tokens added in it.
 
     Raises:
         ValueError: it is another one.
     """
-    from ..export import lora_file, residual_start
     from ..export.attach import fit_vocabulary
     from ..pretrained import probe
     from ..pretrained.identity import base_identity, compare
@@ -120,12 +122,10 @@ def _compared(args: argparse.Namespace, adapter: Adapter, model: Any, recorded: 
         distance = None if stored.base is None or logits is None else probe.discrepancy(logits, stored.base)
     if verdict == "other" or (distance is not None and distance > probe.TOLERANCE_QUANTISED):
         raise ValueError(
-            f"--base {args.base}, {here}, is not the base that {args.adapter!r} was trained on, {recorded}: give that "
+            f"--base {name}, {here}, is not the base that {adapter.directory!r} was trained on, {recorded}: give that "
             "one (balora verify shows the difference)."
         )
-    if args.initial is not None:
-        residual_start.check_start(model, lora_file.read_adapter(args.initial), str(adapter.config.init_lora_weights))
-    return "initial" if verdict == "unknown" and args.initial is not None else verdict
+    return verdict
 
 
 def stored_probe_of(adapter: Adapter) -> Any:

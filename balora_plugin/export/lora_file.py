@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,11 +196,19 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
         raise ValueError(f"{path} is not read by PEFT: {type(error).__name__}: {error}") from None
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_type={config.peft_type.value!r} in {directory!r} is no LoRA: only LoRAs are read.")
-    for key, neutral in NEUTRAL_OPTIONS.items():
-        value = getattr(config, key, neutral.value)
-        if value not in (neutral.value, None, False) and key not in _NOT_THE_UPDATE:
-            raise ValueError(f"{key}={value!r} in {directory!r}: the update is not scaling * B A; not supported.")
+    for key in foreign_options(vars(config)):
+        value = getattr(config, key)
+        raise ValueError(f"{key}={value!r} in {directory!r}: the update is not scaling * B A; not supported.")
     return config, read_settings(files)
+
+
+def foreign_options(config: Mapping[str, Any]) -> list[str]:
+    """Returns the options of a LoRA's config with which its update is not scaling * B A."""
+    return [
+        key
+        for key, neutral in NEUTRAL_OPTIONS.items()
+        if config.get(key) not in (neutral.value, None, False) and key not in _NOT_THE_UPDATE
+    ]
 
 
 def task_type_of(config: LoraConfig) -> str:

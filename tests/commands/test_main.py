@@ -32,6 +32,7 @@ ERRORS = [
 ]
 LINES = {  # a command line of every subcommand
     "doctor": [],
+    "eval": ["ADAPTER", "--base", "BASE", "--drift", __file__],
     "export": ["ADAPTER", "--output", "OUTPUT"],
     "glue": ["--recipe", "ADAPTER", "--output", "OUTPUT"],
     "verify": ["ADAPTER", "--base", "BASE"],
@@ -116,7 +117,7 @@ def nothing(path):
         file.unlink()
 
 
-@pytest.mark.parametrize("command", ["export", "verify"])
+@pytest.mark.parametrize("command", ["eval", "export", "verify"])
 @pytest.mark.parametrize(
     "damage",
     [
