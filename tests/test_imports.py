@@ -31,6 +31,9 @@ LAYERS = (
     ("hosts.transformers", "hosts.trl", "hosts.axolotl"),
     ("doctor",),
     ("glue",),
+    ("samples",),
+    ("report",),
+    ("compare",),
     ("commands",),
 )
 TREES = ("balora_plugin", "benchmarks", "studies", "integration")

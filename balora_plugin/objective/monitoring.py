@@ -37,8 +37,8 @@ def monitored_tokens(
 def monitored_samples(logits: Tensor, teacher: Tensor | None, counted: Tensor, problem: str) -> dict[str, Tensor]:
     """Drift and entropy of a classifier's samples, summed: logits (N, D) of student and teacher, counted (N,).
 
-    Nothing without the teacher's. Several labels a sample: of each label's Bernoulli distribution, summed over labels. Scores: the drift is the
-    squared difference, and there is no entropy.
+    Nothing without the teacher's. Several labels a sample: of each label's Bernoulli distribution, summed over labels.
+    Scores: the drift is the squared difference, and there is no entropy.
     """
     if teacher is None:
         return {}

@@ -40,6 +40,12 @@ def monitored_teacher(host: HostTrainer, bare: Any, config: RegularizerConfig, g
 
 
 def as_it_began(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model that keeps computing what the model computes now; what does not train is shared."""
+    """Returns a copy of a model that keeps computing what the model computes now; what does not train is shared.
+
+    Without a forward that a host gave to the instance (TRL's own loss): the copy's would run the model's layers.
+    """
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared)
+    twin = copy.deepcopy(model, shared)
+    if not hasattr(twin, "_hf_hook"):  # accelerate's, which moves tensors between devices
+        vars(twin).pop("forward", None)
+    return twin
