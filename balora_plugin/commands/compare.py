@@ -24,7 +24,7 @@ from ._models import quiet
 
 if TYPE_CHECKING:
     from ..compare.cells import Data
-    from ..compare.plan import Cell, Recipe
+    from ..compare.plan import Cell, GridSettings
     from ..compare.results import Results
 
 HELP = "compare methods on your own data"
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns its exit code."""
-    from ..compare.plan import Cell, Recipe, data_digest, default_steps, terms_from
+    from ..compare.plan import Cell, GridSettings, default_steps, rows_digest, terms_from
     from ..report.drawing import check_drawing
     from ..samples.jsonl import read_samples
     from ..samples.split import split
@@ -65,14 +65,14 @@ def run(args: argparse.Namespace) -> int:
     terms = terms_from(args.preset, args.terms)
     terms.resolved("nlu" if samples.task == "classification" else "nlg")  # says now what is for the other family
     prompts = questions(args.prompts)
-    recipe = Recipe(
+    recipe = GridSettings(
         model=args.model,
         steps=args.steps or default_steps(len(train.rows), args.batch),
         rank=args.rank,
         batch=args.batch,
         max_length=args.max_length,
         terms=terms,
-        data=data_digest(train, held_out),
+        data=rows_digest(train, held_out),
     )
     cells = [
         Cell(method, rate, seed)
@@ -140,7 +140,7 @@ def _needed(task: str) -> None:
             raise ImportError(f"{name} is needed to compare: pip install 'balora-plugin[compare]'")
 
 
-def _record(cell: Cell, recipe: Recipe, data: Data, output: str, place: str) -> dict[str, Any]:
+def _record(cell: Cell, recipe: GridSettings, data: Data, output: str, place: str) -> dict[str, Any]:
     """A cell's record: kept from before, or of a run now."""
     from ..atomic import write_text
     from ..compare.cells import train_cell
@@ -157,7 +157,7 @@ def _record(cell: Cell, recipe: Recipe, data: Data, output: str, place: str) -> 
     return record
 
 
-def _written(records: list[dict[str, Any]], recipe: Recipe, counts: tuple[int, int], output: str) -> Results:
+def _written(records: list[dict[str, Any]], recipe: GridSettings, counts: tuple[int, int], output: str) -> Results:
     """The results, written as JSON and Markdown and printed."""
     import dataclasses
 
@@ -166,21 +166,19 @@ def _written(records: list[dict[str, Any]], recipe: Recipe, counts: tuple[int, i
     from rich.table import Table
 
     from ..atomic import write_text
-    from ..compare.results import results_of
+    from ..compare.results import NOTE, results_of
 
     results = results_of(records, counts)
     content = {"recipe": dataclasses.asdict(recipe), **results.as_json()}
     write_text(Path(output, "results.json"), json.dumps(content, indent=1))
     write_text(Path(output, "results.md"), results.markdown())
     console = Console()
-    for title, (head, rows) in {
-        "Held out, mean ± standard deviation over seeds (*: best rate)": results.table(),
-        "Differences at the best rates": results.table_of_differences(),
-    }.items():
+    console.print(NOTE, highlight=False)
+    for head, rows in (results.table(), results.table_of_differences()):
+        table = Table(*head, box=box.SIMPLE, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
         if rows:
-            table = Table(*head, title=title, title_justify="left", box=box.SIMPLE)
-            for row in rows:
-                table.add_row(*row)
             console.print(table)
     for each in results.limits:
         console.print(f"- {each}", highlight=False)
@@ -190,13 +188,13 @@ def _written(records: list[dict[str, Any]], recipe: Recipe, counts: tuple[int, i
 def _report(
     args: argparse.Namespace,
     cells: list[Cell],
-    recipe: Recipe,
+    recipe: GridSettings,
     data: Data,
     prompts: tuple[str, ...],
     results: Results,
 ) -> None:
     """The report of each method at its best rate."""
-    from ..report.before_after import Asked
+    from ..report.before_after import AskedOfModels
     from ..report.page import page_of, write_page
     from ..report.runs import read_runs
 
@@ -205,5 +203,5 @@ def _report(
     runs = read_runs([str(Path(args.output, "runs", cell.name(recipe))) for cell in shown])
     title = f"{', '.join(line.method for line in results.best)} on {Path(args.data).name}"
     notes = ["Each method at its best learning rate.", *results.limits]
-    page = page_of(runs, title, Asked(args.model, data.held_out, prompts), notes)
+    page = page_of(runs, title, AskedOfModels(args.model, data.held_out, prompts), notes)
     print(write_page(page, str(Path(args.output, "report"))))

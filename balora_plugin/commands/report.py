@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..report.before_after import Asked
+    from ..report.before_after import AskedOfModels
 
 HELP = "draw what runs have logged: one HTML page"
 
@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def asked_of(base: str | None, data: str | None, prompts: str | None) -> Asked | None:
+def asked_of(base: str | None, data: str | None, prompts: str | None) -> AskedOfModels | None:
     """Returns what is to be asked of models; None without `base`.
 
     Raises:
         ValueError: data or prompts without a base, a base with neither, or a file that does not hold them.
     """
-    from ..report.before_after import Asked
+    from ..report.before_after import AskedOfModels
     from ..samples.jsonl import read_samples
 
     if base is None:
@@ -71,7 +71,7 @@ def asked_of(base: str | None, data: str | None, prompts: str | None) -> Asked |
         return None
     if data is None and prompts is None:
         raise ValueError(f"--base {base} is asked nothing: add --data FILE, --prompts FILE or both.")
-    return Asked(base, None if data is None else read_samples(data), questions(prompts))
+    return AskedOfModels(base, None if data is None else read_samples(data), questions(prompts))
 
 
 def questions(path: str | None) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ..report.runs import number as logged
 from ..samples.jsonl import Samples
 from ..samples.models import load_model
 from ..samples.rendering import as_trained
-from .plan import Cell, Recipe
+from .plan import Cell, GridSettings
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class KeepsRows:
                 self.kept.setdefault(name, []).append(float(value))
 
 
-def train_cell(cell: Cell, recipe: Recipe, data: Data, output: str) -> dict[str, Any]:
+def train_cell(cell: Cell, recipe: GridSettings, data: Data, output: str) -> dict[str, Any]:
     """Trains a cell, saves its adapter and its log in `output`; returns its record, JSON-ready.
 
     Raises:
@@ -94,7 +94,7 @@ def _progress() -> Any:
     return Progress()
 
 
-def _arguments(cell: Cell, recipe: Recipe, output: str, accelerated: bool) -> dict[str, Any]:
+def _arguments(cell: Cell, recipe: GridSettings, output: str, accelerated: bool) -> dict[str, Any]:
     return {
         "output_dir": output,
         "max_steps": recipe.steps,
@@ -115,7 +115,7 @@ def _arguments(cell: Cell, recipe: Recipe, output: str, accelerated: bool) -> di
     }
 
 
-def _adapter(cell: Cell, recipe: Recipe, task_type: str) -> BaLoraConfig | None:
+def _adapter(cell: Cell, recipe: GridSettings, task_type: str) -> BaLoraConfig | None:
     if cell.method == "full":
         return None
     return BaLoraConfig(
@@ -128,7 +128,7 @@ def _adapter(cell: Cell, recipe: Recipe, task_type: str) -> BaLoraConfig | None:
     )
 
 
-def _language_model(model: Any, cell: Cell, recipe: Recipe, data: Data, output: str) -> Any:
+def _language_model(model: Any, cell: Cell, recipe: GridSettings, data: Data, output: str) -> Any:
     import torch
     from datasets import Dataset
 
@@ -150,7 +150,7 @@ def _language_model(model: Any, cell: Cell, recipe: Recipe, data: Data, output: 
     )
 
 
-def _classifier(model: Any, cell: Cell, recipe: Recipe, data: Data, output: str) -> Any:
+def _classifier(model: Any, cell: Cell, recipe: GridSettings, data: Data, output: str) -> Any:
     import torch
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, TrainingArguments
@@ -187,9 +187,16 @@ def _classifier(model: Any, cell: Cell, recipe: Recipe, data: Data, output: str)
 
 def _row_by_row(trainer: Any) -> dict[str, list[float]]:
     """The sums of each held-out row, from an evaluation of one a batch, which is not logged."""
+    from transformers.utils import logging
+
     trainer.kept = {}
     trainer.args.per_device_eval_batch_size = 1
-    trainer.evaluation_loop(trainer.get_eval_dataloader(), "rows", prediction_loss_only=True)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # of a single sample there is no spectrum: nobody asked for one
+    try:
+        trainer.evaluation_loop(trainer.get_eval_dataloader(), "rows", prediction_loss_only=True)
+    finally:
+        logging.set_verbosity(before)
     return dict(trainer.kept)
 
 

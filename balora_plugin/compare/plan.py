@@ -17,7 +17,7 @@ _OFF = {"lambda_consistency": 0.0, "lambda_diversity": 0.0, "lambda_svd": 0.0}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class GridSettings:
     """What all cells share.
 
     Attributes:
@@ -41,7 +41,8 @@ class Recipe:
     def terms_of(self, method: str) -> RegularizerConfig:
         """Returns a method's terms, all of them measured in evaluation."""
         off: dict[str, Any] = {} if method == "ba_lora" else {**_OFF, "head_warmup_steps": 0, "teacher_cache": None}
-        return dataclasses.replace(self.terms, **off, monitor=True)
+        often = min(self.terms.share_interval, max(1, self.steps // 10))  # 0: never
+        return dataclasses.replace(self.terms, **off, share_interval=often, monitor=True)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Cell:
     rate: float
     seed: int
 
-    def name(self, recipe: Recipe) -> str:
+    def name(self, recipe: GridSettings) -> str:
         """Returns the name of its directory: another recipe's cell has another one, other methods' terms aside."""
         values = dataclasses.asdict(dataclasses.replace(recipe, terms=recipe.terms_of(self.method)))
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
@@ -62,7 +63,7 @@ class Cell:
         return f"{self.method}, learning rate {self.rate:g}, seed {self.seed}"
 
 
-def data_digest(train: Samples, held_out: Samples) -> str:
+def rows_digest(train: Samples, held_out: Samples) -> str:
     """Returns the SHA-256 of the rows on both sides, in their order."""
     return digest_of([train.rows, held_out.rows, train.classes])
 

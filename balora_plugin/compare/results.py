@@ -11,18 +11,22 @@ import numpy as np
 from .statistics import LEVEL, Interval, limits, paired_difference, rows_of
 
 MEASURES = {  # of a cell's last evaluation, in the order of the table
-    "loss": "held-out loss",
-    "balora/drift": "drift, nats",
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
+    "loss": "loss",
+    "balora/drift": "drift",
+    "accuracy": "acc.",
+    "macro_f1": "F1",
     "pearson": "Pearson",
     "mean_token_accuracy": "token acc.",
 }
-_PAIRED = {"loss": "held-out loss", "drift": "drift, nats"}
+NOTE = (
+    "Held out, mean ± standard deviation over seeds: task loss, drift from the model before in nats; the norm of the "
+    "first gradient; seconds of a run. *: the rate with a method's lowest loss."
+)
+_PAIRED = {"loss": "loss", "drift": "drift"}
 
 
 @dataclass(frozen=True)
-class Line:
+class MethodAtRate:
     """A method at one learning rate: its records, one a seed; `best`: of its rates the one with the lowest loss."""
 
     method: str
@@ -41,7 +45,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Difference:
+class BestDifference:
     """How a method at its best rate differs from the first method at its own."""
 
     method: str
@@ -61,20 +65,20 @@ class Difference:
 class Results:
     """All of a comparison. `counts`: rows to train on, and held out; `limits`: what it cannot tell."""
 
-    lines: list[Line]
-    differences: list[Difference]
+    lines: list[MethodAtRate]
+    differences: list[BestDifference]
     limits: list[str]
     counts: tuple[int, int]
 
     @property
-    def best(self) -> list[Line]:
+    def best(self) -> list[MethodAtRate]:
         """Returns each method at its best rate."""
         return [line for line in self.lines if line.best]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Returns the head and the rows of the table of methods and rates."""
         shown = {key: words for key, words in MEASURES.items() if any(line.values(key) for line in self.lines)}
-        head = ["method", "rate", "seeds", *shown.values(), "first grad norm", "seconds"]
+        head = ["method", "rate", "seeds", *shown.values(), "first norm", "s"]
         rows = []
         for line in self.lines:
             norms = [each["first_gradient_norm"] for each in line.records if each["first_gradient_norm"] is not None]
@@ -117,7 +121,7 @@ class Results:
 
     def markdown(self) -> str:
         """Returns both tables and what they cannot tell, as Markdown."""
-        parts = [_markdown(*self.table()), "`*`: the learning rate with the method's lowest held-out loss."]
+        parts = [_markdown(*self.table()), NOTE]
         if self.differences:
             parts.append(_markdown(*self.table_of_differences()))
         return "\n\n".join([*parts, *(f"- {each}" for each in self.limits)]) + "\n"
@@ -128,9 +132,9 @@ def results_of(records: Sequence[dict[str, Any]], counts: tuple[int, int]) -> Re
     grouped: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for record in records:
         grouped.setdefault((record["method"], record["learning_rate"]), []).append(record)
-    lines = [Line(method, rate, tuple(each), False) for (method, rate), each in grouped.items()]
+    lines = [MethodAtRate(method, rate, tuple(each), False) for (method, rate), each in grouped.items()]
     chosen = {method: _best([line for line in lines if line.method == method]) for method, _ in grouped}
-    lines = [Line(line.method, line.rate, line.records, line.rate == chosen[line.method]) for line in lines]
+    lines = [MethodAtRate(line.method, line.rate, line.records, line.rate == chosen[line.method]) for line in lines]
     first, *others = [line for line in lines if line.best]
     found = [difference for other in others for difference in _differences(first, other)]
     intervals = [each.interval for each in found if each.measure == _PAIRED["loss"]]
@@ -140,17 +144,17 @@ def results_of(records: Sequence[dict[str, Any]], counts: tuple[int, int]) -> Re
     return Results(lines, found, said, counts)
 
 
-def _best(lines: Sequence[Line]) -> float:
+def _best(lines: Sequence[MethodAtRate]) -> float:
     """The rate with the lowest loss; one that diverged never wins where another did not."""
     return min(lines, key=lambda line: line.loss if np.isfinite(line.loss) else np.inf).rate
 
 
-def _differences(first: Line, other: Line) -> list[Difference]:
+def _differences(first: MethodAtRate, other: MethodAtRate) -> list[BestDifference]:
     found = []
     for measure, words in _PAIRED.items():
         one, two = rows_of(first.records, measure), rows_of(other.records, measure)
         if one is not None and two is not None:
-            found.append(Difference(other.method, first.method, words, paired_difference(one, two)))
+            found.append(BestDifference(other.method, first.method, words, paired_difference(one, two)))
     return found
 
 
@@ -158,7 +162,7 @@ def _spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
     mean = f"{np.mean(values):.4g}"
-    return f"{mean} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else mean
+    return f"{mean} ± {np.std(values, ddof=1):.1g}" if len(values) > 1 else mean
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

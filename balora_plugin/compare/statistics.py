@@ -14,7 +14,7 @@ FEW_ROWS = 30  # of a bootstrap over fewer the intervals come out too narrow
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSums:
     """Sums of a measure over each held-out row, and what they are divided by: (seeds, rows) each."""
 
     sums: np.ndarray
@@ -40,7 +40,7 @@ class Interval:
         return not self.low <= 0.0 <= self.high
 
 
-def paired_difference(one: Rows, other: Rows, *, seed: int = 0) -> Interval:
+def paired_difference(one: RowSums, other: RowSums, *, seed: int = 0) -> Interval:
     """Returns other - one: rows, and seeds where there are several, are drawn anew, the same ones for both.
 
     Raises:
@@ -64,12 +64,12 @@ def _mean(sums: np.ndarray, counts: np.ndarray) -> Any:
         return np.mean(sums.sum(axis=1) / counts.sum(axis=1))
 
 
-def rows_of(records: Sequence[Mapping[str, Any]], measure: str) -> Rows | None:
+def rows_of(records: Sequence[Mapping[str, Any]], measure: str) -> RowSums | None:
     """Returns a measure of cells that differ by seed alone; None where they have none."""
     if not records or any(measure not in record["rows"] for record in records):
         return None
     sums = np.asarray([record["rows"][measure] for record in records], dtype=float)
-    return Rows(sums, np.asarray([record["rows"]["count"] for record in records], dtype=float))
+    return RowSums(sums, np.asarray([record["rows"]["count"] for record in records], dtype=float))
 
 
 def limits(held_out: int, seeds: int, intervals: Sequence[Interval]) -> list[str]:

@@ -20,7 +20,7 @@ NEW_TOKENS = 60
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedOfModels:
     """What of models is asked for. `base`: the pre-trained one; `samples`: rows of --data; `prompts`: questions."""
 
     base: str
@@ -47,7 +47,7 @@ class Compared:
     notes: list[str] = field(default_factory=list)
 
 
-def compared(asked: Asked, groups: Sequence[Group]) -> Compared:
+def compared(asked: AskedOfModels, groups: Sequence[Group]) -> Compared:
     """Runs the pre-trained model and that of each group's first run over what is asked.
 
     Raises:
@@ -78,7 +78,7 @@ def _trained(base: str, samples: Samples, tokenizer: Any, run: Run) -> Any:
     return load_model(str(run.path), samples, tokenizer)
 
 
-def _seen(model: Any, tokenizer: Any, asked: Asked) -> Seen:
+def _seen(model: Any, tokenizer: Any, asked: AskedOfModels) -> Seen:
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -49,7 +49,7 @@ def losses(groups: Sequence[Group]) -> Iterator[Picture]:
     yield from _lines(entropy, groups, _logged("eval_balora/entropy", "eval_entropy"))
 
 
-def terms(groups: Sequence[Group]) -> Iterator[Picture]:
+def term_curves(groups: Sequence[Group]) -> Iterator[Picture]:
     """Each term, its share of the gradient, its weight."""
     words = {
         "consistency": "Distance from the teacher's predictions, unweighted: 0 at the start.",

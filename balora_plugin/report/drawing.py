@@ -76,7 +76,7 @@ def png(picture: Picture, scheme: str) -> bytes:
 def _colours(look: Look) -> Iterator[None]:
     import matplotlib as mpl
 
-    values = {
+    values: Any = {
         "text.color": look.text,
         "axes.labelcolor": look.text,
         "axes.edgecolor": look.line,

@@ -35,7 +35,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Difference:
+class GroupDifference:
     """How a group differs from the first one in a measure: mean, and the interval over seeds where there are several.
 
     `paired`: the same seeds in both, so that each run is compared with its twin. `seeds`: the smaller number of both.
@@ -80,7 +80,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     return [Group(label, tuple(group)) for label, group in zip(labels, members, strict=True)]
 
 
-def differences(groups: Sequence[Group]) -> list[Difference]:
+def differences(groups: Sequence[Group]) -> list[GroupDifference]:
     """Returns how each later group differs from the first one, in every measure that both logged."""
     found = []
     for key, (name, less) in MEASURES.items():
@@ -98,7 +98,7 @@ def _difference(
     first: Sequence[tuple[int | None, float]],
     other: Sequence[tuple[int | None, float]],
     less: bool | None,
-) -> Difference:
+) -> GroupDifference:
     from scipy import stats
 
     ones, others = dict(first), dict(other)
@@ -114,7 +114,7 @@ def _difference(
         low, high = float(interval.low), float(interval.high)
         if low != low:  # no spread at all: equal runs
             low = high = mean
-    return Difference(label, measure, mean, low, high, paired, min(len(a), len(b)), less)
+    return GroupDifference(label, measure, mean, low, high, paired, min(len(a), len(b)), less)
 
 
 def _facts(run: Run) -> dict[str, Any]:

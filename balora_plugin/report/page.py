@@ -11,7 +11,7 @@ from typing import Any
 from .._version import __version__
 from ..atomic import write_text
 from . import curves
-from .before_after import Asked, compared, pictures
+from .before_after import AskedOfModels, compared, pictures
 from .drawing import SCHEMES, Picture, png
 from .groups import LEVEL, MEASURES, Group, differences, grouped
 from .runs import TERMS, Run
@@ -40,7 +40,7 @@ class Page:
     notes: list[str] = field(default_factory=list)
 
 
-def page_of(runs: Sequence[Run], title: str, asked: Asked | None = None, notes: Iterable[str] = ()) -> Page:
+def page_of(runs: Sequence[Run], title: str, asked: AskedOfModels | None = None, notes: Iterable[str] = ()) -> Page:
     """Returns the page of these runs; `asked`: what to ask of models, which are then loaded; `notes`: said at its top.
 
     Raises:
@@ -51,7 +51,7 @@ def page_of(runs: Sequence[Run], title: str, asked: Asked | None = None, notes: 
     groups = grouped(runs)
     sections = [
         Section("Loss and drift", [*curves.losses(groups)]),
-        Section("Terms", [*curves.terms(groups)]),
+        Section("Terms", [*curves.term_curves(groups)]),
         Section("Optimisation", [*curves.optimisation(groups)]),
         Section("Cost", [*curves.cost(groups)]),
         _section("The update", updates(groups)),

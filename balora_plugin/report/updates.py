@@ -42,7 +42,7 @@ def spectra_of(run: Run) -> Spectra | str:
     from ..export.residual_start import raw_start
 
     if run.adapter is None:
-        return "no adapter was saved there"
+        return "no adapter lies there, so its update is not drawn"
     try:
         adapter = read_adapter(run.adapter)
     except (ValueError, OSError) as error:

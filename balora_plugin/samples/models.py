@@ -34,7 +34,9 @@ def load_model(name: str, samples: Samples, tokenizer: Any) -> Any:
     import transformers
 
     dtype = torch.bfloat16 if torch.accelerator.is_available() and samples.task == "lm" else torch.float32
-    extra = {"num_labels": samples.outputs} if samples.task == "classification" else {}
+    # a head for other classes that is in its files gives way to a new one
+    of_classes = {"num_labels": samples.outputs, "ignore_mismatched_sizes": True}
+    extra = of_classes if samples.task == "classification" else {}
     kind = "AutoModelForSequenceClassification" if extra else "AutoModelForCausalLM"
     try:
         model = getattr(transformers, kind).from_pretrained(name, dtype=dtype, **extra)

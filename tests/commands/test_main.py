@@ -31,9 +31,11 @@ ERRORS = [
     ModuleNotFoundError("No module named 'sklearn'"),
 ]
 LINES = {  # a command line of every subcommand
+    "compare": ["--model", "BASE", "--data", "ADAPTER", "--output", "OUTPUT"],
     "doctor": [],
     "export": ["ADAPTER", "--output", "OUTPUT"],
     "glue": ["--recipe", "ADAPTER", "--output", "OUTPUT"],
+    "report": ["ADAPTER"],
     "verify": ["ADAPTER", "--base", "BASE"],
 }
 
