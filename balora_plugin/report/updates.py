@@ -51,7 +51,7 @@ def spectra_of(run: Run) -> Spectra | str:
     if start is not None:
         return f"its file, of init_lora_weights={start!r}, belongs to a residual base and does not say what moved"
     layers = {}
-    for name, update in adapter.updates.items():
+    for name, update in sorted(adapter.updates.items(), key=lambda item: in_order(item[0])):
         values = singular_values(*update.factors(), update.scaling)[0]
         layers[_short(name)] = [float(value) for value in values]
     return Spectra(layers)
@@ -88,6 +88,11 @@ def updates(groups: Sequence[Group]) -> Iterator[Picture | str]:
     for group in groups:
         found = spectra_of(group.runs[0])
         yield f"{group.runs[0].name}: {found}" if isinstance(found, str) else of_updates(group, found)
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """Returns what names of layers are sorted by: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _short(name: str) -> str:

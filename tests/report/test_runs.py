@@ -13,6 +13,7 @@ from balora_plugin.report.curves import optimisation, term_curves
 from balora_plugin.report.groups import differences, grouped
 from balora_plugin.report.page import page_of, write_page
 from balora_plugin.report.runs import clipped, read_runs
+from balora_plugin.report.updates import in_order
 
 OFF = {"lambda_consistency": 0.0, "lambda_diversity": 0.0, "lambda_svd": 0.0}
 
@@ -147,3 +148,8 @@ def test_a_run_that_logged_nothing_is_said(tmp_path):
     (tmp_path / "trainer_state.json").write_text('{"log_history": []}')
     with pytest.raises(ValueError, match="has logged nothing"):
         page_of(read_runs([str(tmp_path)]), "title")
+
+
+def test_layers_come_in_the_models_order():
+    names = [f"model.layers.{n}.mlp" for n in (10, 2, 0)] + ["model.head"]
+    assert sorted(names, key=in_order) == ["model.head", *(f"model.layers.{n}.mlp" for n in (0, 2, 10))]
