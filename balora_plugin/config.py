@@ -204,6 +204,13 @@ class RegularizerConfig:
         minimum=0,
         help="Measure each term's share of the gradient every n optimizer steps (`balora/share_*`); 0: never.",
     )
+    monitor: bool = setting(
+        "flag",
+        False,
+        help="Evaluation also measures every term of weight 0, `drift` (KL from the model that training began with at "
+        "T = 1, in nats a counted token or sample) and the predictions' `entropy`, for any method: curves of methods "
+        "stand beside each other. Training is not changed.",
+    )
 
     def __post_init__(self) -> None:
         for name, known in sorted(settings_of(self).items(), key=lambda item: item[1].kind != "choice"):

@@ -129,6 +129,13 @@ def test_what_would_train_something_else_stays_refused(case):
     assert not set(FOR_GOOD_REASONS) & set(superseded.SUPERSEDED)
 
 
+@pytest.mark.parametrize("method", [{"adapter": "lora", "peft_init_lora_weights": "pissa"}, {"adapter": None}])
+def test_a_baseline_of_any_start_is_monitored(method):
+    off = {"lambda_consistency": 0, "lambda_diversity": 0, "lambda_svd": 0}
+    target = "full" if method["adapter"] is None else "lora"
+    checks.check_raw({**LORA, **method, "ba_lora": {"apply_to": target, **off, "monitor": True}})
+
+
 class BringsATrainer(BasePlugin):
     def get_trainer_cls(self, cfg):
         return SimpleNamespace

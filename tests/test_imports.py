@@ -32,6 +32,9 @@ LAYERS = (
     ("doctor",),
     ("glue",),
     ("evaluation",),
+    ("samples",),
+    ("report",),
+    ("compare",),
     ("commands",),
 )
 TREES = ("balora_plugin", "benchmarks", "studies", "integration")

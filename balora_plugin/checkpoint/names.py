@@ -10,6 +10,7 @@ INIT_FILE = "ba_lora_init.safetensors"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 STATE_FILE = "trainer_state.json"  # the last file that a Trainer itself writes
+COST_FILE = "ba_lora_cost.json"  # of a run: what it was and what it cost
 MANIFEST_FILE = "ba_lora_checkpoint.json"  # of a checkpoint: written after all others
 OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULER_FILE = "scheduler.pt"

@@ -33,6 +33,7 @@ from .causal_lm_terms import (
     token_spectrum,
     token_sums,
 )
+from .monitoring import monitored_tokens
 from .request import StepOutput, StepRequest
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
@@ -48,7 +49,7 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         inputs: Its forward's keywords: input_ids (B, L) or inputs_embeds (B, L, d); labels (B, L) with -100 = not
             counted, or already shifted shift_labels (B, L); anything else goes to the backbone as it is.
     """
-    lambdas = request.lambdas
+    lambdas = request.measured
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     marked = labels if shifted is None else shifted
     if marked is None:
@@ -95,6 +96,8 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     }
     if spectrum is not None and spectrum.of == "head":
         ratio = head_spectrum(hidden, targets, asked.head, spectrum)
+    if request.monitor:
+        result |= monitored_tokens(request, sums, hidden, targets, asked)
     if ratio is not None:
         result |= {"svd": ratio[0], "svd_used_k": ratio[1]}
     if request.measure_shares:

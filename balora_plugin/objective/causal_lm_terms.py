@@ -51,7 +51,7 @@ def token_loss(
     task_rows: Tensor | None = None,
 ) -> TokenLoss:
     """What a request asks of the tokens; the teacher's tensors (B, T, ...), `task_rows` of the targets (B, T)."""
-    config, lambdas = request.config, request.lambdas
+    config, lambdas = request.config, request.measured
     name, temperature, top_k = config.consistency or "kl", config.temperature or 1.0, config.diversity_top_k or 0
     return TokenLoss(
         head=head.alone,
@@ -66,7 +66,7 @@ def token_loss(
 def spectrum_request(request: StepRequest, head: Head) -> SpectrumRequest | None:
     """What a request asks of the spectrum; None where that term is off."""
     config = request.config
-    if not request.lambdas.svd:
+    if not request.measured.svd or (not request.lambdas.svd and head.weight.device.type == "mps"):  # has no float64
         return None
     of = "features" if config.svd_input == "features" else "head" if head.softcap or head.trains else "factor"
     centered = config.svd_input == "centered_logits"

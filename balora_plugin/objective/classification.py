@@ -33,6 +33,7 @@ from .classification_terms import (
     task_rows,
 )
 from .gather import gather_rows
+from .monitoring import monitored_samples
 from .request import StepOutput, StepRequest
 
 IGNORED = -100
@@ -49,7 +50,7 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
         inputs: Its forward's keywords: input_ids (B, L); labels (B,) of classes, or (B,), (B, D) of numbers for
             regression or several labels a sample; anything else goes to the model as it is.
     """
-    lambdas, labels = request.lambdas, inputs.get("labels")
+    lambdas, labels = request.measured, inputs.get("labels")
     if labels is None:
         raise ValueError("the batch holds no labels: name the column of classes or scores 'label' or 'labels'.")
     inputs = {key: value for key, value in inputs.items() if key not in ("labels", "return_dict") and value is not None}
@@ -85,12 +86,13 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
         with request.part("spectrum"):
             if lambdas.svd:
                 found.spectrum(request, _rows(model, request, inputs, logits, captured, request.config.svd_input))
-        weighted = {name: getattr(lambdas, name) * value for name, value in found.sums.items()}
+        weighted = {name: getattr(request.lambdas, name) * value for name, value in found.sums.items()}
         loss = task
         for value in weighted.values():
             loss = loss + value
     result: dict[str, Any] = {"loss": loss, "task": task.detach(), "count": found.count, **found.facts}
     result |= {name: value.detach() for name, value in found.sums.items()}
+    result |= monitored_samples(logits, teacher if request.monitor else None, counted, problem)
     if request.return_logits:
         result["logits"] = logits
     if request.measure_shares:

@@ -38,7 +38,8 @@ class StepRequest:
     `return_hidden`: the student's final hidden states, in their graph, for logits that somebody may ask for.
     `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
     part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
-    device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask.
+    device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask. `monitor`:
+    every term is measured, at weight 0 too, and drift and entropy beside them.
     """
 
     config: RegularizerConfig
@@ -60,6 +61,12 @@ class StepRequest:
     part: Callable[[str], AbstractContextManager[None]] = uncounted
     task_weights: Tensor | None = None
     task_form: TaskForm = PLAIN_TASK
+    monitor: bool = False
+
+    @property
+    def measured(self) -> Lambdas:
+        """Returns the weights, 1 in place of 0 where all terms are measured: a term is computed where it has one."""
+        return Lambdas(*(weight or 1.0 for weight in self.lambdas)) if self.monitor else self.lambdas
 
 
 class CompiledPasses(NamedTuple):
@@ -83,7 +90,8 @@ class StepOutput(ModelOutput):
     `loss` = task + weighted token terms; `svd` is unweighted, None if it is off; `svd_used_k` is 0 where it cannot act
     (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
     hidden states. A classifier's are sums over samples: `svd` is in `loss` too, and `svd_count`, `diversity_count` say
-    for how many samples the batch's statistics stand.
+    for how many samples the batch's statistics stand. `drift`: the sum of KL(teacher || student) at T = 1, where all
+    is measured; of a classifier then `entropy` too.
     """
 
     loss: Tensor | None = None
@@ -101,6 +109,7 @@ class StepOutput(ModelOutput):
     logits: Tensor | None = None
     hidden: Tensor | None = None
     shares: Tensor | None = None
+    drift: Tensor | None = None
 
 
 Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]

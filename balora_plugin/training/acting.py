@@ -70,6 +70,8 @@ class BeforeTraining(TrainerCallback):
         check_adapters(run.model)
         if not (self._host.is_fsdp_enabled or self._host.is_deepspeed_enabled):  # their parameters may be others
             check_moves(run.wrapped, optimizer)
+        if config.monitor and not config.lambda_consistency and run.teacher is None:
+            check_teacher(run.adapter, None, model=run.model)
         if not config.lambda_consistency:
             return
         check_teacher(run.adapter, run.teacher, cached=config.teacher_cache is not None, model=run.model)

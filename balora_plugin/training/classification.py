@@ -117,12 +117,18 @@ class HeadWarmup(TrainerCallback):
             logger.info(f"BA-LoRA: the head was trained alone for {state.global_step} steps; the teacher has it now.")
 
 
+def _keeps_head(run: RunState) -> bool:
+    """Whether checkpoints hold the teacher's head in a file beside the adapter, which is not ours."""
+    config = run.config
+    return config.task == "nlu" and bool(config.lambda_consistency or config.monitor) and not run.ours
+
+
 def save_head(run: RunState, host: HostTrainer, directory: str, state_dict: dict[str, Tensor] | None) -> None:
     """Writes the teacher's head beside what the trainer saves; a BA-LoRA adapter has written it already.
 
     `state_dict`: the model's, where an engine has gathered it.
     """
-    if run.config.task != "nlu" or not run.config.lambda_consistency or run.ours or not host.args.should_save:
+    if not _keeps_head(run) or not host.args.should_save:
         return
     if run.teacher is not None:
         write_teacher_head(directory, run.teacher)
@@ -137,13 +143,12 @@ def restore_head(run: RunState, checkpoint: str) -> None:
     Raises:
         ValueError: the checkpoint has none.
     """
-    config = run.config
-    if config.task != "nlu" or not config.lambda_consistency or run.ours:
+    if not _keeps_head(run):
         return
     path = os.path.join(checkpoint, HEAD_FILE)
     if not os.path.isfile(path):
         raise ValueError(
             f"{checkpoint} holds no {HEAD_FILE}, so the teacher would get another head than the run began with: "
-            "resume a checkpoint of a run with these terms, or set lambda_consistency=0."
+            "resume a checkpoint of a run with these terms, or set lambda_consistency=0 and monitor=False."
         )
     read_teacher_head(path, run.model if run.teacher is None else run.teacher)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..checkpoint.names import COST_FILE
+
 PARTS = ("teacher", "student", "token_terms", "spectrum", "rest")
 LABELS = {
     "teacher": "teacher forward",
@@ -22,7 +24,6 @@ LABELS = {
     "rest": "rest (optimizer, data, logging)",
     "step": "optimizer step",
 }
-COST_FILE = "ba_lora_cost.json"
 MEMORY_STEP = 1  # the optimizer step whose memory is measured: the first after everything exists
 WARM_UP = 1  # first steps that are not counted: allocation, compilation
 

@@ -29,7 +29,27 @@ def publish(run: RunState, args: Any) -> None:
         held_bytes=dataclasses.asdict(held_by(run.wrapped, optimizer_name(args))),
         device=torch.cuda.get_device_name(args.device) if meter.cuda else platform.machine() or "cpu",
         torch=torch.__version__,
+        run=settings_in_words(run, args),
     )
     write_report(report, args.output_dir)
     if not args.disable_tqdm:
         print(format_report(report))
+
+
+def settings_in_words(run: RunState, args: Any) -> dict[str, Any]:
+    """Returns what a run was, JSON-ready, for whoever compares runs: what of its arguments moves its result."""
+    adapter = run.adapter
+    start = getattr(adapter, "init_lora_weights", None)
+    return {
+        "seed": args.seed,
+        "learning_rate": args.learning_rate,
+        "max_grad_norm": args.max_grad_norm,
+        "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optim": optimizer_name(args),
+        "weight_decay": args.weight_decay,
+        "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "adapter": None
+        if adapter is None
+        else {"kind": str(adapter.peft_type.value).lower(), "start": start, "r": getattr(adapter, "r", None)},
+        "terms": run.config.to_dict(),
+    }

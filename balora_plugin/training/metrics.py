@@ -14,6 +14,7 @@ from ..schedules import Lambdas
 
 NEGLIGIBLE_SHARE = 1e-3
 TERMS = ("consistency", "diversity", "svd")
+MONITORED = ("drift", "entropy")  # in evaluation, with monitor
 _VALUES = ("task", *TERMS)
 
 Warn = Callable[[str, str], None]
@@ -48,7 +49,8 @@ class TermMetrics:
         values: dict[str, Tensor] = {"task": out.task, "count": out.count, "tokens": out.loss.detach()}
         if out.consistency is not None:
             values |= {"consistency": out.consistency, "consistency_count": out.count}
-        if out.diversity is not None and lambdas.diversity:
+        values |= _monitored(out)
+        if out.diversity is not None and (lambdas.diversity or out.drift is not None):
             standing = out.count if out.diversity_count is None else out.diversity_count
             values |= {"diversity": out.diversity, "diversity_count": standing, "diversity_inert": standing == 0}
         if out.svd is not None and out.svd_used_k is not None:
@@ -86,12 +88,13 @@ class TermMetrics:
         keys = ["task", "count", "tokens", "batches", "weighted_svd", "svd_inert", "svd_clamped", "svd_clamped_k"]
         keys += ["svd_used", "diversity_inert"]
         keys += [f"{what}{name}{suffix}" for what in ("", "share_") for name in TERMS for suffix in ("", "_count")]
+        keys += [f"{name}{suffix}" for name in MONITORED for suffix in ("", "_count")]
         zero = torch.zeros_like(sums["task"])
         packed = reduce(torch.stack([sums.get(key, zero) for key in keys]), "sum")
         total = defaultdict(float, zip(keys, packed.tolist(), strict=True))
         count = max(total["count"], 1.0)
         logs = {"balora/task": total["task"] / count}
-        for name in TERMS:
+        for name in (*TERMS, *MONITORED):
             if total[f"{name}_count"]:
                 logs[f"balora/{name}"] = total[name] / total[f"{name}_count"]
         if total["svd_used"]:
@@ -101,8 +104,10 @@ class TermMetrics:
         logs |= {f"balora/share_{name}": value for name, value in shares.items()}
         if judge:
             self._warn_negligible(shares)
-        self._warn_svd(total)
-        self._warn_diversity(total)
+        if self.config.lambda_svd:  # monitored at weight 0 it acts nowhere
+            self._warn_svd(total)
+        if self.config.lambda_diversity:
+            self._warn_diversity(total)
         return logs
 
     def _watch(self, values: dict[str, Tensor], step: int) -> None:
@@ -187,3 +192,11 @@ class TermMetrics:
                 f"these terms carry less than {NEGLIGIBLE_SHARE:g} of the task's gradient and hardly act: {listed}. "
                 "Raise them to see an effect, or set them to 0 to save their cost.",
             )
+
+
+def _monitored(out: StepOutput) -> dict[str, Tensor]:
+    """The sums of a micro-batch of which all was measured, whatever its weight."""
+    if out.drift is None or out.count is None:
+        return {}
+    values = {"drift": out.drift, "drift_count": out.count}
+    return values if out.entropy is None else {**values, "entropy": out.entropy, "entropy_count": out.count}

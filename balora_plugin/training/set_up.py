@@ -33,6 +33,7 @@ from .finite_guard import FiniteGuard
 from .host import HostTrainer
 from .liger import give_kernels, without_losses
 from .metrics import TermMetrics
+from .monitored import monitored_teacher
 from .packing_probe import PackingProbe
 from .resuming import NothingLeft, Resumed
 from .run_state import Inputs, RunState, WarnOnce
@@ -90,6 +91,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     warn = WarnOnce()
     bare = host.model.get_base_model() if isinstance(host.model, PeftModel) else host.model
     config = _check(host, bare, adapter, regularizers, given)
+    second = monitored_teacher(host, bare, config, given.teacher_model)
     host.args = without_losses(host.args, warn)
     if not host.ba_lora_head_checked and config.task == "nlg":
         check_head(bare)
@@ -107,7 +109,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         to_device=lambda batch: host._prepare_inputs(batch),
         packing=PackingProbe(bare, warn) if config.task == "nlg" else None,
         task_form=task_form_of(host.args, host.ba_lora_loss_type),
-        teacher=_ready_teacher(host, bare, config, given.teacher_model),
+        teacher=_ready_teacher(host, bare, config, second),
         adapted=what_is_adapted(host.model) if isinstance(adapter, LoraConfig) else None,
     )
     if run.ours:

@@ -68,6 +68,7 @@ class StepRequests:
             teacher_head=run.initial_head_on(args.device),
             counts=run.counts,
             task_form=run.task_form,
+            monitor=config.monitor and not training and not warming,
         )
 
     def may_judge(self) -> bool:

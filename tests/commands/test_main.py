@@ -31,10 +31,12 @@ ERRORS = [
     ModuleNotFoundError("No module named 'sklearn'"),
 ]
 LINES = {  # a command line of every subcommand
+    "compare": ["--model", "BASE", "--data", "ADAPTER", "--output", "OUTPUT"],
     "doctor": [],
     "eval": ["ADAPTER", "--base", "BASE", "--drift", __file__],
     "export": ["ADAPTER", "--output", "OUTPUT"],
     "glue": ["--recipe", "ADAPTER", "--output", "OUTPUT"],
+    "report": ["ADAPTER"],
     "verify": ["ADAPTER", "--base", "BASE"],
 }
 

@@ -151,12 +151,13 @@ def _terms(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
             False,
         )
     start = data.get("peft_init_lora_weights")
-    if target == "lora" and isinstance(start, str) and start.lower().startswith(MUTATING_STARTS):
+    taught = target == "lora" and block.get("lambda_consistency") != 0
+    if taught and isinstance(start, str) and start.lower().startswith(MUTATING_STARTS):
         yield Finding(
             "peft_init_lora_weights",
             start,
             "with ba_lora.apply_to: lora rewrites the base, so that the teacher would be its residual",
-            "write adapter: ba_lora (the same start, base untouched)",
+            "write adapter: ba_lora (the same start, base untouched), or ba_lora.lambda_consistency: 0",
             False,
         )
 

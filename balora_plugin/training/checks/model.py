@@ -82,7 +82,7 @@ def check_model(model: PreTrainedModel, config: RegularizerConfig, *, adapter_fo
     head = read_head(model)
     if config.lambda_svd and head.weight.device.type == "mps":
         raise ValueError("the SVD term needs float64, which MPS does not have: set lambda_svd=0.")
-    if config.lambda_svd and config.svd_layout == "flattened" and config.svd_input != "features":
+    if (config.lambda_svd or config.monitor) and config.svd_layout == "flattened" and config.svd_input != "features":
         for what, present in (
             ("a head bias", head.bias is not None),
             ("a softcap", head.softcap is not None),

@@ -1,0 +1,207 @@
+"""Compare methods on your own data: learning rates and seeds of each, tables with intervals, and the report.
+
+  balora compare --model MODEL --data rows.jsonl --output outputs/compare
+  balora compare --model MODEL --data rows.jsonl --methods lora pissa ba_lora --rates 1e-4 3e-4 --seeds 0 1 2 \\
+      --output outputs/compare
+
+Rows are `text`; `prompt`, `completion`; `messages`; `instruction` (`input`), `output`; or `text`, `label`, which is
+classification. A fixed part of them is held out. Runs that have finished are kept in <OUTPUT>/runs and not repeated.
+Written: <OUTPUT>/results.json, results.md and report/report.html. docs/compare.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..compare.plan import METHODS
+from ._models import quiet
+
+if TYPE_CHECKING:
+    from ..compare.cells import Data
+    from ..compare.plan import Cell, GridSettings
+    from ..compare.results import Results
+
+HELP = "compare methods on your own data"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this subcommand's arguments."""
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="the pre-trained model: a directory or a hub id"
+    )
+    parser.add_argument("--data", required=True, metavar="FILE", help="your rows: JSONL")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where runs and results are written")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora", "pissa", "ba_lora"])
+    parser.add_argument("--rates", nargs="+", type=float, metavar="LR", default=[1e-4, 3e-4], help="default: 1e-4 3e-4")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[0], help="default: 0")
+    parser.add_argument("--steps", type=int, metavar="N", help="default: three passes, from 20 to 200 steps")
+    parser.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapters, alpha too (default: 16)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="rows of a step (default: 8)")
+    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a row (default: 512)")
+    parser.add_argument("--held-out", type=float, default=0.2, metavar="SHARE", help="of the rows (default: 0.2)")
+    parser.add_argument("--preset", default="iclr2026", choices=("paper", "iclr2026"), help="ba_lora's terms")
+    parser.add_argument("--terms", nargs="+", default=[], metavar="KEY=VALUE", help="instead of the preset's values")
+    parser.add_argument("--prompts", metavar="FILE", help="questions, one a line, for the report")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns its exit code."""
+    from ..compare.plan import Cell, GridSettings, default_steps, rows_digest, terms_from
+    from ..report.drawing import check_drawing
+    from ..samples.jsonl import read_samples
+    from ..samples.split import split
+    from .report import questions
+
+    _check(args)
+    check_drawing()
+    samples = read_samples(args.data)
+    train, held_out = split(samples, args.held_out)
+    terms = terms_from(args.preset, args.terms)
+    terms.resolved("nlu" if samples.task == "classification" else "nlg")  # says now what is for the other family
+    prompts = questions(args.prompts)
+    recipe = GridSettings(
+        model=args.model,
+        steps=args.steps or default_steps(len(train.rows), args.batch),
+        rank=args.rank,
+        batch=args.batch,
+        max_length=args.max_length,
+        terms=terms,
+        data=rows_digest(train, held_out),
+    )
+    cells = [
+        Cell(method, rate, seed)
+        for method in dict.fromkeys(args.methods)
+        for rate in dict.fromkeys(args.rates)
+        for seed in dict.fromkeys(args.seeds)
+    ]
+    from ..compare.cells import Data
+    from ..samples.models import load_tokenizer
+
+    _needed(samples.task)
+    with quiet(), _without_bars():
+        data = Data(train, held_out, load_tokenizer(args.model))
+        rows = f"{len(train.rows)} rows to train on, {len(held_out.rows)} held out"
+        print(f"{len(cells)} runs of {recipe.steps} steps: {rows}", file=sys.stderr, flush=True)
+        records = [_record(cell, recipe, data, args.output, f"[{n}/{len(cells)}]") for n, cell in enumerate(cells, 1)]
+        results = _written(records, recipe, (len(train.rows), len(held_out.rows)), args.output)
+        _report(args, cells, recipe, data, prompts, results)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses numbers that no run can have, before anything is read.
+
+    Raises:
+        ValueError: names the argument, its value and what to write.
+    """
+    for name in ("steps", "rank", "batch", "max_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: write a whole number >= 1.")
+    for rate in args.rates:
+        if not 0.0 < rate < 1.0:
+            raise ValueError(f"--rates {rate:g}: write learning rates between 0 and 1, such as 1e-4.")
+    for seed in args.seeds:
+        if seed < 0:
+            raise ValueError(f"--seeds {seed}: write whole numbers >= 0.")
+    if not 0.0 < args.held_out < 1.0:
+        raise ValueError(f"--held-out {args.held_out:g}: write a share between 0 and 1, such as 0.2.")
+    if Path(args.output).is_file():
+        raise ValueError(f"--output {args.output} is a file: name a directory.")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps the bars of loading and tokenising from a terminal that shows a line a cell."""
+    from datasets.utils import logging as of_datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    of_datasets.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        of_datasets.enable_progress_bar()
+
+
+def _needed(task: str) -> None:
+    """Raises an ImportError with the command to install what is missing."""
+    from importlib.util import find_spec
+
+    for name in ("datasets", "rich", *(("trl",) if task == "lm" else ())):
+        if find_spec(name) is None:
+            raise ImportError(f"{name} is needed to compare: pip install 'balora-plugin[compare]'")
+
+
+def _record(cell: Cell, recipe: GridSettings, data: Data, output: str, place: str) -> dict[str, Any]:
+    """A cell's record: kept from before, or of a run now."""
+    from ..atomic import write_text
+    from ..compare.cells import train_cell
+
+    folder = Path(output, "runs", cell.name(recipe))
+    kept = folder / "cell.json"
+    if kept.is_file():
+        record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        print(f"{place} {cell}: kept", file=sys.stderr, flush=True)
+        return record
+    print(f"{place} {cell}", file=sys.stderr, flush=True)
+    record = train_cell(cell, recipe, data, str(folder))
+    write_text(kept, json.dumps(record, indent=1))
+    return record
+
+
+def _written(records: list[dict[str, Any]], recipe: GridSettings, counts: tuple[int, int], output: str) -> Results:
+    """The results, written as JSON and Markdown and printed."""
+    import dataclasses
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..atomic import write_text
+    from ..compare.results import NOTE, results_of
+
+    results = results_of(records, counts)
+    content = {"recipe": dataclasses.asdict(recipe), **results.as_json()}
+    write_text(Path(output, "results.json"), json.dumps(content, indent=1))
+    write_text(Path(output, "results.md"), results.markdown())
+    console = Console()
+    console.print(NOTE, highlight=False)
+    for head, rows in (results.table(), results.table_of_differences()):
+        table = Table(*head, box=box.SIMPLE, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        if rows:
+            console.print(table)
+    for each in results.limits:
+        console.print(f"- {each}", highlight=False)
+    return results
+
+
+def _report(
+    args: argparse.Namespace,
+    cells: list[Cell],
+    recipe: GridSettings,
+    data: Data,
+    prompts: tuple[str, ...],
+    results: Results,
+) -> None:
+    """The report of each method at its best rate."""
+    from ..report.before_after import AskedOfModels
+    from ..report.page import page_of, write_page
+    from ..report.runs import read_runs
+
+    best = {(line.method, line.rate) for line in results.best}
+    shown = [cell for cell in cells if (cell.method, cell.rate) in best]
+    runs = read_runs([str(Path(args.output, "runs", cell.name(recipe))) for cell in shown])
+    title = f"{', '.join(line.method for line in results.best)} on {Path(args.data).name}"
+    notes = ["Each method at its best learning rate.", *results.limits]
+    page = page_of(runs, title, AskedOfModels(args.model, data.held_out, prompts), notes)
+    print(write_page(page, str(Path(args.output, "report"))))

@@ -1,0 +1,94 @@
+"""What a comparison is: its settings, and the cells of its grid. Nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import RegularizerConfig, as_regularizers
+from ..samples.jsonl import Samples
+from ..samples.split import digest_of
+
+METHODS = ("lora", "pissa", "ba_lora", "full")
+_OFF = {"lambda_consistency": 0.0, "lambda_diversity": 0.0, "lambda_svd": 0.0}
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """What all cells share.
+
+    Attributes:
+        model: A directory or a hub id.
+        steps: Optimizer steps of a run.
+        rank: Of the adapters; alpha is the same number.
+        batch: Rows of an optimizer step.
+        max_length: Tokens that a row is cut to.
+        terms: Those of ba_lora; the others measure them at weight 0.
+        data: The digest of the training and the held-out rows.
+    """
+
+    model: str
+    steps: int
+    rank: int
+    batch: int
+    max_length: int
+    terms: RegularizerConfig
+    data: str
+
+    def terms_of(self, method: str) -> RegularizerConfig:
+        """Returns a method's terms, all of them measured in evaluation."""
+        off: dict[str, Any] = {} if method == "ba_lora" else {**_OFF, "head_warmup_steps": 0, "teacher_cache": None}
+        often = min(self.terms.share_interval, max(1, self.steps // 10))  # 0: never
+        return dataclasses.replace(self.terms, **off, share_interval=often, monitor=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    method: str
+    rate: float
+    seed: int
+
+    def name(self, recipe: GridSettings) -> str:
+        """Returns the name of its directory: another recipe's cell has another one, other methods' terms aside."""
+        values = dataclasses.asdict(dataclasses.replace(recipe, terms=recipe.terms_of(self.method)))
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.method}-{self.rate:g}-seed{self.seed}-{digest}"
+
+    def __str__(self) -> str:
+        return f"{self.method}, learning rate {self.rate:g}, seed {self.seed}"
+
+
+def rows_digest(train: Samples, held_out: Samples) -> str:
+    """Returns the SHA-256 of the rows on both sides, in their order."""
+    return digest_of([train.rows, held_out.rows, train.classes])
+
+
+def default_steps(rows: int, batch: int) -> int:
+    """Returns three passes over the rows, from 20 to 200 steps."""
+    return min(200, max(20, -(-3 * rows // batch)))
+
+
+def terms_from(preset: str, words: list[str]) -> RegularizerConfig:
+    """Returns the terms of a preset with what `words` (`key=value`) say otherwise.
+
+    Raises:
+        ValueError: a word that is none, an unknown key or a value out of range.
+    """
+    values: dict[str, Any] = {"preset": preset}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--terms {word}: write key=value, such as lambda_consistency=0.5.")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    try:
+        return as_regularizers(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--terms {error}") from None

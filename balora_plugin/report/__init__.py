@@ -1,0 +1,1 @@
+"""What runs have logged, as one HTML page and its pictures."""

@@ -1,0 +1,193 @@
+"""What is read of a run's directory: its log, its settings, its cost, where its adapter lies. Nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.names import CONFIG_FILE, COST_FILE, SETTINGS_FILE, STATE_FILE
+from ..config import RegularizerConfig
+from ..schedules import lambdas_at
+
+TERMS = ("consistency", "diversity", "svd")
+CLIP = 1.0  # max_grad_norm of transformers, where a run does not say its own
+SEED_IN_NAME = re.compile(r"[-_.]?seed[-_=]?(\d+)|[-_]s(\d+)$", re.IGNORECASE)
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: What it is called in the page: the end of its path that tells it from the other runs.
+        path: Its directory.
+        history: The rows that its Trainer logged.
+        steps: The optimizer steps that it was to take.
+        settings: Of the run: seed, learning_rate, max_grad_norm, adapter ...; what is not known is left out.
+        terms: The terms' settings, resolved; None for a run without.
+        cost: ba_lora_cost.json, without its settings; empty where there is none.
+        adapter: The directory of its adapter; None where there is none.
+    """
+
+    name: str
+    path: Path
+    history: list[dict[str, Any]]
+    steps: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    terms: RegularizerConfig | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+    adapter: Path | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """Returns its seed, by its record or its name; None where neither says it."""
+        if "seed" in self.settings:
+            return int(self.settings["seed"])
+        found = SEED_IN_NAME.search(self.name)
+        return None if found is None else int(found.group(1) or found.group(2))
+
+    @property
+    def method(self) -> str:
+        """Returns what was trained, in a word: `ba_lora`, `pissa`, `lora`, `full`, or `adapter` of another kind."""
+        adapter = self.settings.get("adapter")
+        if adapter is None:
+            return "full" if self.adapter is None else "adapter"
+        if self.terms is not None and any(getattr(self.terms, f"lambda_{name}") for name in TERMS):
+            return "ba_lora"
+        return "pissa" if str(adapter.get("start", "")).startswith("pissa") else "lora"
+
+    def curve(self, key: str) -> Curve:
+        """Returns (step, value) of everything that was logged by this key, in order; the last one of a step."""
+        found: dict[float, float] = {}
+        for row in self.history:
+            value = number(row.get(key))
+            if value is not None and "step" in row:
+                found[float(row["step"])] = value
+        return sorted(found.items())
+
+    def last(self, key: str) -> float | None:
+        """Returns what was logged last by this key."""
+        curve = self.curve(key)
+        return curve[-1][1] if curve else None
+
+    def weights(self, term: str) -> Curve:
+        """Returns the weight of a term over the steps: as it was logged, or as its schedule says."""
+        logged = self.curve(f"balora/lambda_{term}")
+        if logged or self.terms is None:
+            return logged
+        places = range(51) if self.terms.schedule != "constant" else (0, 50)
+        return [(self.steps * place / 50, float(getattr(lambdas_at(self.terms, place / 50), term))) for place in places]
+
+    @property
+    def clip(self) -> tuple[float, bool]:
+        """Returns the gradient norm that is clipped at, and whether the run says it itself; inf for none."""
+        found = self.settings.get("max_grad_norm")
+        if found is None:
+            return CLIP, False
+        return (float(found) if found > 0 else math.inf), True
+
+
+def number(value: Any) -> float | None:
+    """Returns a logged value as a number (Axolotl's logs hold text too), None for what is none."""
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """Reads runs from their output directories, or from one of their checkpoints each.
+
+    Raises:
+        ValueError: a directory that no Trainer has written to; names it, and what to do.
+    """
+    directories = [Path(path) for path in dict.fromkeys(str(Path(path).resolve()) for path in paths)]
+    return [_read(path, name) for path, name in zip(directories, _names(directories), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell all of them apart."""
+    for length in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read(path: Path, name: str) -> Run:
+    state = _state(path)
+    holders = [path, state.parent]
+    cost = next((found for each in (path, path.parent) if (found := _json(each / COST_FILE))), {})
+    settings = dict(cost.pop("run", None) or {})
+    values = _json(state)
+    adapter = next((each for each in holders if (each / CONFIG_FILE).is_file()), None)
+    terms = settings.pop("terms", None)
+    if adapter is not None:
+        told = _json(adapter / CONFIG_FILE)
+        ours = _json(adapter / SETTINGS_FILE)
+        settings.setdefault("adapter", _adapter(told, ours))
+        terms = terms or ours.get("regularizers_in_force")
+    return Run(
+        name=name,
+        path=path,
+        history=[row for row in values.get("log_history", []) if isinstance(row, dict)],
+        steps=int(values.get("max_steps") or values.get("global_step") or 0),
+        settings=settings,
+        terms=_terms(terms),
+        cost=cost,
+        adapter=adapter,
+    )
+
+
+def _state(path: Path) -> Path:
+    """The trainer_state.json that knows most of a run."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory: name a run's output directory, or one of its checkpoints.")
+    found = [file for file in (path / STATE_FILE, *path.glob(f"checkpoint-*/{STATE_FILE}")) if file.is_file()]
+    if not found:
+        raise ValueError(
+            f"{path} holds no {STATE_FILE}, nor has it checkpoints that do: name a run's output directory. A run that "
+            "saves no checkpoint keeps its log with trainer.save_state()."
+        )
+    return max(found, key=lambda file: (int(_json(file).get("global_step") or 0), file.parent == path))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping, NaN and Infinity (which Trainers write) included; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy it again.") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _adapter(config: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter is, by its files: of ours, whose file is a plain LoRA, by what stands beside it."""
+    start = ours.get("start", config.get("init_lora_weights"))
+    rank = ours.get("config", config).get("r")
+    return {"kind": str(config.get("peft_type", "")).lower(), "start": start, "r": rank}
+
+
+def _terms(values: dict[str, Any] | None) -> RegularizerConfig | None:
+    if not values:
+        return None
+    known = RegularizerConfig.__dataclass_fields__
+    config = RegularizerConfig.from_dict({key: value for key, value in values.items() if key in known})
+    return config.resolved("nlg" if config.task == "auto" else None)
+
+
+def clipped(run: Run) -> Iterator[tuple[float, float]]:
+    """Yields (step, gradient norm) where the norm was above what is clipped at."""
+    limit, _ = run.clip
+    yield from ((step, value) for step, value in run.curve("grad_norm") if value > limit)

@@ -1,0 +1,83 @@
+"""The paired bootstrap against plain loops, and what few rows cannot tell."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from balora_plugin.compare.results import results_of
+from balora_plugin.compare.statistics import DRAWS, Interval, RowSums, limits, paired_difference
+
+
+def rows(seeds=2, count=6, shift=0.0, seed=3):
+    generator = np.random.default_rng(seed)
+    counts = generator.integers(1, 9, (1, count)).repeat(seeds, axis=0)
+    return RowSums((generator.normal(2.0, 0.3, (seeds, count)) + shift) * counts, counts)
+
+
+def slowly(one, other):
+    """The same draws, by loops over seeds and rows."""
+    generator = np.random.default_rng(0)
+    seeds, count = one.sums.shape
+    found = []
+    for _ in range(DRAWS):
+        s, r = generator.integers(seeds, size=seeds), generator.integers(count, size=count)
+        means = []
+        for each in (one, other):
+            of_seeds = [sum(each.sums[i][j] for j in r) / sum(each.counts[i][j] for j in r) for i in s]
+            means.append(sum(of_seeds) / seeds)
+        found.append(means[1] - means[0])
+    found.sort()
+    return np.quantile(found, [0.025, 0.975])
+
+
+def test_the_interval_is_that_of_plain_loops():
+    one, other = rows(), rows(shift=-0.2, seed=4)
+    found = paired_difference(one, other)
+    assert (found.low, found.high) == pytest.approx(tuple(slowly(one, other)), rel=1e-9)
+    expected = np.mean([o.sum() / c.sum() for o, c in zip(other.sums, other.counts, strict=True)]) - one.mean
+    assert found.difference == pytest.approx(expected)
+
+
+def test_pairs_tell_apart_what_scatter_would_hide():
+    one = rows(count=12)
+    moved = RowSums(one.sums - 0.01 * one.counts, one.counts)
+    found = paired_difference(one, moved)
+    assert (found.low, found.high) == pytest.approx((-0.01, -0.01)) and found.told_apart
+    assert not paired_difference(one, one).told_apart
+    with pytest.raises(ValueError, match="no pairs"):
+        paired_difference(one, rows(count=5))
+
+
+def test_what_cannot_be_told_is_said():
+    said = " ".join(limits(4, 1, [Interval(0.1, -0.2, 0.4)]))
+    assert "4 held-out rows" in said and "One seed" in said and "below about 0.3" in said
+    assert limits(400, 8, []) == []
+
+
+def record(method, rate, seed, loss):
+    measured = {"loss": [loss, loss], "count": [1.0, 1.0], "drift": [0.1, 0.2]}
+    final = {"loss": loss, "balora/drift": 0.15}
+    return {
+        "method": method,
+        "learning_rate": rate,
+        "seed": seed,
+        "final": final,
+        "rows": measured,
+        "first_gradient_norm": 1.0,
+        "seconds": 1.0,
+    }
+
+
+def test_each_method_is_taken_at_its_best_rate():
+    losses = {("lora", 1e-4): 2.0, ("lora", 1e-3): 1.5, ("ba_lora", 1e-4): 1.4, ("ba_lora", 1e-3): float("nan")}
+    records = [record(*cell, seed, loss) for cell, loss in losses.items() for seed in (0, 1)]
+    found = results_of(records, (16, 2))
+    assert {line.method: line.rate for line in found.best} == {"lora": 1e-3, "ba_lora": 1e-4}
+    assert [(each.method, each.against, each.measure) for each in found.differences] == [
+        ("ba_lora", "lora", "loss"),
+        ("ba_lora", "lora", "drift"),
+    ]
+    assert found.differences[0].interval.difference == pytest.approx(-0.1) and found.differences[0].verdict == "lower"
+    assert any("chosen by the same held-out rows" in each for each in found.limits)
+    assert "| lora * | 0.001 | 2 | 1.5 ± 0 |" in found.markdown()
