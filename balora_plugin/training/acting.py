@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from ..adapter.config import active_config
 from ..config import weights_in_words
 from ..pretrained.classifier_head import is_classifier
 from .checks.arguments import check_loss_function
@@ -41,6 +42,18 @@ def check_bases(cls: type, mixin: type) -> None:
                 f"class {cls.__name__}({', '.join(bases)}): {before.__name__} stands before {mixin.__name__}, so the "
                 f"terms would be left out: write class {cls.__name__}({order})."
             )
+
+
+def say_no_terms(model: nn.Module, host: str) -> None:
+    """Says what a trainer trains that was given neither an adapter of ours nor terms; `host`: the name of its class."""
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if active_config(model) is None:
+        what, remedy = f"all {count:,} parameters of the model", "peft_config=BaLoraConfig(...)"
+    else:
+        what, remedy = f"{count:,} parameters of {type(active_config(model)).__name__}'s adapter", "regularizers=..."
+    logger.warning(
+        f"BA-LoRA: no terms: {host} trains {what}, as the host's own trainer does. For BA-LoRA pass {remedy}."
+    )
 
 
 class SayWhatTrains(TrainerCallback):

@@ -6,6 +6,7 @@ included, is left as it stands.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -24,6 +25,7 @@ from . import provenance
 
 START, END = "<!-- ba-lora -->", "<!-- /ba-lora -->"
 VLLM_DEFAULT_RANK = 16
+_HUB_LINK = re.compile(r"\[([^\]\n]*)\]\(https://huggingface\.co/([^)\n]*)\)")
 
 
 def update(directory: str, model: PeftModel) -> None:
@@ -33,7 +35,9 @@ def update(directory: str, model: PeftModel) -> None:
     if not ours or not path.exists():
         return
     parts = [section(model, name, config, heading=len(ours) > 1) for name, config in ours.items()]
-    text = with_section(path.read_text(encoding="utf-8"), "\n\n".join(["## BA-LoRA adapter", *parts]))
+    base = next(iter(ours.values())).base_model_name_or_path
+    text = naming_a_local_base(path.read_text(encoding="utf-8"), base)
+    text = with_section(text, "\n\n".join(["## BA-LoRA adapter", *parts]))
     path.write_text(text, encoding="utf-8")
 
 
@@ -51,6 +55,21 @@ def add_tags(directory: str, tags: list[str]) -> None:
     if missing:
         found.data.tags = sorted({*(found.data.tags or []), *missing})
         found.save(path)
+
+
+def naming_a_local_base(card: str, base: str | None) -> str:
+    """Returns a host's `card` with the base that is no repository of the hub named, not linked to a page of None.
+
+    TRL writes `[None](https://huggingface.co/None)` for a directory, other hosts a link to its path.
+    """
+
+    def named(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        if text != target or not (text == "None" or os.path.isdir(text)):
+            return link[0]
+        return f"`{base}`" if base else "a model without a name"
+
+    return _HUB_LINK.sub(named, card)
 
 
 def with_section(card: str, section: str) -> str:

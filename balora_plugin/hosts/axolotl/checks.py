@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ...config import RegularizerConfig
+from ...config import RegularizerConfig, nearest_setting
 from ...findings import Finding
 from ...settings import settings_of
 from ...training.checks.teacher import MUTATING_STARTS
@@ -44,22 +44,10 @@ _BLOCKS = (
 )
 _LISTS = ("datasets", "test_datasets")
 
-_TERMS = {  # the paper's numbers and letters
-    "lambda_consistency": ("lambda1", "lambda_1", "lambda_cr", "l1", "cr"),
-    "lambda_diversity": ("lambda2", "lambda_2", "lambda_dr", "lambda_entropy", "l2", "dr"),
-    "lambda_svd": ("lambda3", "lambda_3", "lambda_svdr", "l3", "svdr"),
-}
-
 
 def nearest_field(key: str) -> str | None:
-    """The block's field that a misspelt one most likely means."""
-    for name, others in _TERMS.items():
-        if key.lower() in others:
-            return name
-    near = difflib.get_close_matches(key, [*settings_of(RegularizerConfig), *HOST_KEYS], n=1)
-    if near and key.startswith("lambda") and difflib.SequenceMatcher(None, key, near[0]).ratio() < 0.8:
-        return "lambda_consistency, lambda_diversity or lambda_svd"
-    return near[0] if near else None
+    """Returns the block's field that a misspelt one most likely means; None: none is near."""
+    return nearest_setting(key, HOST_KEYS)
 
 
 def active(cfg: Any) -> bool:
