@@ -31,6 +31,7 @@ from .compiling import Asked, compiled_passes
 from .earlier_runs import EarlierRuns
 from .fill_cache import open_run_cache
 from .finite_guard import FiniteGuard
+from .first_norms import FirstNorms
 from .host import HostTrainer
 from .liger import give_kernels, without_losses
 from .metrics import TermMetrics
@@ -102,7 +103,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         wrapped=host.model,
         model=bare,
         switch=TeacherSwitch(bare),
-        metrics=TermMetrics(config, warn),
+        metrics=TermMetrics(config, warn, outputs=bare.config.num_labels if config.task == "nlu" else None),
         warn=warn,
         # at every batch, so that a method given to the instance later counts too
         extend=lambda batch: host.extend_ba_lora_inputs(batch),
@@ -126,6 +127,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         open_run_cache(run, host)
     warn_at_set_up(run, host.args)
     run.callbacks += [BeforeTraining(run, host), SayWhatTrains(run), Resumed(run), NothingLeft(run), EarlierRuns(run)]
+    run.first_norms = FirstNorms.of(adapter, host.args, warn)
     run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]
     logger.info(f"BA-LoRA: {config}")
     return run

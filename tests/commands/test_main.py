@@ -31,6 +31,7 @@ ERRORS = [
     ModuleNotFoundError("No module named 'sklearn'"),
 ]
 LINES = {  # a command line of every subcommand
+    "axolotl": ["init", "OUTPUT/starter.yml"],
     "doctor": [],
     "export": ["ADAPTER", "--output", "OUTPUT"],
     "glue": ["--recipe", "ADAPTER", "--output", "OUTPUT"],

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ...config import RegularizerConfig, nearest_setting
+from ...config import RegularizerConfig
 from ...findings import Finding
 from ...settings import settings_of
 from ...training.checks.teacher import MUTATING_STARTS
 from ...training.task_form import LOSS_TYPES, task_form
+from .block import ADAPTER, HOST_KEYS, nearest_field
 from .classification import is_classification, of_classification
 from .engine import of_engine
 from .errors import refuse
@@ -20,11 +21,8 @@ from .model_config import of_model
 from .quantisation import of_quantisation
 from .refusals import refused
 
-ADAPTER = "ba_lora"
 STARTS = ("pissa", "pissa_fast", True, None)
 
-# of the block, beside the fields of RegularizerConfig
-HOST_KEYS = ("compile", "start_from", "apply_to", "loss_type", "text_columns", "label_column")
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
 _OURS = [
     name
@@ -43,11 +41,6 @@ _BLOCKS = (
     "overrides_of_model_kwargs",
 )
 _LISTS = ("datasets", "test_datasets")
-
-
-def nearest_field(key: str) -> str | None:
-    """Returns the block's field that a misspelt one most likely means; None: none is near."""
-    return nearest_setting(key, HOST_KEYS)
 
 
 def active(cfg: Any) -> bool:

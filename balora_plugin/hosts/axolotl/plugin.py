@@ -28,9 +28,9 @@ from ...pretrained.lm_head import check_head
 from ...pretrained.quantised import as_floats
 from ...training.checks.model import resolve
 from . import classification, fsdp, kbit
-from .args import BaLoraBlock, of_block
 from .asked import check_expert_kernel, options_of_plugins
-from .checks import ADAPTER, active, findings_of, of_command_line
+from .block import ADAPTER, BaLoraBlock, of_block
+from .checks import active, findings_of, of_command_line
 from .engine import attention_here, attention_setting, compiles_whole, reentrant_of
 from .errors import SettingError, as_setting_errors, one_line_errors, refuse
 from .injection import patch_peft, target_modules
