@@ -303,3 +303,23 @@ def weights_in_words(config: RegularizerConfig) -> list[str]:
     """Returns the weights of resolved settings that are not 0, with their values: "lambda_svd=0.005"."""
     names = [name for name in settings_of(config) if name.startswith("lambda_")]
     return [f"{name}={getattr(config, name):g}" for name in names if getattr(config, name)]
+
+
+def terms_in_words(config: RegularizerConfig) -> str:
+    """Returns resolved settings in a line: each term that is on with its weight and form, schedule, preset."""
+    parts = []
+    if config.lambda_consistency:
+        heated = form_named(config.consistency or "kl").uses_temperature and config.temperature != 1.0
+        heat = f", temperature {config.temperature:g}" if heated else ""
+        parts.append(f"consistency {config.lambda_consistency:g} ({config.consistency}{heat})")
+    if config.lambda_diversity:
+        top = f" (top {config.diversity_top_k})" if config.diversity_top_k else ""
+        parts.append(f"diversity {config.lambda_diversity:g}{top}")
+    if config.lambda_svd:
+        form = f"k = {config.svd_top_k}, {config.svd_norm}, {config.svd_input}"
+        parts.append(f"singular values {config.lambda_svd:g} ({form})")
+    if not parts:
+        return "none (all weights 0)"
+    schedule = "" if config.schedule == "constant" else f"; schedule {config.schedule}"
+    interval = "" if config.teacher_interval == 1 else f"; teacher on every {config.teacher_interval}th micro-batch"
+    return f"{', '.join(parts)}{schedule}{interval}; preset {config.preset}"

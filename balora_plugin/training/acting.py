@@ -56,17 +56,6 @@ def say_no_terms(model: nn.Module, host: str) -> None:
     )
 
 
-class SayWhatTrains(TrainerCallback):
-    """Lists at the start of a training what the adapter stands on and what it leaves out."""
-
-    def __init__(self, run: RunState) -> None:
-        self._run = run
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._run.adapted is not None and state.is_world_process_zero:
-            (logger.info if args.disable_tqdm else print)(str(self._run.adapted))
-
-
 class BeforeTraining(TrainerCallback):
     """Looks once more, when training begins, at what may have changed since the trainer was made.
 

@@ -22,7 +22,8 @@ from ..pretrained.lm_head import check_head
 from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
-from .acting import BeforeTraining, RecordedTerms, SayWhatTrains, say_no_terms, warn_at_set_up
+from .acting import BeforeTraining, RecordedTerms, say_no_terms, warn_at_set_up
+from .banner import Banner
 from .checks.arguments import check_arguments, check_compiled_once, check_loss_function, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
@@ -126,7 +127,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
     warn_at_set_up(run, host.args)
-    run.callbacks += [BeforeTraining(run, host), SayWhatTrains(run), Resumed(run), NothingLeft(run), EarlierRuns(run)]
+    run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run)]
     run.first_norms = FirstNorms.of(adapter, host.args, warn)
     run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]
     logger.info(f"BA-LoRA: {config}")

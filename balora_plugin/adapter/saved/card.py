@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
-from ...consistency import form_named
+from ...config import terms_in_words
 from ...pretrained.backbone import is_multimodal_class
 from ..config import BaLoraConfig
 from ..delta import delta_layers_of
@@ -125,7 +125,7 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
         ("SHA-256 of the base", "not recorded" if identity is None else f"`{identity.sha256}` ({identity.dtype})"),
         ("quantised in training", quantisation_in_words(identity.quantization if identity else None)),
         ("method", f"BA-LoRA, {start} (balora-plugin {__version__})"),
-        ("terms in force", terms(config)),
+        ("terms in force", terms_in_words(config.regularizers.resolved(config.family))),
         ("teacher", (found.teacher if found else None) or "the base itself, adapter switched off"),
         ("rank of the file", file_rank),
         ("adapts", names_of(adapted.kinds)),
@@ -208,28 +208,6 @@ def _bitsandbytes_settings(quantization: dict[str, Any] | None) -> str | None:
     neutral = BitsAndBytesConfig().to_dict()
     chosen = {key: value for key, value in quantization.items() if key in neutral and neutral[key] != value}
     return ", ".join(f"{key}={value!r}" for key, value in sorted(chosen.items()) if not key.startswith("_"))
-
-
-def terms(config: BaLoraConfig) -> str:
-    """Returns the regularisers with their weights, in a line."""
-    r = config.regularizers.resolved(config.family)
-    parts = []
-    if r.lambda_consistency:
-        heat = (
-            ""
-            if r.temperature == 1.0 or not form_named(r.consistency or "kl").uses_temperature
-            else f", temperature {r.temperature:g}"
-        )
-        parts.append(f"consistency {r.lambda_consistency:g} ({r.consistency}{heat})")
-    if r.lambda_diversity:
-        parts.append(f"diversity {r.lambda_diversity:g}{f' (top {r.diversity_top_k})' if r.diversity_top_k else ''}")
-    if r.lambda_svd:
-        parts.append(f"singular values {r.lambda_svd:g} (k = {r.svd_top_k}, {r.svd_norm}, {r.svd_input})")
-    if not parts:
-        return "none (all weights 0)"
-    schedule = "" if r.schedule == "constant" else f"; schedule {r.schedule}"
-    interval = "" if r.teacher_interval == 1 else f"; teacher on every {r.teacher_interval}th micro-batch"
-    return f"{', '.join(parts)}{schedule}{interval}; preset {r.preset}"
 
 
 def quantisation_in_words(values: dict[str, Any] | None) -> str:
