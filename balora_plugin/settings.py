@@ -184,7 +184,7 @@ def names_checked(explain: Callable[[str], str]) -> Callable[[type[_T]], type[_T
     """Decorates a dataclass: a keyword that is no field of it is a TypeError that says `explain(keyword)`."""
 
     def decorate(config: type[_T]) -> type[_T]:
-        own = config.__init__
+        own: Any = config.__init__
         known = set(inspect.signature(own).parameters)
 
         @functools.wraps(own)
@@ -194,7 +194,7 @@ def names_checked(explain: Callable[[str], str]) -> Callable[[type[_T]], type[_T
                     raise TypeError(explain(key))
             own(self, *args, **kwargs)
 
-        config.__init__ = checked  # type: ignore[method-assign]
+        config.__init__ = checked  # type: ignore[method-assign, assignment]
         return config
 
     return decorate

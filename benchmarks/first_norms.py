@@ -51,7 +51,7 @@ def batches(pairs: Sequence[Instruction], tokenizer: Any, rows: int, length: int
 def adapted(folder: Path, start: str, rank: int) -> Any:
     """The model with an adapter on every linear layer but the head, alpha = rank; `start`: lora or pissa."""
     torch.manual_seed(0)
-    shape = {"r": rank, "lora_alpha": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    shape: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if start == "lora":
         return get_peft_model(model, LoraConfig(**shape))

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..checkpoint.integrity import checkpoints_in, trained_terms
+from ..checkpoint.names import STATE_FILE
 from ..config import RegularizerConfig
 from .run_state import RunState
 
@@ -40,11 +41,13 @@ class EarlierRuns(TrainerCallback):
 
 
 def others_checkpoints(output_dir: str, resumed: str | None) -> list[str]:
-    """Returns the checkpoints in `output_dir` that a run does not go on from, by step.
+    """Returns the finished checkpoints in `output_dir` that a run does not go on from, by step.
 
-    Those are all of them, or, for a run that resumes one of them, those of later steps.
+    Those are all of them, or, for a run that resumes one of them, those of later steps. One that a crash cut short is
+    none: nothing resumes from it.
     """
-    found = checkpoints_in(output_dir)
+    every = checkpoints_in(output_dir)
+    found = {step: path for step, path in every.items() if os.path.isfile(os.path.join(path, STATE_FILE))}
     if resumed is None or os.path.realpath(output_dir) != str(Path(os.path.realpath(resumed)).parent):
         return list(found.values())
     here = next((step for step, path in found.items() if os.path.samefile(path, resumed)), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +16,8 @@ pytest.importorskip("click")
 from balora_plugin import commands
 from balora_plugin.config import RECOMMENDED, RECOMMENDED_RATE, RegularizerConfig
 from balora_plugin.hosts.axolotl.block import BaLoraBlock
+from balora_plugin.hosts.axolotl.migrate import rate_in_yaml
+from balora_plugin.training.first_norms import FAR, LORAS
 
 LORA = "base_model: a/b\nadapter: lora  # mine\nlora_r: 8\nlora_alpha: 16\n"
 
@@ -70,3 +73,12 @@ def test_migrate_writes_beside_and_says_what_it_did(tmp_path, capsys):
     assert balora("migrate", path, "--output", tmp_path / "other.yml") == 0
     assert balora("migrate", tmp_path / "other.yml", "--force") == 2
     assert "nothing to migrate" in capsys.readouterr().err
+
+
+def test_the_page_about_choosing_says_the_same():
+    page = (Path(__file__).parents[2] / "docs" / "choose.md").read_text(encoding="utf-8")
+    for key, value in {**RECOMMENDED, "learning_rate": float(rate_in_yaml())}.items():
+        row = next(line for line in page.splitlines() if line.startswith("| ") and f"`{key}`" in line.split("|")[1])
+        assert float(row.split("|")[2].strip(" `")) == value
+    assert f"{LORAS * RECOMMENDED_RATE:.0e}".replace("e-0", "e-") in page
+    assert FAR == 3 and "three times the clip" in page

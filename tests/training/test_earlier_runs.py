@@ -55,6 +55,8 @@ def test_a_resumed_run_counts_later_checkpoints_alone_as_anothers(tmp_path, said
     assert others_checkpoints(str(tmp_path / "out"), first) == later
     assert others_checkpoints(str(tmp_path / "out"), str(tmp_path / "elsewhere" / "checkpoint-3")) == [first, *later]
     assert others_checkpoints(str(tmp_path / "nothing"), None) == []
+    (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").unlink()  # cut short
+    assert others_checkpoints(str(tmp_path / "out"), first) == later[:1]
 
 
 @pytest.mark.parametrize("record", ["manifest", "settings of an earlier release"])
