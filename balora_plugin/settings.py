@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -177,6 +178,26 @@ def documented(config: type[_T]) -> type[_T]:
     ]
     config.__doc__ = "\n".join([before.rstrip(), "", "Args:", *lines, "", raises + after])
     return config
+
+
+def names_checked(explain: Callable[[str], str]) -> Callable[[type[_T]], type[_T]]:
+    """Decorates a dataclass: a keyword that is no field of it is a TypeError that says `explain(keyword)`."""
+
+    def decorate(config: type[_T]) -> type[_T]:
+        own: Any = config.__init__
+        known = set(inspect.signature(own).parameters)
+
+        @functools.wraps(own)
+        def checked(self: _T, *args: Any, **kwargs: Any) -> None:
+            for key in kwargs:
+                if key not in known:
+                    raise TypeError(explain(key))
+            own(self, *args, **kwargs)
+
+        config.__init__ = checked  # type: ignore[method-assign, assignment]
+        return config
+
+    return decorate
 
 
 def as_path(key: str, value: Any) -> str | None:

@@ -548,7 +548,7 @@ def test_the_starter_and_the_schema(tmp_path, monkeypatch):
     from axolotl.cli.main import cli
     from click.testing import CliRunner
 
-    from balora_plugin.hosts.axolotl.args import BaLoraBlock
+    from balora_plugin.hosts.axolotl.block import BaLoraBlock
 
     monkeypatch.setattr(sys, "argv", ["axolotl"])
     runner, path = CliRunner(), tmp_path / "start.yml"

@@ -20,7 +20,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from balora_plugin.doctor.requested import problems
 from balora_plugin.hosts.axolotl import checks, model_config, refusals, superseded
-from balora_plugin.hosts.axolotl.args import of_block
+from balora_plugin.hosts.axolotl.block import of_block
 from balora_plugin.hosts.axolotl.errors import SettingError
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin, target_modules
 

@@ -127,7 +127,7 @@ WRONG = {
     "share_interval": (lambda: adapter({"share_interval": -1}), "share_interval=-1|>= 0"),
     "teacher_cache": (lambda: adapter({"teacher_cache": ""}), "teacher_cache=''|write a path"),
     "teacher_cache_top_k": (lambda: adapter({"teacher_cache_top_k": 8}), "teacher_cache_top_k=8|write teacher_cache="),
-    "unknown key": (lambda: {"regularizers": {"lambda_cr": 0.1}}, "'lambda_cr'|lambda_consistency"),
+    "unknown key": (lambda: {"regularizers": {"lambda_cr": 0.1}}, "lambda_cr|lambda_consistency"),
     "no terms": (lambda: {**adapter(), "regularizers": 0.5}, "regularizers=0.5|RegularizerConfig"),
     "rank zero": (lambda: adapter(r=0), "r=0|>= 1"),
     "rank text": (lambda: adapter(r="16"), "r='16'|whole number"),

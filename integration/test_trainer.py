@@ -378,12 +378,11 @@ def test_a_run_whose_adapter_has_another_name_resumes(tmp_path, tokenizer):
         made().train(resume_from_checkpoint=True)
 
 
-def test_what_trains_is_listed_once_a_training(tmp_path, tokenizer, capsys):
+def test_what_trains_is_said_once_a_training_in_four_lines(tmp_path, tokenizer, capsys):
     trainer = build(
         tmp_path, tokenizer, peft_config=adapter(target_modules=["q_proj"]), max_steps=1, disable_tqdm=False
     )
     trainer.train()
     out = capsys.readouterr().out
-    assert out.count("BA-LoRA trains 512 numbers at rank 4") == 1
-    assert "Adapted in model.layers.*: 2 self_attn.q_proj (32 x 32)\n" in out
-    assert "Not adapted in model.layers.*: 2 self_attn.k_proj (16 x 32), " in out
+    assert out.count("BA-LoRA: start pissa in delta form, rank 4") == 1
+    assert "  trains   512 of " in out and "self_attn.q_proj; left out" in out

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
+import re
 
 import pytest
 
@@ -158,9 +160,32 @@ def test_resolved_needs_a_task(task):
         RegularizerConfig().resolved(task)
 
 
-def test_from_dict_names_an_unknown_key_and_lists_the_known():
-    with pytest.raises(ValueError, match=r"'lambda_cr'.*lambda_consistency.*svd_top_k"):
-        RegularizerConfig.from_dict({"preset": "paper", "lambda_cr": 1.0})
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lambda_kl", "lambda_consistency"),
+        ("lambda_cr", "lambda_consistency"),
+        ("lambda3", "lambda_svd"),
+        ("temprature", "temperature"),
+        ("lambda_x", "lambda_consistency, lambda_diversity or lambda_svd"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key, meant):
+    words = re.escape(f"{key} is not a setting of RegularizerConfig: did you mean {meant}?")
+    with pytest.raises(TypeError, match=words):
+        RegularizerConfig(**{key: 1.0})
+    with pytest.raises(ValueError, match=words):
+        RegularizerConfig.from_dict({"preset": "paper", key: 1.0})
+
+
+def test_an_unknown_key_that_is_near_nothing_lists_the_known():
+    with pytest.raises(TypeError, match=r"zzz is not a setting.*lambda_consistency.*svd_top_k"):
+        RegularizerConfig(zzz=1)
+
+
+def test_the_signature_is_the_dataclasss_own():
+    names = [field.name for field in dataclasses.fields(RegularizerConfig)]
+    assert list(inspect.signature(RegularizerConfig).parameters) == names
 
 
 def test_from_dict_validates():

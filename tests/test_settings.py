@@ -127,8 +127,7 @@ def test_a_new_setting_is_in_axolotls_block_schema_and_hints(one_more):
 
 @pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="needs Axolotl")
 def test_the_block_is_the_settings_and_the_hosts_own_keys():
-    from balora_plugin.hosts.axolotl.args import BaLoraBlock
-    from balora_plugin.hosts.axolotl.checks import HOST_KEYS
+    from balora_plugin.hosts.axolotl.block import HOST_KEYS, BaLoraBlock
 
     assert list(BaLoraBlock.model_fields) == [*settings_of(RegularizerConfig), *HOST_KEYS]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import functools
 import logging
 import math
@@ -17,12 +18,12 @@ import peft
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from ..checkpoint.integrity import is_finished
+from ..checkpoint.integrity import is_finished, last_whole
 from ..checkpoint.location import AdapterFiles
 from ..checkpoint.names import SETTINGS_FILE
 from ..checkpoint.settings import read_settings, write_settings
 from ..config import RegularizerConfig, as_regularizers
-from ..settings import as_path
+from ..settings import as_path, names_checked, settings_of
 from ..teacher.files import HEADER
 from .delta import not_linears_own
 from .options import NEUTRAL_OPTIONS, OTHER_STARTS, check_options
@@ -55,6 +56,17 @@ def _refuse_stock_injection(*args: Any, **kwargs: Any) -> None:
     raise TypeError(_REFUSAL)
 
 
+def _no_field(key: str) -> str:
+    """What to write for a keyword that is no field of BaLoraConfig."""
+    if key in settings_of(RegularizerConfig):
+        return f"{key} is a setting of the terms: write regularizers=RegularizerConfig({key}=...)."
+    known = [each.name for each in dataclasses.fields(BaLoraConfig) if each.init]
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join(known)}."
+    return f"{key} is not a setting of BaLoraConfig: {hint}"
+
+
+@names_checked(_no_field)
 @dataclass
 class BaLoraConfig(LoraConfig):
     """A [`peft.LoraConfig`] for BA-LoRA; every LoRA field means what it means there.
@@ -239,6 +251,11 @@ class BaLoraConfig(LoraConfig):
             ValueError: no settings (not a BA-LoRA adapter), or an option that this release of PEFT does not know.
         """
         if settings is None:
+            inside = last_whole(source)  # a run that was cut short has saved nothing else
+            if inside is not None:
+                raise ValueError(
+                    f"{source!r} holds no adapter, but checkpoints; the newest whole one is {inside!r}: name it."
+                )
             raise ValueError(
                 f"{source!r} holds no {SETTINGS_FILE}: it is not a BA-LoRA adapter (or its side files were not "
                 "copied). As a plain LoRA it loads with peft.PeftModel.from_pretrained."

@@ -93,6 +93,18 @@ class WhatIsAdapted:
         """Returns the names that adapt the experts and routers left out, as `target_parameters` takes them."""
         return sorted({kind.name for kind in self.left_out if kind.is_parameter})
 
+    def in_short(self) -> str:
+        """Returns it in one line: the numbers, the names, what is left out and the setting that takes it in."""
+        whole = f", {', '.join(self.whole)} whole" if self.whole else ""
+        words = [f"{_short(self.trained)} of {_short(self.base)} numbers: {_names(self.kinds)}{whole}"]
+        if self.left_out:
+            share = 100 * sum(kind.numbers for kind in self.left_out) / max(self.base, 1)
+            words.append(f"left out, {share:.0f} % of the base: {_names(self.left_out)}")
+        if self.target_parameters:
+            remedy = f"target_parameters=[{', '.join(self.target_parameters)}] (Axolotl: lora_target_parameters)"
+            words.append(f"to take experts and routers in: {remedy}")
+        return "; ".join(words)
+
     def __str__(self) -> str:
         """Returns it in a few lines: the numbers, then each stack's kinds, then what is left out and the remedy."""
         beside = f", A0 and B0 hold {_short(self.frozen)} more" if self.frozen else ""
@@ -168,7 +180,11 @@ def counted(kinds: Iterable[Kind]) -> tuple[Kind, ...]:
 
 def names_of(kinds: Iterable[Kind]) -> str:
     """Returns the names of kinds, each once, as a line of Markdown."""
-    return ", ".join(f"`{name}`" for name in dict.fromkeys(kind.name for kind in kinds))
+    return _names(kinds, "`")
+
+
+def _names(kinds: Iterable[Kind], quote: str = "") -> str:
+    return ", ".join(f"{quote}{name}{quote}" for name in dict.fromkeys(kind.name for kind in kinds))
 
 
 def _matrices(base: Any) -> Iterator[tuple[str, Kind]]:

@@ -233,14 +233,9 @@ def recommended(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str 
     Weights beyond [`LARGEST`] are not: none that can be used in half precision are. What a manifest says of them is
     asked, and the weights that it was written for are those that the hashes name; without one the files are read.
     """
-    found: list[tuple[int, str]] = []
-    for entry in os.scandir(directory) if os.path.isdir(directory) else ():
-        match = _CHECKPOINT.fullmatch(entry.name)
-        if match and entry.is_dir() and entry.name != but:
-            found.append((int(match[1]), entry.path))
     passed_over: list[str] = []
-    for _, path in sorted(found, reverse=True):
-        if checkpoint_flaw(path, adapters) is not None:
+    for path in reversed(checkpoints_in(directory).values()):
+        if os.path.basename(path) == but or checkpoint_flaw(path, adapters) is not None:
             continue
         manifest = read_manifest(path)
         largest = largest_saved(path, adapters) if manifest is None else manifest.largest
@@ -255,12 +250,32 @@ def last_whole(directory: str, adapters: Sequence[str] = _DEFAULT, *, but: str |
     return recommended(directory, adapters, but=but).path
 
 
+def checkpoints_in(directory: str | os.PathLike[str]) -> dict[int, str]:
+    """Returns {step: path} of every `checkpoint-N` in a directory, whole or not, by step; none without a directory."""
+    found: dict[int, str] = {}
+    for entry in os.scandir(directory) if os.path.isdir(directory) else ():
+        match = _CHECKPOINT.fullmatch(entry.name)
+        if match and entry.is_dir():
+            found[int(match[1])] = entry.path
+    return dict(sorted(found.items()))
+
+
+def trained_terms(directory: str) -> dict[str, Any] | None:
+    """Returns the settings of the terms that a checkpoint was trained with, every one resolved; None: not recorded."""
+    manifest = read_manifest(directory)
+    if manifest is not None and manifest.terms is not None:
+        return manifest.terms
+    settings = read_settings(AdapterFiles(directory))  # of an earlier release
+    return None if settings is None else settings.get("regularizers_in_force")
+
+
 def _remedy(directory: str, adapters: Sequence[str] = _DEFAULT) -> str:
     path = Path(os.path.abspath(directory))
     if is_checkpoint(path.parent):  # the directory of an adapter of another name
         path, adapters = path.parent, (path.name,)
     if not is_checkpoint(path):
-        return "Use the last whole checkpoint of that run."
+        inside = last_whole(str(path), adapters)
+        return "Use the last whole checkpoint of that run" + (f": {inside}." if inside else ".")
     found = recommended(str(path.parent), adapters, but=path.name)
     if found.path is None:
         return f"There is no whole checkpoint in {path.parent}.{found.in_words()}{_ANEW}"

@@ -37,12 +37,14 @@ class Manifest:
         ranks: The ranks whose random states belong to it; none of a single process.
         save_only_model: The run leaves optimizer, scheduler and random states out.
         largest: The largest magnitude of all values that trained.
+        terms: The settings of the run's terms, every one resolved; None of an earlier release, or a run without terms.
     """
 
     sha256: dict[str, str] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=list)
     save_only_model: bool = False
     largest: float | None = None
+    terms: dict[str, Any] | None = None
 
     def required(self, adapters: Sequence[str], *, sharded: bool) -> list[str]:
         """Returns the files that have to be listed; `sharded`: an engine keeps weights and optimizer in its own."""
@@ -71,10 +73,17 @@ def open_manifest(directory: str) -> None:
     _write(directory, Manifest())
 
 
-def seal(directory: str, adapters: Sequence[str], *, largest: float | None, save_only_model: bool) -> None:
+def seal(
+    directory: str,
+    adapters: Sequence[str],
+    *,
+    largest: float | None,
+    save_only_model: bool,
+    terms: dict[str, Any] | None = None,
+) -> None:
     """Writes the hashes of everything that training is resumed from, once all of it is there.
 
-    Files that FSDP or DeepSpeed keep parts of weights and optimizers in are left out.
+    Files that FSDP or DeepSpeed keep parts of weights and optimizers in are left out. The rest as in [`Manifest`].
     """
     path, ranks = Path(directory), ranks_here()
     names = [*_ONCE, *random_states(ranks), *(settings_path(name) for name in adapters)]
@@ -82,7 +91,7 @@ def seal(directory: str, adapters: Sequence[str], *, largest: float | None, save
         found = sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")])
         names += [file.relative_to(path).as_posix() for file in found if not _is_left_over(file)]
     hashes = {name: file_digest(path / name) for name in names if (path / name).is_file()}
-    _write(directory, Manifest(hashes, ranks, save_only_model, largest))
+    _write(directory, Manifest(hashes, ranks, save_only_model, largest, terms))
 
 
 def _is_left_over(weights: Path) -> bool:
@@ -100,13 +109,15 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest | None:
     path = Path(directory, MANIFEST_FILE)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = Manifest(**{key: content[key] for key in ("sha256", "ranks", "save_only_model", "largest")})
+        needed = {key: content[key] for key in ("sha256", "ranks", "save_only_model", "largest")}
+        found = Manifest(**needed, terms=content.get("terms"))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{MANIFEST_FILE} is cut short or damaged") from None
     hashed = isinstance(found.sha256, dict) and all(isinstance(value, str) for value in found.sha256.values())
-    if not (hashed and isinstance(found.ranks, list) and isinstance(found.largest, (int, float, type(None)))):
+    typed = isinstance(found.largest, (int, float, type(None))) and isinstance(found.terms, (dict, type(None)))
+    if not (hashed and typed and isinstance(found.ranks, list)):
         raise ValueError(f"{MANIFEST_FILE} is damaged")
     return found
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
+from ..adapter.config import active_config
 from ..config import weights_in_words
 from ..pretrained.classifier_head import is_classifier
 from .checks.arguments import check_loss_function
@@ -43,15 +44,16 @@ def check_bases(cls: type, mixin: type) -> None:
             )
 
 
-class SayWhatTrains(TrainerCallback):
-    """Lists at the start of a training what the adapter stands on and what it leaves out."""
-
-    def __init__(self, run: RunState) -> None:
-        self._run = run
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._run.adapted is not None and state.is_world_process_zero:
-            (logger.info if args.disable_tqdm else print)(str(self._run.adapted))
+def say_no_terms(model: nn.Module, host: str) -> None:
+    """Says what a trainer trains that was given neither an adapter of ours nor terms; `host`: the name of its class."""
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if active_config(model) is None:
+        what, remedy = f"all {count:,} parameters of the model", "peft_config=BaLoraConfig(...)"
+    else:
+        what, remedy = f"{count:,} parameters of {type(active_config(model)).__name__}'s adapter", "regularizers=..."
+    logger.warning(
+        f"BA-LoRA: no terms: {host} trains {what}, as the host's own trainer does. For BA-LoRA pass {remedy}."
+    )
 
 
 class BeforeTraining(TrainerCallback):

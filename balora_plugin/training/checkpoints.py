@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
@@ -14,8 +14,17 @@ from ..checkpoint.integrity import begin_save, is_checkpoint
 from ..checkpoint.lock import only_run
 from ..checkpoint.manifest import seal
 from ..checkpoint.placing import place, retire
+from ..config import RegularizerConfig
 from ..distributed import raise_on_every_process
 from .host import HostTrainer
+
+
+class SealingHost(HostTrainer, Protocol):
+    """A Trainer with the mixin, which knows its terms."""
+
+    @property
+    def ba_lora(self) -> RegularizerConfig | None:
+        """The settings in force; None without terms."""
 
 
 class Sealing(TrainerCallback):
@@ -28,7 +37,7 @@ class Sealing(TrainerCallback):
     `on_push_begin`, right before, has put the whole adapter there, so that the host finds the same bytes.
     """
 
-    def __init__(self, host: HostTrainer) -> None:
+    def __init__(self, host: SealingHost) -> None:
         self._host = host
         self._training = False
         self._open: str | None = None
@@ -88,7 +97,14 @@ class Sealing(TrainerCallback):
         if directory == self._open:
             args, self._open, self._sealed = self._host.args, None, directory
             adapters = our_adapters(self._host.model)
-            seal(directory, adapters, largest=self._largest, save_only_model=args.save_only_model)
+            terms = self._host.ba_lora
+            seal(
+                directory,
+                adapters,
+                largest=self._largest,
+                save_only_model=args.save_only_model,
+                terms=None if terms is None else terms.to_dict(),
+            )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ..objective.request import StepOutput
 from ..schedules import Lambdas
 
 NEGLIGIBLE_SHARE = 1e-3
+VISIBLE_SHARE = 0.01  # of the task's gradient: from about here on a term's effect is seen
 TERMS = ("consistency", "diversity", "svd")
 MONITORED = ("drift", "entropy")  # in evaluation, with monitor
 _VALUES = ("task", *TERMS)
@@ -27,11 +28,13 @@ class TermMetrics:
     Args:
         config: The effective settings.
         warn: warn(key, message), which says each key once.
+        outputs: How many a classifier has; None for a language model.
     """
 
-    def __init__(self, config: RegularizerConfig, warn: Warn) -> None:
+    def __init__(self, config: RegularizerConfig, warn: Warn, outputs: int | None = None) -> None:
         self.config = config
         self._warn = warn
+        self._outputs = outputs
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._bad: Tensor | None = None  # the first optimizer step at which each value was not finite, else inf
 
@@ -134,17 +137,14 @@ class TermMetrics:
         config = self.config
         if total["svd_inert"]:
             few = "a single counted token or sample"
-            features = ""
             if config.task == "nlu":
                 few = "a single sample or a single output" + (
                     " (two, centred)" if "centered" in str(config.svd_input) else ""
                 )
-                features = " set svd_input='features'," if config.svd_input != "features" else ""
             self._warn(
                 "svd_inert",
                 f"the SVD term cannot act on {few}: it was left out of such micro-batches "
-                f"({total['svd_inert']:.0f} so far). Raise the batch size,{features} or set lambda_svd=0 (now "
-                f"{config.lambda_svd}).",
+                f"({total['svd_inert']:.0f} so far). {self._more_rows('svd')}",
             )
         if (
             total["svd_clamped"] and config.svd_norm != "nuclear"
@@ -172,26 +172,37 @@ class TermMetrics:
     def _warn_diversity(self, total: dict[str, float]) -> None:
         config = self.config
         if config.task == "nlu" and total["diversity_inert"]:
-            features = " set diversity_input='features'," if config.diversity_input != "features" else ""
             self._warn(
                 "diversity_inert",
                 "the diversity term, a covariance, cannot act on a single sample or a single output: it was left out "
-                f"of such micro-batches ({total['diversity_inert']:.0f} so far). Raise the batch size,{features} or "
-                f"set lambda_diversity=0 (now {config.lambda_diversity}).",
+                f"of such micro-batches ({total['diversity_inert']:.0f} so far). {self._more_rows('diversity')}",
             )
+
+    def _more_rows(self, term: str) -> str:
+        """What gives a term of a batch's matrix something to act on: of one column no batch is large enough."""
+        source, weight = str(getattr(self.config, f"{term}_input")), f"lambda_{term}"
+        columns = None if self._outputs is None or source == "features" else self._outputs - ("centered" in source)
+        features = "" if self.config.task != "nlu" or source == "features" else f"set {term}_input='features', "
+        off = f"set {weight}=0 (now {getattr(self.config, weight)})."
+        if columns is not None and columns < 2:
+            return f"This classifier has {self._outputs} output{'' if self._outputs == 1 else 's'}: {features}or {off}"
+        return f"Raise the batch size, {features}or {off}"
 
     def _warn_negligible(self, shares: dict[str, float]) -> None:
         small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE}
         if small:
-            listed = ", ".join(
-                f"lambda_{name}={getattr(self.config, f'lambda_{name}'):g} ({share:.0e})"
-                for name, share in small.items()
-            )
+            listed = ", ".join(self._in_words(name, share) for name, share in small.items())
             self._warn(
                 "negligible",
                 f"these terms carry less than {NEGLIGIBLE_SHARE:g} of the task's gradient and hardly act: {listed}. "
                 "Raise them to see an effect, or set them to 0 to save their cost.",
             )
+
+    def _in_words(self, name: str, share: float) -> str:
+        """A weight, its share of the gradient, and the weight that would carry VISIBLE_SHARE of it."""
+        weight = getattr(self.config, f"lambda_{name}")
+        needed = f"; {weight * VISIBLE_SHARE / share:.1g} would carry {VISIBLE_SHARE:.0%}" if share > 0 else ""
+        return f"lambda_{name}={weight:g} ({share:.0e}{needed})"
 
 
 def _monitored(out: StepOutput) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
 from .cost import CostMeter
+from .first_norms import FirstNorms
 from .metrics import TermMetrics
 from .packing_probe import PackingProbe
 
@@ -75,6 +76,7 @@ class RunState:
         finished: The run was resumed after its last step, so that it has nothing to do.
         callbacks: What watches the run, for its trainer to call.
         resumed: The checkpoint that training goes on from.
+        first_norms: What looks at the first steps' gradients; None where nothing is clipped, or the start is no PiSSA.
         batch_shape: Rows and tokens of the micro-batch that was begun last.
         counts: False while a classifier's batch holds nothing but samples that were evaluated before.
     """
@@ -97,6 +99,7 @@ class RunState:
     adapted: WhatIsAdapted | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     resumed: str | None = None
+    first_norms: FirstNorms | None = None
     predicts: bool = False
     wants_logits: bool = False
     counts: bool = True

@@ -22,14 +22,17 @@ from ..pretrained.lm_head import check_head
 from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
-from .acting import BeforeTraining, RecordedTerms, SayWhatTrains, warn_at_set_up
+from .acting import BeforeTraining, RecordedTerms, say_no_terms, warn_at_set_up
+from .banner import Banner
 from .checks.arguments import check_arguments, check_compiled_once, check_loss_function, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
 from .checks.trained import check_adapters
 from .compiling import Asked, compiled_passes
+from .earlier_runs import EarlierRuns
 from .fill_cache import open_run_cache
 from .finite_guard import FiniteGuard
+from .first_norms import FirstNorms
 from .host import HostTrainer
 from .liger import give_kernels, without_losses
 from .metrics import TermMetrics
@@ -87,6 +90,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     adapter = active_config(host.model)
     regularizers = _terms_of(adapter, given)
     if regularizers is None:
+        say_no_terms(host.model, type(host).__name__)
         return None
     warn = WarnOnce()
     bare = host.model.get_base_model() if isinstance(host.model, PeftModel) else host.model
@@ -102,7 +106,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         wrapped=host.model,
         model=bare,
         switch=TeacherSwitch(bare),
-        metrics=TermMetrics(config, warn),
+        metrics=TermMetrics(config, warn, outputs=bare.config.num_labels if config.task == "nlu" else None),
         warn=warn,
         # at every batch, so that a method given to the instance later counts too
         extend=lambda batch: host.extend_ba_lora_inputs(batch),
@@ -125,7 +129,8 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     if config.teacher_cache is not None and config.lambda_consistency:
         open_run_cache(run, host)
     warn_at_set_up(run, host.args)
-    run.callbacks += [BeforeTraining(run, host), SayWhatTrains(run), Resumed(run), NothingLeft(run)]
+    run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run)]
+    run.first_norms = FirstNorms.of(adapter, host.args, warn)
     run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]
     logger.info(f"BA-LoRA: {config}")
     return run

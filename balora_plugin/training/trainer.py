@@ -32,6 +32,7 @@ from .compiling import compile_for_the_host, take_backend
 from .cost import CostCallback, CostMeter
 from .cost_report import publish
 from .finite_guard import saved_weight
+from .first_norms import WatchesNorms
 from .metrics import TermMetrics
 from .out_of_memory import advised
 from .repeated_samples import drop_rows, refill, repeated_rows
@@ -44,7 +45,7 @@ from .step_requests import StepRequests
 logger = logging.get_logger(__name__)
 
 
-class BaLoraTrainerMixin(LoadsAdapterItself):
+class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
     """Adds the BA-LoRA objective to a transformers Trainer: `class MyTrainer(BaLoraTrainerMixin, Trainer)`.
 
     Active if the model carries a BaLoraConfig adapter or `regularizers` is given; otherwise the trainer is untouched.

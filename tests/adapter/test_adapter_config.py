@@ -63,3 +63,15 @@ def test_pissa_niter_means_pissa_fast_said_once(caplog):
         configs = [BaLoraConfig(r=4, init_lora_weights="pissa_niter_16") for _ in range(3)]
     assert all(str(config.init_lora_weights) == "pissa_fast" and config.delta for config in configs)
     assert [record.message.count("pissa_fast") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lambda_svd", r"lambda_svd is a setting of the terms: write regularizers=RegularizerConfig\(lambda_svd=...\)"),
+        ("lora_alpa", "lora_alpa is not a setting of BaLoraConfig: did you mean lora_alpha?"),
+    ],
+)
+def test_an_unknown_key_says_where_it_belongs(key, words):
+    with pytest.raises(TypeError, match=words):
+        BaLoraConfig(r=2, **{key: 0.5})

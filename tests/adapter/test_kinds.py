@@ -99,6 +99,16 @@ def test_a_router_that_gives_more_than_a_product_is_reached_by_its_parameter_alo
         ba_lora(base, targets=["q_proj", "router"])
 
 
+def test_in_one_line():
+    found = what_is_adapted(ba_lora(tiny_mixtral(), r=6, targets=["q_proj", "k_proj"]))
+    assert found.in_short() == (
+        f"{found.trained:,} of 49,568 numbers: self_attn.q_proj, self_attn.k_proj; left out, 81 % of the base: "
+        "self_attn.v_proj, self_attn.o_proj, mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj; to take "
+        "experts and routers in: target_parameters=[mlp.experts.down_proj, mlp.experts.gate_up_proj, mlp.gate.weight] "
+        "(Axolotl: lora_target_parameters)"
+    )
+
+
 def test_in_words():
     model = ba_lora(tiny_mixtral(), r=6, targets=["q_proj", "k_proj"], rank_pattern={"k_proj": 20})
     numbers = 2 * (6 * 64 + 20 * 48)

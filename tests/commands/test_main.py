@@ -32,6 +32,7 @@ ERRORS = [
 ]
 LINES = {  # a command line of every subcommand
     "compare": ["--model", "BASE", "--data", "ADAPTER", "--output", "OUTPUT"],
+    "axolotl": ["init", "OUTPUT/starter.yml"],
     "doctor": [],
     "eval": ["ADAPTER", "--base", "BASE", "--drift", __file__],
     "export": ["ADAPTER", "--output", "OUTPUT"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, BaLoraTrainerMixin, RegularizerConfig
-from balora_plugin.training.acting import SayWhatTrains
 
 pytestmark = pytest.mark.hosts
 
@@ -400,11 +398,13 @@ def test_no_consistency_no_word_of_dropout(tmp_path, said):
     assert not dropout_lines(tmp_path, said, tiny_gpt2(), terms, target_modules=["c_attn"])[1]
 
 
-@pytest.mark.parametrize("quiet", [False, True])
-@pytest.mark.parametrize("first", [False, True])
-def test_what_trains_is_listed_at_the_start_by_the_first_process(first, quiet, capsys):
-    run = SimpleNamespace(adapted="what it stands on")
-    state, args = SimpleNamespace(is_world_process_zero=first), SimpleNamespace(disable_tqdm=quiet)
-    SayWhatTrains(run).on_train_begin(args, state, None)
-    assert capsys.readouterr().out == ("what it stands on\n" if first and not quiet else "")
-    SayWhatTrains(SimpleNamespace(adapted=None)).on_train_begin(args, state, None)
+def test_a_trainer_without_adapter_and_terms_says_what_it_trains(tmp_path, said):
+    model = tiny_llama()
+    BaLoraTrainer(model=model, args=arguments(tmp_path), train_dataset=tokens())
+    count = sum(p.numel() for p in model.parameters())
+    (line,) = [line for line in said() if "no terms" in line]
+    assert f"BaLoraTrainer trains all {count:,} parameters of the model" in line and "peft_config=BaLoraConfig" in line
+    BaLoraTrainer(model=stock(tiny_llama()), args=arguments(tmp_path), train_dataset=tokens())
+    assert "LoraConfig's adapter" in said()[-1] and "regularizers=" in said()[-1]
+    BaLoraTrainer(model=ba_lora(tiny_llama()), args=arguments(tmp_path), train_dataset=tokens())
+    assert sum("no terms" in line for line in said()) == 2

@@ -6,6 +6,7 @@ included, is left as it stands.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
-from ...consistency import form_named
+from ...config import terms_in_words
 from ...pretrained.backbone import is_multimodal_class
 from ..config import BaLoraConfig
 from ..delta import delta_layers_of
@@ -24,6 +25,7 @@ from . import provenance
 
 START, END = "<!-- ba-lora -->", "<!-- /ba-lora -->"
 VLLM_DEFAULT_RANK = 16
+_HUB_LINK = re.compile(r"\[([^\]\n]*)\]\(https://huggingface\.co/([^)\n]*)\)")
 
 
 def update(directory: str, model: PeftModel) -> None:
@@ -33,7 +35,9 @@ def update(directory: str, model: PeftModel) -> None:
     if not ours or not path.exists():
         return
     parts = [section(model, name, config, heading=len(ours) > 1) for name, config in ours.items()]
-    text = with_section(path.read_text(encoding="utf-8"), "\n\n".join(["## BA-LoRA adapter", *parts]))
+    base = next(iter(ours.values())).base_model_name_or_path
+    text = naming_a_local_base(path.read_text(encoding="utf-8"), base)
+    text = with_section(text, "\n\n".join(["## BA-LoRA adapter", *parts]))
     path.write_text(text, encoding="utf-8")
 
 
@@ -51,6 +55,21 @@ def add_tags(directory: str, tags: list[str]) -> None:
     if missing:
         found.data.tags = sorted({*(found.data.tags or []), *missing})
         found.save(path)
+
+
+def naming_a_local_base(card: str, base: str | None) -> str:
+    """Returns a host's `card` with the base that is no repository of the hub named, not linked to a page of None.
+
+    TRL writes `[None](https://huggingface.co/None)` for a directory, other hosts a link to its path.
+    """
+
+    def named(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        if text != target or not (text == "None" or os.path.isdir(text)):
+            return link[0]
+        return f"`{base}`" if base else "a model without a name"
+
+    return _HUB_LINK.sub(named, card)
 
 
 def with_section(card: str, section: str) -> str:
@@ -106,7 +125,7 @@ def section(model: PeftModel, adapter_name: str, config: BaLoraConfig, *, headin
         ("SHA-256 of the base", "not recorded" if identity is None else f"`{identity.sha256}` ({identity.dtype})"),
         ("quantised in training", quantisation_in_words(identity.quantization if identity else None)),
         ("method", f"BA-LoRA, {start} (balora-plugin {__version__})"),
-        ("terms in force", terms(config)),
+        ("terms in force", terms_in_words(config.regularizers.resolved(config.family))),
         ("teacher", (found.teacher if found else None) or "the base itself, adapter switched off"),
         ("rank of the file", file_rank),
         ("adapts", names_of(adapted.kinds)),
@@ -189,28 +208,6 @@ def _bitsandbytes_settings(quantization: dict[str, Any] | None) -> str | None:
     neutral = BitsAndBytesConfig().to_dict()
     chosen = {key: value for key, value in quantization.items() if key in neutral and neutral[key] != value}
     return ", ".join(f"{key}={value!r}" for key, value in sorted(chosen.items()) if not key.startswith("_"))
-
-
-def terms(config: BaLoraConfig) -> str:
-    """Returns the regularisers with their weights, in a line."""
-    r = config.regularizers.resolved(config.family)
-    parts = []
-    if r.lambda_consistency:
-        heat = (
-            ""
-            if r.temperature == 1.0 or not form_named(r.consistency or "kl").uses_temperature
-            else f", temperature {r.temperature:g}"
-        )
-        parts.append(f"consistency {r.lambda_consistency:g} ({r.consistency}{heat})")
-    if r.lambda_diversity:
-        parts.append(f"diversity {r.lambda_diversity:g}{f' (top {r.diversity_top_k})' if r.diversity_top_k else ''}")
-    if r.lambda_svd:
-        parts.append(f"singular values {r.lambda_svd:g} (k = {r.svd_top_k}, {r.svd_norm}, {r.svd_input})")
-    if not parts:
-        return "none (all weights 0)"
-    schedule = "" if r.schedule == "constant" else f"; schedule {r.schedule}"
-    interval = "" if r.teacher_interval == 1 else f"; teacher on every {r.teacher_interval}th micro-batch"
-    return f"{', '.join(parts)}{schedule}{interval}; preset {r.preset}"
 
 
 def quantisation_in_words(values: dict[str, Any] | None) -> str:

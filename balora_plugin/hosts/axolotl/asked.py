@@ -1,34 +1,13 @@
-"""What is asked of the adapter beside the `lora_*` keys: by `peft:`, by other plug-ins, by kernels that read it."""
+"""What is asked of the adapter beside the `lora_*` keys: by other plug-ins, by kernels that read it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 from ...adapter.config import BaLoraConfig
 from ...findings import Finding
 from .superseded import expert_kernels
-
-_STARTS = "write peft_init_lora_weights: pissa, pissa_fast or true (over a quantised base too: load_in_4bit: true)"
-
-
-def peft_block(data: Any) -> Iterator[Finding]:
-    """Finds what stands under `peft:`, of which nothing would reach the adapter."""
-    block = data.get("peft")
-    for key, value in block.items() if isinstance(block, Mapping) else ():
-        value = dict(value) if isinstance(value, Mapping) else value
-        if key == "loftq_config" and value:
-            yield Finding(
-                "peft.loftq_config", value, "is a start that BA-LoRA does not make", f"remove it, {_STARTS}", True
-            )
-        elif value not in (None, False, {}, []):
-            remedy = "write the adapter's own key at top level (lora_..., peft_...), or remove it"
-            yield Finding(f"peft.{key}", _quoted(value), "is not read by Axolotl", remedy)
-
-
-def _quoted(value: Any) -> Any:
-    return repr(value) if isinstance(value, str) else value
 
 
 def check_expert_kernel(data: Any, parameters: Any) -> None:

@@ -12,6 +12,7 @@ from ...findings import Finding
 from ...settings import settings_of
 from ...training.checks.teacher import MUTATING_STARTS
 from ...training.task_form import LOSS_TYPES, task_form
+from .block import ADAPTER, HOST_KEYS, nearest_field
 from .classification import is_classification, of_classification
 from .engine import of_engine
 from .errors import refuse
@@ -20,11 +21,8 @@ from .model_config import of_model
 from .quantisation import of_quantisation
 from .refusals import refused
 
-ADAPTER = "ba_lora"
 STARTS = ("pissa", "pissa_fast", True, None)
 
-# of the block, beside the fields of RegularizerConfig
-HOST_KEYS = ("compile", "start_from", "apply_to", "loss_type", "text_columns", "label_column")
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
 _OURS = [
     name
@@ -43,23 +41,6 @@ _BLOCKS = (
     "overrides_of_model_kwargs",
 )
 _LISTS = ("datasets", "test_datasets")
-
-_TERMS = {  # the paper's numbers and letters
-    "lambda_consistency": ("lambda1", "lambda_1", "lambda_cr", "l1", "cr"),
-    "lambda_diversity": ("lambda2", "lambda_2", "lambda_dr", "lambda_entropy", "l2", "dr"),
-    "lambda_svd": ("lambda3", "lambda_3", "lambda_svdr", "l3", "svdr"),
-}
-
-
-def nearest_field(key: str) -> str | None:
-    """The block's field that a misspelt one most likely means."""
-    for name, others in _TERMS.items():
-        if key.lower() in others:
-            return name
-    near = difflib.get_close_matches(key, [*settings_of(RegularizerConfig), *HOST_KEYS], n=1)
-    if near and key.startswith("lambda") and difflib.SequenceMatcher(None, key, near[0]).ratio() < 0.8:
-        return "lambda_consistency, lambda_diversity or lambda_svd"
-    return near[0] if near else None
 
 
 def active(cfg: Any) -> bool:

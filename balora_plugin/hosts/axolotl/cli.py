@@ -1,64 +1,24 @@
-"""`axolotl ba-lora`: train a YAML without the plugins line, write a starter YAML, print the block's schema.
+"""`axolotl ba-lora`: train a YAML without the plugins line, write a starter, migrate a YAML, print the block's schema.
 
 Axolotl finds subcommands by entry point but no plug-ins: its own `train` needs the `plugins:` line that `ba-lora train`
-adds.
+adds. Nothing here imports Axolotl, or torch, but `train`: `balora axolotl` is the same without Axolotl's own start.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 import yaml
 
-PLUGIN = "balora_plugin.BaLoraPlugin"
-
-STARTER = """\
-# BA-LoRA with Axolotl: axolotl train {name}
-base_model: Qwen/Qwen2.5-0.5B        # any causal language model
-# load_in_4bit: true                 # a quantised base, as with adapter: qlora
-
-plugins:
-  - balora_plugin.BaLoraPlugin       # Axolotl discovers no plug-ins by itself
-adapter: ba_lora
-lora_r: 16
-lora_alpha: 16                       # alpha = r, as in the paper
-lora_target_linear: true
-# peft_init_lora_weights: pissa_fast # for large matrices: minutes instead of an hour
-
-ba_lora:
-  preset: paper                      # or iclr2026; every field below overrides it
-  # lambda_consistency: 0.5          # stay close to the pre-trained model
-  # lambda_diversity: 0.02           # keep the outputs diverse
-  # lambda_svd: 0.02                 # concentrate the logits on their leading singular values
-
-datasets:
-  - path: tatsu-lab/alpaca
-    type: alpaca
-val_set_size: 0.01
-sequence_len: 1024
-sample_packing: true
-attn_implementation: sdpa            # or flash_attention_2; packing needs one of them
-
-output_dir: ./outputs/ba-lora
-micro_batch_size: 4
-gradient_accumulation_steps: 4
-num_epochs: 1
-optimizer: adamw_torch_fused
-learning_rate: 2e-5
-lr_scheduler: cosine
-warmup_ratio: 0.03
-weight_decay: 0.0
-bf16: auto
-gradient_checkpointing: true
-logging_steps: 10
-"""
+from .migrate import PLUGIN, migrate
+from .starter import schema as schema_text
+from .starter import starter
 
 
 @click.group("ba-lora")
 def main() -> None:
-    """BA-LoRA: train a YAML, write a starter, print the schema."""
+    """BA-LoRA: train a YAML, write a starter, migrate a LoRA's YAML, print the schema."""
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
@@ -78,27 +38,54 @@ def train(config: Path, options: tuple[str, ...]) -> None:
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default=Path("ba_lora.yml"))
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def init(path: Path, force: bool) -> None:
-    """Write a commented starter YAML to PATH."""
+    """Write a commented starter YAML with the recommended setting to PATH, and its schema for editors beside it."""
+    beside = path.with_suffix(".schema.json")
+    _write(path, starter(str(path), beside.name), force=force)
+    _write(beside, schema_text() + "\n", force=True)
+    click.echo(f"wrote {path} (and {beside} for editors); next: axolotl train {path}")
+
+
+@main.command("migrate")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="CONFIG with .ba_lora before its end.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+def migrate_command(config: Path, output: Path | None, force: bool) -> None:
+    """Write a LoRA or QLoRA YAML for BA-LoRA, comments kept, and say key by key what was changed and why.
+
+    The exit code is 1 where a line is left that would not train, or would train something else.
+    """
+    try:
+        found = migrate(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise click.ClickException(f"{config}: {error}") from None
+    target = output or config.with_name(f"{config.stem}.ba_lora{config.suffix}")
+    _write(target, found.text, force=force)
+    click.echo(f"wrote {target}")
+    for change in found.changes:
+        click.echo(f"  {change}")
+    for finding in found.left:
+        click.echo(f"  left to you: {finding}")
+    click.echo(f"next: balora doctor --config {target}; axolotl train {target}")
+    if found.left:
+        click.get_current_context().exit(1)
+
+
+@main.command("schema")
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), required=False)
+def schema_command(path: Path | None) -> None:
+    """Write the JSON schema of a YAML with a ba_lora: block to PATH, for editors; without PATH print it."""
+    if path is None:
+        click.echo(schema_text())
+    else:
+        _write(path, schema_text() + "\n", force=True)
+        click.echo(f"wrote {path}")
+
+
+def _write(path: Path, text: str, *, force: bool) -> None:
     if path.exists() and not force:
         raise click.ClickException(f"{path} exists: name another file, or pass --force.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(STARTER.format(name=path), encoding="utf-8")
-    click.echo(f"wrote {path}; next: axolotl train {path}")
-
-
-@main.command()
-@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), required=False)
-def schema(path: Path | None) -> None:
-    """Write the JSON schema of a YAML with a ba_lora: block to PATH, for editors; without PATH print it."""
-    from .args import BaLoraBlock
-
-    block = BaLoraBlock.model_json_schema(ref_template="#/properties/ba_lora/$defs/{model}")
-    text = json.dumps({"type": "object", "properties": {"ba_lora": block}}, indent=2)
-    if path is None:
-        click.echo(text)
-    else:
-        path.write_text(text + "\n", encoding="utf-8")
-        click.echo(f"wrote {path}")
+    path.write_text(text, encoding="utf-8")
 
 
 def write_resolved(config: Path) -> Path:

@@ -28,9 +28,9 @@ from ...pretrained.lm_head import check_head
 from ...pretrained.quantised import as_floats
 from ...training.checks.model import resolve
 from . import classification, fsdp, kbit
-from .args import BaLoraBlock, of_block
 from .asked import check_expert_kernel, options_of_plugins
-from .checks import ADAPTER, active, findings_of, of_command_line
+from .block import ADAPTER, BaLoraBlock, of_block
+from .checks import active, findings_of, of_command_line
 from .engine import attention_here, attention_setting, compiles_whole, reentrant_of
 from .errors import SettingError, as_setting_errors, one_line_errors, refuse
 from .injection import patch_peft, target_modules
@@ -179,10 +179,9 @@ class BaLoraPlugin(BasePlugin):
                 f"plugins: another plug-in's trainer ({type(trainer).__name__}) took the place of BA-LoRA's, so its "
                 "terms would be left out: remove that plug-in, or put balora_plugin.BaLoraPlugin first."
             )
-        if active(cfg):
-            logger.info("BA-LoRA trains with %s", trainer.ba_lora)
-            if cfg.adapter and (trainer.is_fsdp_enabled or fsdp.asks_for_fsdp(cfg)):  # or by accelerate's own config
-                fsdp.save_by_the_trainer(trainer.model)
+        # by the YAML, or by accelerate's own config
+        if active(cfg) and cfg.adapter and (trainer.is_fsdp_enabled or fsdp.asks_for_fsdp(cfg)):
+            fsdp.save_by_the_trainer(trainer.model)
         if classifies(cfg):
             classification.set_up_trainer(cfg, trainer)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ...findings import Finding
-from .asked import peft_block
 
 
 class Refusal(NamedTuple):
@@ -45,6 +44,7 @@ REFUSED: dict[str, Refusal] = {
     "peft_trainable_token_indices": _BASE,
     "unfrozen_parameters": _BASE,
 }
+_STARTS = "write peft_init_lora_weights: pissa, pissa_fast or true (over a quantised base too: load_in_4bit: true)"
 # sizes of which 1 is none
 SPLITS = ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size", "expert_parallel_size")
 # Axolotl's plug-ins that bring a trainer of their own; one of another origin is found before the model loads
@@ -95,3 +95,21 @@ def _read_as(values: Any) -> Iterator[Finding]:
 
 def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
+
+
+def peft_block(data: Any) -> Iterator[Finding]:
+    """Finds what stands under `peft:`, of which nothing would reach the adapter."""
+    block = data.get("peft")
+    for key, value in block.items() if isinstance(block, Mapping) else ():
+        value = dict(value) if isinstance(value, Mapping) else value
+        if key == "loftq_config" and value:
+            yield Finding(
+                "peft.loftq_config", value, "is a start that BA-LoRA does not make", f"remove it, {_STARTS}", True
+            )
+        elif value not in (None, False, {}, []):
+            remedy = "write the adapter's own key at top level (lora_..., peft_...), or remove it"
+            yield Finding(f"peft.{key}", _quoted(value), "is not read by Axolotl", remedy)
+
+
+def _quoted(value: Any) -> Any:
+    return repr(value) if isinstance(value, str) else value

@@ -16,7 +16,8 @@ from ...memory.estimate import Workload
 from ...memory.remedies import Case
 from ...memory.twin import Twin, hollow
 from ...training.checks.model import resolve
-from .checks import ADAPTER, active
+from .block import ADAPTER
+from .checks import active
 from .classification import is_classification
 from .plugin import adapter_config, regularizers_of
 from .quantisation import LOAD_IN

@@ -144,3 +144,16 @@ def test_exported_cards_are_valid(ids, tmp_path, capsys):
     assert main(["export", str(tmp_path / "adapter"), "--output", str(tmp_path / "out"), "--rank", "2"]) == 0
     exported = ModelCard.load(tmp_path / "out" / "README.md")
     assert exported.data.library_name == "peft" and "max_lora_rank" in exported.text
+
+
+def test_a_hosts_card_names_a_local_base_and_leaves_the_hubs_alone(llama, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    hub = "[some/model](https://huggingface.co/some/model)"
+    links = f"of [None](https://huggingface.co/None), [{base}](https://huggingface.co/{base}) and {hub}.\n"
+    model = ba_lora(llama)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    (tmp_path / "README.md").write_text(f"# Model\n\n{links}")
+    card.update(tmp_path, model)
+    assert f"of `{base}`, `{base}` and {hub}.\n" in text_of(tmp_path)
+    assert card.naming_a_local_base(links, None).startswith("of a model without a name, ")

@@ -1,0 +1,45 @@
+"""Do what `axolotl ba-lora` does, without the seconds that Axolotl itself takes to start.
+
+  balora axolotl init
+  balora axolotl migrate config.yaml
+  balora axolotl schema
+
+init writes a starter YAML with the recommended setting; migrate writes a LoRA or QLoRA YAML for BA-LoRA and says what
+was changed and why; schema prints the JSON schema of the ba_lora: block, or writes it to FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+
+HELP = "write a starter YAML for Axolotl, migrate a LoRA's, print the schema"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this subcommand's arguments."""
+    parser.add_argument(
+        "what", choices=("init", "migrate", "schema"), metavar="COMMAND", help="init, migrate or schema"
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="what to write, or of migrate what to read")
+    parser.add_argument("--output", metavar="FILE", help="migrate: what to write; FILE with .ba_lora before its end")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand; returns its exit code."""
+    for needed in ("click", "yaml", "pydantic"):
+        if find_spec(needed) is None:
+            raise ImportError(f"{needed}, which Axolotl brings, is not installed: pip install balora-plugin[axolotl]")
+    words = [args.what, *([args.file] if args.file else [])]
+    words += ["--output", args.output] if args.output else []
+    words += ["--force"] if args.force else []
+    from click import ClickException
+
+    from ..hosts.axolotl.cli import main
+
+    try:
+        code = main.main(args=words, prog_name="balora axolotl", standalone_mode=False)
+    except ClickException as error:
+        raise ValueError(error.format_message()) from None
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,76 @@
+"""What a run says of those before it: checkpoints in its output directory, terms that the resumed one began with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..checkpoint.integrity import checkpoints_in, trained_terms
+from ..checkpoint.names import STATE_FILE
+from ..config import RegularizerConfig
+from .run_state import RunState
+
+# what changes nothing of what is trained: where outputs are kept, how often shares are measured
+_NEUTRAL = ("task", "share_interval", "teacher_cache")
+
+
+class EarlierRuns(TrainerCallback):
+    """Says, when training begins, which checkpoints in its output directory are others', and which terms changed."""
+
+    def __init__(self, run: RunState) -> None:
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self._run
+        if not state.is_world_process_zero or run.finished:
+            return
+        others = others_checkpoints(args.output_dir, run.resumed)
+        if others:
+            run.warn("earlier_run", _earlier(args.output_dir, others, run.resumed))
+        changed = {} if run.resumed is None else changed_terms(run.resumed, run.config)
+        if changed:
+            listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            run.warn(
+                "other_terms",
+                f"{run.resumed} was trained with other terms than this run has: {listed}. From here on the new ones "
+                "count; write the old ones to have the run that was begun.",
+            )
+
+
+def others_checkpoints(output_dir: str, resumed: str | None) -> list[str]:
+    """Returns the finished checkpoints in `output_dir` that a run does not go on from, by step.
+
+    Those are all of them, or, for a run that resumes one of them, those of later steps. One that a crash cut short is
+    none: nothing resumes from it.
+    """
+    every = checkpoints_in(output_dir)
+    found = {step: path for step, path in every.items() if os.path.isfile(os.path.join(path, STATE_FILE))}
+    if resumed is None or os.path.realpath(output_dir) != str(Path(os.path.realpath(resumed)).parent):
+        return list(found.values())
+    here = next((step for step, path in found.items() if os.path.samefile(path, resumed)), 0)
+    return [path for step, path in found.items() if step > here]
+
+
+def _earlier(output_dir: str, others: list[str], resumed: str | None) -> str:
+    names = [Path(path).name for path in others]
+    listed = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
+    begins = "begins anew" if resumed is None else f"goes on from {resumed}"
+    return (
+        f"{output_dir} holds checkpoints of an earlier run, {listed}, and this one {begins}: they stay there among its "
+        f"own, and a later resume_from_checkpoint=True (Axolotl: auto_resume_from_checkpoints) takes the highest "
+        f"number, {names[-1]} for now. Give each run an output_dir of its own, or remove them."
+    )
+
+
+def changed_terms(checkpoint: str, config: RegularizerConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns {setting: (value that a checkpoint was trained with, value now)} where what is trained differs.
+
+    Nothing where the checkpoint does not say; `config`: the settings in force.
+    """
+    before, now = trained_terms(checkpoint) or {}, config.to_dict()
+    changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
+    changed = {key: values for key, values in changed.items() if key not in _NEUTRAL}
+    return {} if set(changed) == {"preset"} else changed  # every value of it is the same
