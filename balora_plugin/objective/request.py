@@ -18,6 +18,7 @@ from ..fused.loss import PLAIN_TASK, TaskForm
 from ..pretrained.switch import TeacherSwitch
 from ..schedules import Lambdas
 from ..teacher.cache import TeacherCache
+from .anchors import AnchorRows, AnchorTerm
 
 if TYPE_CHECKING:
     from ..compile.layers import CompiledLayers
@@ -38,7 +39,8 @@ class StepRequest:
     `return_hidden`: the student's final hidden states, in their graph, for logits that somebody may ask for.
     `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
     part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
-    device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask.
+    device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask. `anchors`:
+    rows beside the batch's for the consistency term alone; None where a run has none.
     """
 
     config: RegularizerConfig
@@ -60,6 +62,7 @@ class StepRequest:
     part: Callable[[str], AbstractContextManager[None]] = uncounted
     task_weights: Tensor | None = None
     task_form: TaskForm = PLAIN_TASK
+    anchors: AnchorRows | None = None
 
 
 class CompiledPasses(NamedTuple):
@@ -83,7 +86,7 @@ class StepOutput(ModelOutput):
     `loss` = task + weighted token terms; `svd` is unweighted, None if it is off; `svd_used_k` is 0 where it cannot act
     (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
     hidden states. A classifier's are sums over samples: `svd` is in `loss` too, and `svd_count`, `diversity_count` say
-    for how many samples the batch's statistics stand.
+    for how many samples the batch's statistics stand. `anchors`: their own consistency, which is not in `loss`.
     """
 
     loss: Tensor | None = None
@@ -101,6 +104,7 @@ class StepOutput(ModelOutput):
     logits: Tensor | None = None
     hidden: Tensor | None = None
     shares: Tensor | None = None
+    anchors: AnchorTerm | None = None
 
 
 Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]

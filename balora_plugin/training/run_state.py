@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from ..teacher.cache import TeacherCache
 from .cost import CostMeter
 from .metrics import TermMetrics
 from .packing_probe import PackingProbe
+
+if TYPE_CHECKING:
+    from .anchors import RunAnchors
 
 logger = logging.get_logger(__name__)
 
@@ -65,6 +68,7 @@ class RunState:
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
         cache: The teacher's outputs on disk.
+        anchors: Text without labels for the consistency term; None where there is none.
         packing: Asks once whether packed documents see each other; None for classifiers.
         initial_head: The LM head that full fine-tuning with a cache began with, which is the teacher's.
         meter: What counts the run's cost; there from the start of training.
@@ -91,6 +95,7 @@ class RunState:
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
     cache: TeacherCache | None = None
+    anchors: RunAnchors | None = None
     packing: PackingProbe | None = None
     initial_head: Head | None = None
     meter: CostMeter | None = None
