@@ -82,7 +82,7 @@ def join(inputs: dict[str, Any], anchors: AnchorRows) -> Joined:
         ValueError: a batch of embeddings, or one with a tensor that has no meaning for another row.
     """
     _check(inputs)
-    ids, positions, mask = (inputs.get(name) for name in _TOKENS[:3])
+    ids, mask, positions = (inputs.get(name) for name in _TOKENS[:3])
     assert isinstance(ids, Tensor)
     numbered = mask is not None and positions is not None and len(ids) == 1 and bool(mask.max() > 1)
     if len(ids) == 1 and positions is not None and (mask is None or numbered):
@@ -157,7 +157,7 @@ def _widened(value: Tensor, longest: int) -> Tensor:
 
 def _behind(inputs: dict[str, Any], anchors: AnchorRows) -> Joined:
     """Anchors as documents behind those of the batch's one row."""
-    ids, positions, mask = (inputs.get(name) for name in _TOKENS[:3])
+    ids, mask, positions = (inputs.get(name) for name in _TOKENS[:3])
     assert ids is not None and positions is not None
     lengths = anchors.counted.sum(dim=1)
     tokens = anchors.ids[anchors.counted].unsqueeze(0)
