@@ -21,7 +21,9 @@ def length_limit(given: int | None, tokenizer: Any, positions: int | None) -> in
     return min(limits, default=None)
 
 
-def tokenised(data: Any, tokenizer: Any, *, limit: int | None, tokens: int | None) -> tuple[list[np.ndarray], int]:
+def token_documents(
+    data: Any, tokenizer: Any, *, limit: int | None, tokens: int | None
+) -> tuple[list[np.ndarray], int]:
     """Returns documents as ids (n,) int64 in an order drawn once for all, and how many documents the data has.
 
     Args:

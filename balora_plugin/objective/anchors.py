@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,48 +13,12 @@ from ..fused import TopLogProbs
 from ..fused.loss import TeacherStates, TermForm, TokenLoss
 from ..teacher.documents import BOUNDARIES
 from .causal_lm_terms import token_sums
+from .request import AnchorRows, AnchorTerm
 
 _EDGES = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")
 _KINDS = ("token_type_ids", "mm_token_type_ids")
 _TOKENS = ("input_ids", "attention_mask", "position_ids", *_KINDS)
-
-
-class AnchorRows(NamedTuple):
-    """The anchors that a micro-batch meets, perhaps none; tensors on the batch's device.
-
-    Attributes:
-        ids: (A, T) token ids, 0 behind the end of a row.
-        counted: (A, T) bool: the documents' tokens, each of which counts.
-        teacher: What the teacher says at the M counted tokens: final hidden states (M, d), or TopLogProbs (M, K), ...;
-            None where there are no rows.
-        weight: Of the consistency of an anchor, the schedule's and that of steps that have some.
-        whole: Counted tokens of the step's anchors, over all micro-batches and processes.
-        parts: Micro-batches of the step, over all processes.
-    """
-
-    ids: Tensor
-    counted: Tensor
-    teacher: Tensor | TopLogProbs | None
-    weight: float
-    whole: int
-    parts: int
-
-
-class AnchorTerm(NamedTuple):
-    """The consistency over a micro-batch's anchors.
-
-    Attributes:
-        loss: Weighted, over the step's counted anchor tokens, differentiable: the step's is the sum over its parts.
-        consistency: The sum over this micro-batch's anchor tokens, detached.
-        tokens: How many these are.
-        part: 1 over the step's parts.
-    """
-
-    loss: Tensor
-    consistency: Tensor
-    tokens: Tensor
-    part: Tensor
 
 
 @dataclass

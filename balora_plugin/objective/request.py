@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..config import RegularizerConfig
+from ..fused import TopLogProbs
 from ..fused.factor import FactorCache
 from ..fused.head import Head
 from ..fused.loss import PLAIN_TASK, TaskForm
 from ..pretrained.switch import TeacherSwitch
 from ..schedules import Lambdas
 from ..teacher.cache import TeacherCache
-from .anchors import AnchorRows, AnchorTerm
 
 if TYPE_CHECKING:
     from ..compile.layers import CompiledLayers
@@ -27,6 +27,43 @@ if TYPE_CHECKING:
 def uncounted(name: str) -> AbstractContextManager[None]:
     """The `part` of a pass whose cost nobody counts."""
     return nullcontext()
+
+
+class AnchorRows(NamedTuple):
+    """The anchors that a micro-batch meets, perhaps none; tensors on the batch's device.
+
+    Attributes:
+        ids: (A, T) token ids, 0 behind the end of a row.
+        counted: (A, T) bool: the documents' tokens, each of which counts.
+        teacher: What the teacher says at the M counted tokens: final hidden states (M, d), or TopLogProbs (M, K), ...;
+            None where there are no rows.
+        weight: Of the consistency of an anchor, the schedule's and that of steps that have some.
+        whole: Counted tokens of the step's anchors, over all micro-batches and processes.
+        parts: Micro-batches of the step, over all processes.
+    """
+
+    ids: Tensor
+    counted: Tensor
+    teacher: Tensor | TopLogProbs | None
+    weight: float
+    whole: int
+    parts: int
+
+
+class AnchorTerm(NamedTuple):
+    """The consistency over a micro-batch's anchors.
+
+    Attributes:
+        loss: Weighted, over the step's counted anchor tokens, differentiable: the step's is the sum over its parts.
+        consistency: The sum over this micro-batch's anchor tokens, detached.
+        tokens: How many these are.
+        part: 1 over the step's parts.
+    """
+
+    loss: Tensor
+    consistency: Tensor
+    tokens: Tensor
+    part: Tensor
 
 
 @dataclass

@@ -15,11 +15,10 @@ from transformers.utils import logging
 
 from ..anchors.reading import check_anchors
 from ..anchors.stream import Stream
-from ..anchors.tokens import length_limit, tokenised
+from ..anchors.tokens import length_limit, token_documents
 from ..distributed import any_process
 from ..fused import TopLogProbs
-from ..objective.anchors import AnchorRows
-from ..objective.request import StepOutput
+from ..objective.request import AnchorRows, StepOutput
 from ..pretrained.lm_head import read_head
 from ..settings import described
 from ..teacher.cache import TeacherCache
@@ -57,7 +56,7 @@ def open_run_anchors(run: RunState, host: HostTrainer) -> None:
     given = getattr(args, "max_length", None) or getattr(args, "max_seq_length", None)
     positions = getattr(run.model.config.get_text_config(), "max_position_embeddings", None)
     width = int(getattr(read_head(run.model).weight, "ds_shape", read_head(run.model).weight.shape)[1])
-    documents, total = tokenised(
+    documents, total = token_documents(
         config.anchor_data,
         tokenizer,
         limit=length_limit(given, tokenizer, positions),

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import RegularizerConfig
-from ..objective.anchors import AnchorTerm
-from ..objective.request import StepOutput
+from ..objective.request import AnchorTerm, StepOutput
 from ..schedules import Lambdas
 
 NEGLIGIBLE_SHARE = 1e-3

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from balora_plugin.anchors.reading import Anchor, check_anchors, read_anchors
-from balora_plugin.anchors.tokens import length_limit, tokenised
+from balora_plugin.anchors.tokens import length_limit, token_documents
 from balora_plugin.config import RegularizerConfig
 
 CHAT = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "A number"}]
@@ -81,19 +81,19 @@ def test_settings_with_data_in_memory_are_text_in_a_file():
 
 
 def test_documents_as_tokens(tokenizer):
-    documents, total = tokenised(["abc", "", *ROWS[1:4], "x" * 50], tokenizer, limit=20, tokens=None)
+    documents, total = token_documents(["abc", "", *ROWS[1:4], "x" * 50], tokenizer, limit=20, tokens=None)
     assert total == 5 and len(documents) == 5
     written_out = {tokenizer.decode(ids) for ids in documents}
     prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
     assert {"abc", "three", "x" * 20, prompt} <= written_out
     assert max(map(len, documents)) == 20
-    again, _ = tokenised(["abc", "", *ROWS[1:4], "x" * 50], tokenizer, limit=20, tokens=None)
+    again, _ = token_documents(["abc", "", *ROWS[1:4], "x" * 50], tokenizer, limit=20, tokens=None)
     assert [a.tolist() for a in again] == [a.tolist() for a in documents]  # one order, in every run
-    fewer, total = tokenised(["abcd"] * 10, tokenizer, limit=None, tokens=13)
+    fewer, total = token_documents(["abcd"] * 10, tokenizer, limit=None, tokens=13)
     assert (len(fewer), total) == (3, 10)
     tokenizer.chat_template, kept = None, tokenizer.chat_template
     with pytest.raises(ValueError, match=r"anchor_data='<list of 1 rows>' holds chats.*chat template cannot write"):
-        tokenised([{"messages": CHAT}], tokenizer, limit=None, tokens=None)
+        token_documents([{"messages": CHAT}], tokenizer, limit=None, tokens=None)
     tokenizer.chat_template = kept
 
 

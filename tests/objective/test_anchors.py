@@ -14,9 +14,8 @@ from packing import move
 from balora_plugin import regularizers
 from balora_plugin.fused import top_log_probs
 from balora_plugin.objective import causal_lm
-from balora_plugin.objective.anchors import AnchorRows
 from balora_plugin.objective.install import install
-from balora_plugin.objective.request import StepRequest
+from balora_plugin.objective.request import AnchorRows, StepRequest
 from balora_plugin.pretrained.switch import TeacherSwitch
 from balora_plugin.schedules import Lambdas
 
@@ -98,7 +97,7 @@ def dense(model, documents=DOCUMENTS):
     """The consistency over the anchors, from logits of each alone."""
     head = model.get_base_model().lm_head.weight
     student = torch.cat([model(input_ids=ids.unsqueeze(0)).logits[0] for ids in documents])
-    teacher = of_each(model, documents).double() @ head.detach().T
+    teacher = of_each(model, documents).to(head) @ head.detach().T
     return regularizers.consistency(student, teacher) * len(student)
 
 
