@@ -71,8 +71,9 @@ def open_run_anchors(run: RunState, host: HostTrainer) -> None:
     rows = Fraction(str(config.anchor_fraction)) * args.train_batch_size * args.gradient_accumulation_steps
     held_out = EVALUATED if len(documents) >= 2 * EVALUATED else 0
     stream = Stream(len(documents) - held_out, rows * args.world_size, args.world_size, args.seed)
-    run.anchors = RunAnchors(run, host, run.cache or _in_memory(run, host), stream, documents)
-    run.callbacks.insert(0, ComputeBeforeTraining(run.anchors))  # before full fine-tuning freezes its cache
+    cache = _in_memory(run, host) if run.cache is None else run.cache  # an empty one is false
+    anchors = run.anchors = RunAnchors(run, host, cache, stream, documents)
+    run.callbacks.insert(0, ComputeBeforeTraining(anchors))  # before full fine-tuning freezes its cache
     logger.info(
         f"anchor_data={shown!r}: {len(documents)} of {total} documents, {float(stream.per_step):g} rows a step."
     )

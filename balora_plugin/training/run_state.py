@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,13 @@ from ..fused.head import Head
 from ..fused.loss import PLAIN_TASK, TaskForm
 from ..fused.project import project
 from ..objective.batches import main_input, without_crossings
-from ..objective.request import CompiledPasses
+from ..objective.request import AnchorRows, CompiledPasses
 from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
 from .cost import CostMeter
 from .metrics import TermMetrics
 from .packing_probe import PackingProbe
-
-if TYPE_CHECKING:
-    from .anchors import RunAnchors
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +46,16 @@ class WarnOnce:
         if key not in self.said:
             self.said.add(key)
             logger.warning(f"BA-LoRA: {message}")
+
+
+class Anchors(Protocol):
+    """Text without labels, as the steps and evaluations of a run meet it."""
+
+    def of_step(self, micro: int, weight: float) -> AnchorRows:
+        """Returns those of a micro-batch of the current step; `weight`: of their consistency."""
+
+    def of_evaluation(self, weight: float) -> AnchorRows | None:
+        """Returns the fixed ones, once an evaluation."""
 
 
 @dataclass
@@ -95,7 +102,7 @@ class RunState:
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
     cache: TeacherCache | None = None
-    anchors: RunAnchors | None = None
+    anchors: Anchors | None = None
     packing: PackingProbe | None = None
     initial_head: Head | None = None
     meter: CostMeter | None = None
