@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .consistency import NAMES, form_named
-from .settings import TASKS, Only, documented, names_checked, setting, settings_of
+from .settings import TASKS, Only, described, documented, names_checked, setting, settings_of
 
 PRESETS = ("paper", "iclr2026")
 
@@ -216,6 +216,22 @@ class RegularizerConfig:
         "the whole one. Left out: what the directory holds; in an empty one hidden states while those of the training "
         "data stay below 50 GB, else 128 log-probabilities.",
     )
+    anchor_data: Any = setting(  # noqa: RUF009
+        "data",
+        None,
+        only=Only("nlg", "the consistency of a classifier is that of the samples that it is trained on"),
+        help="Text without labels on which the consistency term is taken too: a file (.jsonl with `text`, `messages` "
+        "or `prompt`; .txt with an empty line between documents), or what `datasets` loads by name; in Python a "
+        "datasets.Dataset too. Left out: none.",
+    )
+    anchor_fraction: float = setting(
+        "number",
+        0.1,
+        minimum=0.0,
+        maximum=1.0,
+        only=Only("nlg", "there are no anchors", neutral=(0.0,)),
+        help="Rows of anchor_data for each row of training data, over all steps; 0: none.",
+    )
     gather_batch_statistics: bool = setting(
         "flag",
         False,
@@ -285,8 +301,8 @@ class RegularizerConfig:
         return dataclasses.replace(self, task=task, **filled)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, None where the preset decides (JSON-ready)."""
-        return dataclasses.asdict(self)
+        """The fields as plain values, None where the preset decides (JSON-ready); of data in memory what it is."""
+        return dataclasses.asdict(dataclasses.replace(self, anchor_data=described(self.anchor_data)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RegularizerConfig:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 TASKS = ("nlg", "nlu")  # terms over next-token positions of language models; over the samples of classifiers
 
 _FAMILY = {"nlg": "Language models only.", "nlu": "Classifiers only."}
-Kind = Literal["choice", "number", "integer", "flag", "path"]
+Kind = Literal["choice", "number", "integer", "flag", "path", "data"]
 _T = TypeVar("_T")
 
 
@@ -39,7 +39,7 @@ class Setting:
     """One setting, whose name is that of its dataclass field.
 
     Args:
-        kind: `"choice"` (of names), `"number"`, `"integer"`, `"flag"` (True or False) or `"path"`.
+        kind: `"choice"` (of names), `"number"`, `"integer"`, `"flag"` (True or False), `"path"` or `"data"`.
         default: What it is where nothing is said. None: it may be left out, and `presets` or the code decides.
         help: What it means, in the words of the docs and of Axolotl's schema.
         choices: The names of a choice.
@@ -71,8 +71,8 @@ class Setting:
         if self.kind == "choice":
             *others, last = [f"`{name}`" for name in self.choices]
             return f"{', '.join(others)} or {last}" if others else last
-        words = {"number": "number", "integer": "whole number", "flag": "true or false", "path": "path"}[self.kind]
-        return words + self.bounds
+        words = {"number": "number", "integer": "whole number", "flag": "true or false", "data": "file or data set"}
+        return words.get(self.kind, self.kind) + self.bounds
 
     @property
     def bounds(self) -> str:
@@ -109,7 +109,14 @@ class Setting:
             self._check_number(name, value)
         elif self.kind == "integer":
             self._check_integer(name, value)
-        return as_path(name, value) if self.kind == "path" else value
+        if self.kind == "path" or (self.kind == "data" and isinstance(value, (str, bytes, os.PathLike))):
+            return as_path(name, value)
+        if self.kind == "data" and not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
+            raise TypeError(
+                f"{name}={value!r} must be a file, or data with a length (a datasets.Dataset, a list of rows), not "
+                f"{type(value).__name__}."
+            )
+        return value
 
     def check_family(self, name: str, value: Any, task: str) -> None:
         """Refuses, by a ValueError, a value that would say nothing for `task` ("nlg" or "nlu")."""
@@ -210,3 +217,10 @@ def as_path(key: str, value: Any) -> str | None:
     if not path.strip():
         raise ValueError(f"{key}={value!r} names nothing: write a path, or leave it out.")
     return path
+
+
+def described(data: Any) -> str | None:
+    """Returns data as text, for a file of settings or an error: a path or name as it is, an object by what it is."""
+    if data is None or isinstance(data, str):
+        return data
+    return f"<{type(data).__name__} of {len(data)} rows>"

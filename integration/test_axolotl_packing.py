@@ -17,6 +17,8 @@ from packing import assert_same_terms, documents, leak, move
 from balora_plugin.hosts.axolotl.engine import attention_here
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin
 
+from .axolotl_run import history, run
+
 PACKED = {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 1}
 
 
@@ -52,6 +54,18 @@ def test_the_terms_are_those_of_the_same_samples_unpacked(written, monkeypatch):
         assert leak(model, several) < 1e-12
     assert calls
     assert leak(model, {**several, "position_ids": None}, documents(several)) > 0.1  # as where they see each other
+
+
+def test_anchors_in_packed_rows(written, tmp_path):
+    """From the YAML's block, at the length of its rows, as documents behind a packed row's."""
+    path = tmp_path / "anchors.txt"
+    path.write_text("\n\n".join(f"Anchor {i} says little" + " at all" * 40 * (i == 3) for i in range(9)))
+    block = {"lambda_consistency": 0.5, "anchor_data": str(path), "anchor_fraction": 1.0}
+    trainer = run(written(ba_lora=block, attn_implementation="sdpa", **PACKED))
+    assert len(history(trainer, "balora/anchor_consistency")) == trainer.state.max_steps
+    assert history(trainer, "balora/anchor_consistency")[-1] > 1e-5
+    anchors = trainer.ba_lora_run.anchors
+    assert max(map(len, [*anchors._trained, *anchors._evaluated])) == 256  # sequence_len
 
 
 @pytest.mark.parametrize(

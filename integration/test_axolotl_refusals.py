@@ -34,6 +34,20 @@ LIGER = "axolotl.integrations.liger.LigerPlugin"
 LORA = {"adapter": "ba_lora", "lora_r": 4, "lora_alpha": 4, "lora_target_modules": ["q_proj"]}
 
 
+def test_anchor_data_is_looked_at_with_the_yaml(tmp_path):
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"question": "x"}')
+    for path, said in (
+        ("missing.jsonl", "there is no such file"),
+        (str(wrong), "row 0 has no text, messages or prompt"),
+    ):
+        values = {**LORA, "base_model": "x", "ba_lora": {"anchor_data": path}}
+        (found,) = [each for each in BaLoraPlugin.findings(values) if "anchor_data" in str(each)]
+        assert str(found).startswith(f"ba_lora.anchor_data='{path}': {said}")
+    (number,) = of_block({"anchor_fraction": 2}, "nlg")
+    assert number.key == "ba_lora.anchor_fraction"
+
+
 # --- superseded
 
 

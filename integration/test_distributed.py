@@ -29,9 +29,17 @@ def test_ranks_do_not_change_the_gradients(host, tmp_path):
     for name, gradient in alone["gradients"].items():
         assert (gradient - both["gradients"][name]).abs().max() < 1e-5 * scale, name
     for ours, theirs in zip(both["logs"], alone["logs"], strict=True):
-        for key in ("loss", "balora/task", "balora/consistency", "balora/diversity", "balora/loss"):
+        for key in (
+            "loss",
+            "balora/task",
+            "balora/consistency",
+            "balora/diversity",
+            "balora/loss",
+            "balora/anchor_consistency",
+        ):
             if key in theirs:
                 assert abs(ours[key] - theirs[key]) < 1e-5 * max(abs(theirs[key]), 1e-3), key
-    assert abs(both["eval"]["eval_balora/task"] - alone["eval"]["eval_balora/task"]) < 1e-5
+    for key in ("eval_balora/task", "eval_balora/anchor_consistency"):
+        assert abs(both["eval"][key] - alone["eval"][key]) < 1e-5, key
     for key, value in alone_adapter.items():
         torch.testing.assert_close(both_adapter[key], value, rtol=0, atol=1e-5)

@@ -22,6 +22,7 @@ LAYERS = (
     ("checkpoint",),
     ("pretrained",),
     ("teacher",),
+    ("anchors",),
     ("adapter",),
     ("objective",),
     ("memory",),

@@ -278,6 +278,13 @@ class BaLoraConfig(LoraConfig):
                 "name one of your own to have it again."
             )
             config.regularizers = dataclasses.replace(config.regularizers, teacher_cache=None, teacher_cache_top_k=None)
+        anchors = config.regularizers.anchor_data
+        if anchors is not None and not os.path.isfile(anchors):  # nor may a file name what is fetched
+            logger.warning(
+                f"{source} was trained with anchor_data={anchors!r}, which is no file here: going on without; name it "
+                "again to have it."
+            )
+            config.regularizers = dataclasses.replace(config.regularizers, anchor_data=None)
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

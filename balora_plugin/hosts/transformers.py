@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
+from ..anchors.reading import check_anchors
 from ..config import as_regularizers
 from ..pretrained.attention import check_attention
 from ..pretrained.lm_head import check_head
@@ -18,7 +19,7 @@ from ..training.checks.arguments import check_arguments
 from ..training.checks.model import resolve
 from ..training.trainer import BaLoraTrainerMixin
 
-_MODEL_INIT = 4  # its place behind model and args, for a caller that names nothing
+_TOKENIZER, _MODEL_INIT = 3, 4  # their places behind model and args, for a caller that names nothing
 
 
 class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
@@ -41,6 +42,10 @@ class BaLoraTrainer(BaLoraTrainerMixin, Trainer):
         self._adapter = peft_config
         self._wanted = kwargs.get("regularizers")
         self._arguments = args
+        terms = self._wanted or getattr(peft_config, "regularizers", None)
+        if terms is not None:
+            given = positional[_TOKENIZER] if len(positional) > _TOKENIZER else kwargs.get("processing_class")
+            check_anchors(as_regularizers(terms).anchor_data, given)
         if model is not None:
             model = self.wrap_ba_lora_model(model)
         elif peft_config is not None and kwargs.get("model_init") is None and len(positional) <= _MODEL_INIT:

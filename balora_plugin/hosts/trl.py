@@ -15,6 +15,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
+from ..anchors.reading import check_anchors
 from ..config import RegularizerConfig, as_regularizers
 from ..fused.loss import PLAIN_TASK
 from ..objective.batches import main_input
@@ -58,6 +59,7 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
             check_rows(kwargs.get("train_dataset"))
             check_cacheable(kwargs.get("train_dataset"), regularizers)
             _check_settings(model, args, peft_config, regularizers, kwargs)
+            check_anchors(regularizers.anchor_data, kwargs.get("processing_class", "the model's own"))
         self._wrap: _Wrap | None = None
         if isinstance(peft_config, BaLoraConfig):
             model, args = _with_template(*_load(model, args, kwargs), kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,18 @@ from transformers import PreTrainedModel
 
 from ..fused import TopLogProbs
 from ..fused.head import Head
-from ..fused.loss import IGNORED, TeacherStates
+from ..fused.loss import IGNORED, PLAIN_TASK, TeacherStates
 from ..fused.project import project
 from ..pretrained.attention import implementation_of, is_flash
 from ..pretrained.backbone import run_backbone
 from ..pretrained.lm_head import check_head_now, read_head
 from ..pretrained.switch import TeacherSwitch
+from .anchors import anchor_term, join
 from .batches import check_task_weights, check_tokens, counted_positions, main_input, with_boundaries
 from .causal_lm_terms import (
     backbone_pass,
     head_spectrum,
+    own_positions,
     shares,
     spectrum_request,
     token_loss,
@@ -58,8 +61,10 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     given, inputs = inputs, backbone_inputs(inputs)
 
     compiled = request.compiled
+    joined = join(inputs, request.anchors) if request.anchors is not None and len(request.anchors.ids) else None
+    seen = inputs if joined is None else joined.inputs  # by the student
     if compiled is not None and is_flash(implementation_of(model)):
-        inputs = with_boundaries(inputs)
+        inputs, seen = with_boundaries(inputs), with_boundaries(seen)
     check_head_now(model, main_input(inputs).device)
     head = read_head(model)
     check_tokens(marked, main_input(inputs), head.weight.shape[0])
@@ -75,15 +80,22 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     asked, spectrum = token_loss(request, head, teacher, factors), spectrum_request(request, head)
     whole = not (request.return_logits or request.measure_shares)
     if whole and compiled is not None and compiled.student is not None:
-        hidden, sums, ratio, routed = compiled.student(model, {**inputs, **extra}, targets, asked, spectrum)
+        hidden, sums, ratio, routed = compiled.student(model, {**seen, **extra}, targets, asked, spectrum)
     else:
         with nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model):
-            outputs = run_backbone(model, {**inputs, **extra})
+            outputs = run_backbone(model, {**seen, **extra})
         hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
+        own = own_positions(hidden, targets)
         with request.part("token_terms"):
-            sums = token_sums(hidden, targets, asked)
+            sums = token_sums(own, targets, asked)
         with request.part("spectrum"):
-            ratio = token_spectrum(hidden, targets, asked.head, spectrum)
+            ratio = token_spectrum(own, targets, asked.head, spectrum)
+    anchors = None
+    if request.anchors is not None:
+        with request.part("token_terms"):
+            heads = (head, _teacher_head(model, request, head) if joined is not None else None)
+            anchors = anchor_term(hidden, joined, request.anchors, asked.form._replace(task=PLAIN_TASK), heads)
+        hidden = own_positions(hidden, targets)
     loss, task, consistency, diversity, entropy, correct, count = sums
     result: dict[str, Any] = {
         "loss": loss.clone(),  # a view of the operator's sums otherwise: FSDP2 warns that hooks on it may be lost
@@ -93,6 +105,7 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         "entropy": entropy,
         "correct": correct,
         "count": count,
+        "anchors": anchors,
     }
     if spectrum is not None and spectrum.of == "head":
         ratio = head_spectrum(hidden, targets, asked.head, spectrum)
@@ -105,7 +118,7 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         weights = lambdas._replace(consistency=lambdas.consistency / every)
         result["shares"] = shares(hidden, targets, asked, spectrum, weights)
     if router:
-        result["aux_loss"] = _router_loss(model, routed, inputs.get("attention_mask"))
+        result["aux_loss"] = _router_loss(model, routed, inputs.get("attention_mask") if joined is None else joined.own)
     if request.return_logits:
         result["logits"] = project(hidden.to(head.weight.device), head).to(hidden.dtype)
     if request.return_hidden:
@@ -149,17 +162,20 @@ def _teacher_pass(
         with (request.switch or TeacherSwitch(model)).off():
             return forward(model, inputs)
 
-    def head() -> Head:
-        if request.teacher_head is not None:
-            return request.teacher_head
-        if request.teacher is not None:
-            return read_head(request.teacher)
-        return read_head(model, teacher=True, student=student_head)
-
+    head = partial(_teacher_head, model, request, student_head)
     if request.cache is None or needed is None:
         return TeacherStates(run(inputs), head().alone)
     found = request.cache.states(inputs, needed, run, head)
     return found if isinstance(found, TopLogProbs) else TeacherStates(found, head().alone)
+
+
+def _teacher_head(model: PreTrainedModel, request: StepRequest, student_head: Head) -> Head:
+    """The head of the pre-trained model."""
+    if request.teacher_head is not None:
+        return request.teacher_head
+    if request.teacher is not None:
+        return read_head(request.teacher)
+    return read_head(model, teacher=True, student=student_head)
 
 
 def _wants_router_logits(model: PreTrainedModel) -> bool:

@@ -96,13 +96,22 @@ def student_pass(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor] | None, Any]:
     """The student's backbone and its terms: what is compiled as one graph.
 
-    Returns: hidden (B, T, d); sums loss, task, consistency, diversity, entropy, correct, count; the spectral ratio and
-    the k it used, where it has an operator; the logits of routers, where `inputs` ask for them.
+    `inputs` may hold rows and positions beyond those of `targets` (B, T), which count nothing here.
+
+    Returns: hidden of all of them (B', T', d); sums loss, task, consistency, diversity, entropy, correct, count; the
+    spectral ratio and the k it used, where it has an operator; the logits of routers, where `inputs` ask for them.
     """
     outputs = run_backbone(model, inputs)
     hidden = outputs.last_hidden_state
-    sums, ratio = token_sums(hidden, targets, loss), token_spectrum(hidden, targets, loss.head, spectrum)
+    own = own_positions(hidden, targets)
+    sums, ratio = token_sums(own, targets, loss), token_spectrum(own, targets, loss.head, spectrum)
     return hidden, sums, ratio, outputs.get("router_logits")
+
+
+def own_positions(hidden: Tensor, targets: Tensor) -> Tensor:
+    """hidden (B', T', d) -> that of the batch's own rows and positions, of which `targets` (B, T) are: the first."""
+    rows, length = targets.shape
+    return hidden if hidden.shape[:2] == targets.shape else hidden[:rows, :length]
 
 
 def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..config import RegularizerConfig
+from ..fused import TopLogProbs
 from ..fused.factor import FactorCache
 from ..fused.head import Head
 from ..fused.loss import PLAIN_TASK, TaskForm
@@ -28,6 +29,43 @@ def uncounted(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class AnchorRows(NamedTuple):
+    """The anchors that a micro-batch meets, perhaps none; tensors on the batch's device.
+
+    Attributes:
+        ids: (A, T) token ids, 0 behind the end of a row.
+        counted: (A, T) bool: the documents' tokens, each of which counts.
+        teacher: What the teacher says at the M counted tokens: final hidden states (M, d), or TopLogProbs (M, K), ...;
+            None where there are no rows.
+        weight: Of the consistency of an anchor, the schedule's and that of steps that have some.
+        whole: Counted tokens of the step's anchors, over all micro-batches and processes.
+        parts: Micro-batches of the step, over all processes.
+    """
+
+    ids: Tensor
+    counted: Tensor
+    teacher: Tensor | TopLogProbs | None
+    weight: float
+    whole: int
+    parts: int
+
+
+class AnchorTerm(NamedTuple):
+    """The consistency over a micro-batch's anchors.
+
+    Attributes:
+        loss: Weighted, over the step's counted anchor tokens, differentiable: the step's is the sum over its parts.
+        consistency: The sum over this micro-batch's anchor tokens, detached.
+        tokens: How many these are.
+        part: 1 over the step's parts.
+    """
+
+    loss: Tensor
+    consistency: Tensor
+    tokens: Tensor
+    part: Tensor
+
+
 @dataclass
 class StepRequest:
     """What the trainer asks of one forward pass.
@@ -39,7 +77,8 @@ class StepRequest:
     `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
     part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
     device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask. `monitor`:
-    every term is measured, at weight 0 too, and drift and entropy beside them.
+    every term is measured, at weight 0 too, and drift and entropy beside them. `anchors`: rows beside the batch's for
+    the consistency term alone; None where a run has none.
     """
 
     config: RegularizerConfig
@@ -61,6 +100,7 @@ class StepRequest:
     part: Callable[[str], AbstractContextManager[None]] = uncounted
     task_weights: Tensor | None = None
     task_form: TaskForm = PLAIN_TASK
+    anchors: AnchorRows | None = None
     monitor: bool = False
 
     @property
@@ -91,7 +131,7 @@ class StepOutput(ModelOutput):
     (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
     hidden states. A classifier's are sums over samples: `svd` is in `loss` too, and `svd_count`, `diversity_count` say
     for how many samples the batch's statistics stand. `drift`: the sum of KL(teacher || student) at T = 1, where all
-    is measured; of a classifier then `entropy` too.
+    is measured; of a classifier then `entropy` too. `anchors`: their own consistency, which is not in `loss`.
     """
 
     loss: Tensor | None = None
@@ -110,6 +150,7 @@ class StepOutput(ModelOutput):
     hidden: Tensor | None = None
     shares: Tensor | None = None
     drift: Tensor | None = None
+    anchors: AnchorTerm | None = None
 
 
 Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]

@@ -21,6 +21,7 @@ from ..distributed import any_process
 from ..fused.head import Head
 from .documents import BOUNDARIES, Cutter, Document
 from .files import FORMAT_VERSION, INDEXES, CacheFiles, Place
+from .in_memory import MemoryFiles
 from .rows import RowChoice, Rows, Teacher, placed
 
 FLUSH_BYTES = 256 << 20
@@ -33,7 +34,7 @@ class TeacherCache:
     """The outputs of one teacher in one directory. One per process; several may share the directory.
 
     Args:
-        directory: Made if it is absent. Must be empty, or hold a cache of this teacher.
+        directory: Made if it is absent. Must be empty, or hold a cache of this teacher. Or memory in its place.
         choice: What decides what is kept of a token. Where that is its size alone, and the directory is empty, it is
             put off until the first token is stored, and `choose` is asked.
         base: Fingerprint of the teacher, see [`model_fingerprint`][balora_plugin.pretrained.fingerprint].
@@ -48,7 +49,7 @@ class TeacherCache:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | MemoryFiles,
         choice: RowChoice,
         *,
         base: str,
@@ -65,7 +66,7 @@ class TeacherCache:
         self.where = ""  # for that error: the step
         self.on_miss: Callable[[], None] | None = None  # called when the teacher has to run
         self.runs = 0  # teacher forwards so far
-        self._files = CacheFiles(directory)
+        self._files = directory if isinstance(directory, MemoryFiles) else CacheFiles(directory)
         self.directory = self._files.directory
         self._attention = attention
         self._tolerance = 0.01 if precision in ("float32", "float64") else 0.1
@@ -132,6 +133,14 @@ class TeacherCache:
             rows = self._read(documents)
         assert rows is not None
         return placed(kept.decode(rows), counted, device)
+
+    def held(self, inputs: dict[str, Any], counted: Tensor) -> Teacher | None:
+        """Returns what it holds of a micro-batch's M counted tokens, (M, ...) on the CPU; None if some are missing.
+
+        No other process is asked.
+        """
+        rows = self._read(self._cutter.cut(inputs, counted))
+        return None if rows is None or self.rows is None else self.rows.decode(rows)
 
     def tokens(self, inputs: dict[str, Any], counted: Tensor) -> int:
         """Returns how many tokens of this micro-batch are kept."""

@@ -10,11 +10,12 @@ from ..config import RegularizerConfig
 from ..pretrained.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ..pretrained.lm_head import read_head
 from .cache import TeacherCache
+from .in_memory import MemoryFiles
 from .rows import RowChoice
 
 
 def open_cache(
-    directory: str,
+    directory: str | MemoryFiles,
     teacher: PreTrainedModel,
     config: RegularizerConfig,
     *,

@@ -24,6 +24,7 @@ class Arguments(RunArguments, Protocol):
     train_batch_size: int
     world_size: int
     process_index: int
+    seed: int
     dataloader_num_workers: int
     disable_tqdm: bool
     should_save: bool

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import RegularizerConfig
-from ..objective.request import StepOutput
+from ..objective.request import AnchorTerm, StepOutput
 from ..schedules import Lambdas
 
 NEGLIGIBLE_SHARE = 1e-3
@@ -20,6 +20,14 @@ _VALUES = ("task", *TERMS)
 
 Warn = Callable[[str, str], None]
 Reduce = Callable[[Tensor, str], Tensor]
+
+
+def _of_anchors(term: AnchorTerm | None) -> dict[str, Tensor]:
+    """What a micro-batch adds to the sums for its anchors."""
+    if term is None:
+        return {}
+    mean = {"anchor_consistency": term.consistency, "anchor_consistency_count": term.tokens}
+    return {**mean, "weighted_anchors": term.loss, "anchor_steps": term.part}
 
 
 class TermMetrics:
@@ -43,6 +51,10 @@ class TermMetrics:
         """True once a micro-batch of training was recorded."""
         return self._bad is not None
 
+    def recorded_in(self, mode: str) -> bool:
+        """Returns whether `mode`, "train" or "eval", has sums since they were taken or cleared."""
+        return bool(self._sums[mode])
+
     def clear(self, mode: str) -> None:
         self._sums[mode] = {}
 
@@ -64,6 +76,7 @@ class TermMetrics:
             else:  # a sum over samples, in the loss already
                 values |= {"svd": out.svd, "svd_count": out.svd_count, "svd_used": used * out.svd_count}
             values |= {"svd_inert": used == 0, "svd_clamped": clamped, "svd_clamped_k": used * clamped}
+        values |= _of_anchors(out.anchors)
         values["batches"] = torch.ones_like(out.loss)
         if out.shares is not None:
             for name, share, weight in zip(TERMS, out.shares, lambdas, strict=True):
@@ -89,20 +102,23 @@ class TermMetrics:
             return {}
         # every rank walks the same keys, whether or not its own batches had a term
         keys = ["task", "count", "tokens", "batches", "weighted_svd", "svd_inert", "svd_clamped", "svd_clamped_k"]
-        keys += ["svd_used", "diversity_inert"]
+        keys += ["svd_used", "diversity_inert", "weighted_anchors", "anchor_steps"]
         keys += [f"{what}{name}{suffix}" for what in ("", "share_") for name in TERMS for suffix in ("", "_count")]
         keys += [f"{name}{suffix}" for name in MONITORED for suffix in ("", "_count")]
+        keys += ["anchor_consistency", "anchor_consistency_count"]
         zero = torch.zeros_like(sums["task"])
         packed = reduce(torch.stack([sums.get(key, zero) for key in keys]), "sum")
         total = defaultdict(float, zip(keys, packed.tolist(), strict=True))
         count = max(total["count"], 1.0)
         logs = {"balora/task": total["task"] / count}
-        for name in (*TERMS, *MONITORED):
+        for name in (*TERMS, *MONITORED, "anchor_consistency"):
             if total[f"{name}_count"]:
                 logs[f"balora/{name}"] = total[name] / total[f"{name}_count"]
         if total["svd_used"]:
             logs["balora/svd_used_k"] = total["svd_used"] / total["svd_count"]
         logs["balora/loss"] = total["tokens"] / count + total["weighted_svd"] / max(total["batches"], 1.0)
+        if total["anchor_steps"]:  # each micro-batch is a part of a step
+            logs["balora/loss"] += total["weighted_anchors"] / total["anchor_steps"]
         shares = {n: total[f"share_{n}"] / total[f"share_{n}_count"] for n in TERMS if total[f"share_{n}_count"]}
         logs |= {f"balora/share_{name}": value for name, value in shares.items()}
         if judge:

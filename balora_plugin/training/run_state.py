@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..fused.head import Head
 from ..fused.loss import PLAIN_TASK, TaskForm
 from ..fused.project import project
 from ..objective.batches import main_input, without_crossings
-from ..objective.request import CompiledPasses
+from ..objective.request import AnchorRows, CompiledPasses
 from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
@@ -49,6 +49,16 @@ class WarnOnce:
             logger.warning(f"BA-LoRA: {message}")
 
 
+class Anchors(Protocol):
+    """Text without labels, as the steps and evaluations of a run meet it."""
+
+    def of_step(self, micro: int, weight: float) -> AnchorRows:
+        """Returns those of a micro-batch of the current step; `weight`: of their consistency."""
+
+    def of_evaluation(self, weight: float) -> AnchorRows | None:
+        """Returns the fixed ones, once an evaluation."""
+
+
 @dataclass
 class RunState:
     """Everything a run's parts share: they are given this, never the trainer's private attributes.
@@ -66,6 +76,7 @@ class RunState:
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
         cache: The teacher's outputs on disk.
+        anchors: Text without labels for the consistency term; None where there is none.
         packing: Asks once whether packed documents see each other; None for classifiers.
         initial_head: The LM head that full fine-tuning with a cache began with, which is the teacher's.
         meter: What counts the run's cost; there from the start of training.
@@ -93,6 +104,7 @@ class RunState:
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
     cache: TeacherCache | None = None
+    anchors: Anchors | None = None
     packing: PackingProbe | None = None
     initial_head: Head | None = None
     meter: CostMeter | None = None

@@ -23,6 +23,7 @@ from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
 from .acting import BeforeTraining, RecordedTerms, say_no_terms, warn_at_set_up
+from .anchors import open_run_anchors
 from .banner import Banner
 from .checks.arguments import check_arguments, check_compiled_once, check_loss_function, check_saving
 from .checks.model import resolve
@@ -126,14 +127,22 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         check_compiled_once(host.accelerator, how)
     if run.ours:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
-    if config.teacher_cache is not None and config.lambda_consistency:
-        open_run_cache(run, host)
+    _open_data(run, host)
     warn_at_set_up(run, host.args)
     run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run)]
     run.first_norms = FirstNorms.of(adapter, host.args, warn)
     run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]
     logger.info(f"BA-LoRA: {config}")
     return run
+
+
+def _open_data(run: RunState, host: HostTrainer) -> None:
+    """What the consistency term reads beside the training data: the teacher's outputs, and anchors."""
+    config = run.config
+    if config.teacher_cache is not None and config.lambda_consistency:
+        open_run_cache(run, host)
+    if config.anchor_data is not None and config.anchor_fraction:
+        open_run_anchors(run, host)
 
 
 def _terms_of(adapter: Any, given: Given) -> RegularizerConfig | None:

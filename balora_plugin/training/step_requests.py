@@ -33,9 +33,10 @@ class StepRequests:
         run, state, args = self._run, self._host.state, self._host.args
         config = run.config
         lambdas = lambdas_at(config, state.global_step / max(state.max_steps, 1))
-        measure, factor = False, 1
+        measure, factor, anchors = False, 1, None
         if training:
             micro = self._next_micro_batch()
+            anchors = None if run.anchors is None else run.anchors.of_step(micro, lambdas.consistency)
             index = state.global_step * args.gradient_accumulation_steps + micro
             runs = teacher_runs(index, config.teacher_interval, int(state.epoch or 0))
             factor = config.teacher_interval if runs else 0
@@ -43,6 +44,7 @@ class StepRequests:
             lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
         else:  # every configured term at its full weight, so that evaluations compare
             lambdas = Lambdas(*(getattr(config, f"lambda_{name}") for name in TERMS))
+            anchors = None if run.anchors is None else run.anchors.of_evaluation(lambdas.consistency)
         cache = run.cache
         if cache is not None:
             cache.where = f"step {state.global_step}" if training else "evaluation"
@@ -69,6 +71,7 @@ class StepRequests:
             counts=run.counts,
             task_form=run.task_form,
             monitor=config.monitor and not training and not warming,
+            anchors=anchors,
         )
 
     def may_judge(self) -> bool:

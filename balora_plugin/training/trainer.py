@@ -25,6 +25,7 @@ from ..pretrained.quantised import quantised_layers_stay_in_training_mode
 from ..schedules import Lambdas
 from ..settings import as_path
 from .acting import check_bases
+from .anchors import with_anchors
 from .checkpoints import Sealing, alone_in
 from .checks.data import check_data
 from .classification import restore_head, save_head
@@ -268,6 +269,8 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
         if num_items_in_batch is not None and run.config.task == "nlu":
             num_items_in_batch = samples_of(inputs["labels"], num_items_in_batch)
         loss = self._combine(out, request.lambdas, training, num_items_in_batch)
+        if training:
+            loss = with_anchors(loss, out, self.accelerator.num_processes, counted=num_items_in_batch is not None)
         run.follow(loss)
         run.metrics.record(out, request.lambdas, "train" if training else "eval", self.state.global_step + 1)
         self.record_ba_lora_metrics(out, inputs, training)

@@ -13,7 +13,7 @@ from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, get
 from tests.models import character_tokenizer, tiny_llama
 
 ROWS = [{"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}" + " ok then" * (i % 4)} for i in range(8)]
-
+ANCHORS = [f"Anchor {i} says little" + " at all" * (i % 4) for i in range(20)]
 
 GRAPHS: list[Any] = []
 
@@ -53,7 +53,9 @@ def arguments(batch: int, accumulation: int, directory: str) -> dict[str, Any]:
 def peft_config(cache: str | None) -> BaLoraConfig:
     """`cache`: a directory, perhaps with :K for `teacher_cache_top_k`."""
     cache, _, top_k = (cache or "").partition(":")
-    kept = {"teacher_cache": cache or None, "teacher_cache_top_k": int(top_k) if top_k else None}
+    kept: dict[str, Any] = {"teacher_cache": cache or None, "teacher_cache_top_k": int(top_k) if top_k else None}
+    if not cache:
+        kept |= {"anchor_data": ANCHORS, "anchor_fraction": 0.4}  # 3.2 rows a step, some on each rank
     terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0, **kept)
     return BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=terms)
 

@@ -27,7 +27,7 @@ def _top_level(key: str) -> str:
 
 def _declared(known: Setting) -> tuple[Any, Any]:
     """Type and Field of a setting, as pydantic's `create_model` takes them."""
-    types = {"number": float, "integer": int, "flag": bool, "path": str}
+    types = {"number": float, "integer": int, "flag": bool, "path": str, "data": str}
     kind: Any = Literal[known.choices] if known.kind == "choice" else types[known.kind]
     bounds: dict[str, Any] = {"allow_inf_nan": False} if known.kind == "number" else {}
     if known.minimum is not None:

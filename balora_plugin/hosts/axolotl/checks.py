@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ...anchors.reading import check_anchors
 from ...config import RegularizerConfig
 from ...findings import Finding
 from ...settings import settings_of
@@ -131,6 +132,10 @@ def _terms(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
             "remove it",
             False,
         )
+    try:
+        check_anchors(block.get("anchor_data"), "the model's own")
+    except ValueError as error:
+        yield Finding.of_error(f"ba_lora.{error}")
     start = data.get("peft_init_lora_weights")
     taught = target == "lora" and block.get("lambda_consistency") != 0
     if taught and isinstance(start, str) and start.lower().startswith(MUTATING_STARTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ def case_of(values: dict[str, Any]) -> Case:
     bits = None if adapter is None else next((bits for bits, key in LOAD_IN.items() if cfg.get(key)), None)
     terms = resolve(base, regularizers_of(cfg) if active(cfg) else _WITHOUT, adapter_follows=True)
     optimizer = str(cfg.optimizer or _OPTIMIZER)
+    rows = int(cfg.micro_batch_size or 1)
+    anchors = 0 if terms.anchor_data is None else math.ceil(terms.anchor_fraction * rows)  # at most, as long as others
     work = Workload(
-        rows=int(cfg.micro_batch_size or 1),
+        rows=rows + anchors,
         length=int(cfg.sequence_len or _LENGTH),
         terms=terms,
         cached=terms.teacher_cache is not None,

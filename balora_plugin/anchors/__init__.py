@@ -1,0 +1,1 @@
+"""Anchors: text without labels on which a run holds its predictions to the pre-trained model's."""
