@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 TASKS = ("nlg", "nlu")  # terms over next-token positions of language models; over the samples of classifiers
 
 _FAMILY = {"nlg": "Language models only.", "nlu": "Classifiers only."}
-Kind = Literal["choice", "number", "integer", "flag", "path"]
+Kind = Literal["choice", "number", "integer", "flag", "path", "numbers"]
 _T = TypeVar("_T")
 
 
@@ -38,11 +38,13 @@ class Setting:
     """One setting, whose name is that of its dataclass field.
 
     Args:
-        kind: `"choice"` (of names), `"number"`, `"integer"`, `"flag"` (True or False) or `"path"`.
+        kind: `"choice"` (of names), `"number"`, `"integer"`, `"flag"` (True or False), `"path"` or `"numbers"` (a
+            mapping of some of `keys` to numbers).
         default: What it is where nothing is said. None: it may be left out, and `presets` or the code decides.
         help: What it means, in the words of the docs and of Axolotl's schema.
         choices: The names of a choice.
-        minimum: The smallest value of a number or integer; None: any.
+        keys: What numbers may be given for.
+        minimum: The smallest value of a number, of each of several, or of an integer; None: any.
         exclusive: The minimum itself is refused.
         maximum: The largest value of a number that has a minimum; None: any.
         presets: {preset: (what it is for language models, for classifiers)} where it is left out.
@@ -53,6 +55,7 @@ class Setting:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     minimum: float | None = None
     exclusive: bool = False
     maximum: float | None = None
@@ -70,6 +73,8 @@ class Setting:
         if self.kind == "choice":
             *others, last = [f"`{name}`" for name in self.choices]
             return f"{', '.join(others)} or {last}" if others else last
+        if self.kind == "numbers":
+            return f"mapping of {', '.join(f'`{key}`' for key in self.keys)}, or some of them, to a number{self.bounds}"
         words = {"number": "number", "integer": "whole number", "flag": "true or false", "path": "path"}[self.kind]
         return words + self.bounds
 
@@ -108,6 +113,8 @@ class Setting:
             self._check_number(name, value)
         elif self.kind == "integer":
             self._check_integer(name, value)
+        if self.kind == "numbers":
+            return self._checked_numbers(name, value)
         return as_path(name, value) if self.kind == "path" else value
 
     def check_family(self, name: str, value: Any, task: str) -> None:
@@ -115,6 +122,22 @@ class Setting:
         if self.only is None or self.only.task == task or value in (self.default, *self.only.neutral):
             return
         raise ValueError(f"{name}={value!r} with task={task!r}: {self.only.why}; leave it out.")
+
+    def _checked_numbers(self, name: str, value: Any) -> dict[str, float]:
+        if not isinstance(value, Mapping):
+            keys = ", ".join(self.keys)
+            raise TypeError(
+                f"{name}={value!r} must be a mapping of some of {keys} to numbers: {{{self.keys[0]}: 0.3}}."
+            )
+        for key in value:
+            if key not in self.keys:
+                known = ", ".join(map(repr, self.keys))
+                raise ValueError(f"{name}={dict(value)!r} names {key!r}, which is not known: write some of {known}.")
+        if not value:
+            raise ValueError(f"{name}={{}} says nothing: name some of {', '.join(self.keys)}, or leave it out.")
+        for key, number in value.items():
+            self._check_number(f"{name}.{key}", number)
+        return {key: float(number) for key, number in value.items()}
 
     def _check_number(self, name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -33,5 +33,8 @@ def test_ranks_do_not_change_the_gradients(host, tmp_path):
             if key in theirs:
                 assert abs(ours[key] - theirs[key]) < 1e-5 * max(abs(theirs[key]), 1e-3), key
     assert abs(both["eval"]["eval_balora/task"] - alone["eval"]["eval_balora/task"]) < 1e-5
+    drift, theirs = (result["weights"]["drift_target"] for result in (both, alone))
+    assert theirs["smoothed"][0] > 1e-6
+    assert drift["smoothed"] == pytest.approx(theirs["smoothed"], rel=1e-4)  # over all ranks and micro-batches
     for key, value in alone_adapter.items():
         torch.testing.assert_close(both_adapter[key], value, rtol=0, atol=1e-5)

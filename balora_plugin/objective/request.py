@@ -28,6 +28,14 @@ def uncounted(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class Measures(NamedTuple):
+    """What is to be measured at T = 1, whatever the terms: `drift`, KL(teacher || student); `entropy`, the teacher's
+    over the largest possible."""
+
+    drift: bool = False
+    entropy: bool = False
+
+
 @dataclass
 class StepRequest:
     """What the trainer asks of one forward pass.
@@ -39,6 +47,7 @@ class StepRequest:
     `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
     part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
     device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask.
+    `measures`: beside the terms, where the teacher runs.
     """
 
     config: RegularizerConfig
@@ -60,6 +69,7 @@ class StepRequest:
     part: Callable[[str], AbstractContextManager[None]] = uncounted
     task_weights: Tensor | None = None
     task_form: TaskForm = PLAIN_TASK
+    measures: Measures = Measures()  # noqa: RUF009  (a tuple)
 
 
 class CompiledPasses(NamedTuple):
@@ -83,7 +93,7 @@ class StepOutput(ModelOutput):
     `loss` = task + weighted token terms; `svd` is unweighted, None if it is off; `svd_used_k` is 0 where it cannot act
     (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
     hidden states. A classifier's are sums over samples: `svd` is in `loss` too, and `svd_count`, `diversity_count` say
-    for how many samples the batch's statistics stand.
+    for how many samples the batch's statistics stand. `drift`, `teacher_entropy`: sums as [`Measures`] has them.
     """
 
     loss: Tensor | None = None
@@ -101,6 +111,8 @@ class StepOutput(ModelOutput):
     logits: Tensor | None = None
     hidden: Tensor | None = None
     shares: Tensor | None = None
+    drift: Tensor | None = None
+    teacher_entropy: Tensor | None = None
 
 
 Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]

@@ -8,12 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config import RegularizerConfig
+from ..config import TERMS, RegularizerConfig
 from ..objective.request import StepOutput
 from ..schedules import Lambdas
 
 NEGLIGIBLE_SHARE = 1e-3
-TERMS = ("consistency", "diversity", "svd")
 _VALUES = ("task", *TERMS)
 
 Warn = Callable[[str, str], None]
@@ -59,7 +58,7 @@ class TermMetrics:
             else:  # a sum over samples, in the loss already
                 values |= {"svd": out.svd, "svd_count": out.svd_count, "svd_used": used * out.svd_count}
             values |= {"svd_inert": used == 0, "svd_clamped": clamped, "svd_clamped_k": used * clamped}
-        values["batches"] = torch.ones_like(out.loss)
+        values |= {"batches": torch.ones_like(out.loss), **_drift(out)}
         if out.shares is not None:
             for name, share, weight in zip(TERMS, out.shares, lambdas, strict=True):
                 if weight:  # a schedule may hold a term back for now
@@ -84,14 +83,14 @@ class TermMetrics:
             return {}
         # every rank walks the same keys, whether or not its own batches had a term
         keys = ["task", "count", "tokens", "batches", "weighted_svd", "svd_inert", "svd_clamped", "svd_clamped_k"]
-        keys += ["svd_used", "diversity_inert"]
+        keys += ["svd_used", "diversity_inert", "drift", "drift_count"]
         keys += [f"{what}{name}{suffix}" for what in ("", "share_") for name in TERMS for suffix in ("", "_count")]
         zero = torch.zeros_like(sums["task"])
         packed = reduce(torch.stack([sums.get(key, zero) for key in keys]), "sum")
         total = defaultdict(float, zip(keys, packed.tolist(), strict=True))
         count = max(total["count"], 1.0)
         logs = {"balora/task": total["task"] / count}
-        for name in TERMS:
+        for name in (*TERMS, "drift"):
             if total[f"{name}_count"]:
                 logs[f"balora/{name}"] = total[name] / total[f"{name}_count"]
         if total["svd_used"]:
@@ -176,7 +175,8 @@ class TermMetrics:
             )
 
     def _warn_negligible(self, shares: dict[str, float]) -> None:
-        small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE}
+        held = self.config.holds
+        small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE and held(name) is None}
         if small:
             listed = ", ".join(
                 f"lambda_{name}={getattr(self.config, f'lambda_{name}'):g} ({share:.0e})"
@@ -187,3 +187,8 @@ class TermMetrics:
                 f"these terms carry less than {NEGLIGIBLE_SHARE:g} of the task's gradient and hardly act: {listed}. "
                 "Raise them to see an effect, or set them to 0 to save their cost.",
             )
+
+
+def _drift(out: StepOutput) -> dict[str, Tensor]:
+    """The drift and what it counts, where a micro-batch measured it."""
+    return {} if out.drift is None or out.count is None else {"drift": out.drift, "drift_count": out.count}

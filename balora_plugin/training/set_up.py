@@ -33,9 +33,11 @@ from .finite_guard import FiniteGuard
 from .host import HostTrainer
 from .liger import give_kernels, without_losses
 from .metrics import TermMetrics
+from .own_weights import OwnWeights
 from .packing_probe import PackingProbe
 from .resuming import NothingLeft, Resumed
 from .run_state import Inputs, RunState, WarnOnce
+from .setting_weights import SettingWeights
 from .task_form import task_form_of
 
 logger = logging.get_logger(__name__)
@@ -101,6 +103,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         model=bare,
         switch=TeacherSwitch(bare),
         metrics=TermMetrics(config, warn),
+        own=OwnWeights(config),
         warn=warn,
         # at every batch, so that a method given to the instance later counts too
         extend=lambda batch: host.extend_ba_lora_inputs(batch),
@@ -124,6 +127,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         open_run_cache(run, host)
     warn_at_set_up(run, host.args)
     run.callbacks += [BeforeTraining(run, host), SayWhatTrains(run), Resumed(run), NothingLeft(run)]
+    run.callbacks += [SettingWeights(run, host)] * bool(run.own.rules)
     run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]
     logger.info(f"BA-LoRA: {config}")
     return run

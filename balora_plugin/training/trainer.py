@@ -269,6 +269,8 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
         loss = self._combine(out, request.lambdas, training, num_items_in_batch)
         run.follow(loss)
         run.metrics.record(out, request.lambdas, "train" if training else "eval", self.state.global_step + 1)
+        if training:
+            run.own.note(out, request)
         self.record_ba_lora_metrics(out, inputs, training)
         if not return_outputs:
             return loss
@@ -352,7 +354,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the training terms since the last training log."""
         if self.ba_lora_run is not None and ("loss" in logs or "train_runtime" in logs):  # not an evaluation's row
-            logs.update(self._take_terms("train"))
+            logs.update(self._take_terms("train") | self.ba_lora_run.own.logged())
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

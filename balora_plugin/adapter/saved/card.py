@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
+from ...config import RegularizerConfig
 from ...consistency import form_named
 from ...pretrained.backbone import is_multimodal_class
 from ..config import BaLoraConfig
@@ -201,16 +202,21 @@ def terms(config: BaLoraConfig) -> str:
             if r.temperature == 1.0 or not form_named(r.consistency or "kl").uses_temperature
             else f", temperature {r.temperature:g}"
         )
-        parts.append(f"consistency {r.lambda_consistency:g} ({r.consistency}{heat})")
+        parts.append(f"consistency {_weight(r, 'consistency')} ({r.consistency}{heat})")
     if r.lambda_diversity:
-        parts.append(f"diversity {r.lambda_diversity:g}{f' (top {r.diversity_top_k})' if r.diversity_top_k else ''}")
+        parts.append(f"diversity {_weight(r, 'diversity')}{f' (top {r.diversity_top_k})' if r.diversity_top_k else ''}")
     if r.lambda_svd:
-        parts.append(f"singular values {r.lambda_svd:g} (k = {r.svd_top_k}, {r.svd_norm}, {r.svd_input})")
+        parts.append(f"singular values {_weight(r, 'svd')} (k = {r.svd_top_k}, {r.svd_norm}, {r.svd_input})")
     if not parts:
         return "none (all weights 0)"
     schedule = "" if r.schedule == "constant" else f"; schedule {r.schedule}"
     interval = "" if r.teacher_interval == 1 else f"; teacher on every {r.teacher_interval}th micro-batch"
     return f"{', '.join(parts)}{schedule}{interval}; preset {r.preset}"
+
+
+def _weight(config: RegularizerConfig, term: str) -> str:
+    """Returns a term's weight, or what it is found for."""
+    return config.holds(term) or f"{getattr(config, f'lambda_{term}'):g}"
 
 
 def quantisation_in_words(values: dict[str, Any] | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
@@ -20,6 +20,8 @@ def _top_level(key: str) -> str:
 
 def _declared(known: Setting) -> tuple[Any, Any]:
     """Type and Field of a setting, as pydantic's `create_model` takes them."""
+    if known.kind == "numbers":
+        return _numbers(known)
     types = {"number": float, "integer": int, "flag": bool, "path": str}
     kind: Any = Literal[known.choices] if known.kind == "choice" else types[known.kind]
     bounds: dict[str, Any] = {"allow_inf_nan": False} if known.kind == "number" else {}
@@ -29,6 +31,14 @@ def _declared(known: Setting) -> tuple[Any, Any]:
         bounds["le"] = known.maximum
     field = Field(default=known.default, description=known.meaning, **bounds)
     return (kind | None if known.optional else kind), field
+
+
+def _numbers(known: Setting) -> tuple[Any, Any]:
+    """The same of a mapping to numbers, each bounded."""
+    bounds: dict[str, Any] = {} if known.minimum is None else {"gt" if known.exclusive else "ge": known.minimum}
+    number = Annotated[float, Field(allow_inf_nan=False, **bounds)]
+    keys: Any = Literal[known.keys]
+    return dict[keys, number] | None, Field(default=known.default, description=known.meaning)
 
 
 _SETTINGS = settings_of(RegularizerConfig)
