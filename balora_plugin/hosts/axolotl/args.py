@@ -120,8 +120,19 @@ def _unknown(block: Any) -> Iterator[Finding]:
             yield Finding(name, repr(value), "is not a setting", hint)
         elif isinstance(value, bool) and key not in flags:  # pydantic would make a weight of 1.0 of it
             yield Finding(name, value, "is no value for it", "write a number or a name")
+        elif isinstance(value, dict) and key in _SETTINGS and _SETTINGS[key].keys:
+            yield from _of_numbers(name, value, _SETTINGS[key].keys)
         elif key == "compile" and value not in (True, False, "layers"):
             yield Finding(name, repr(value), "is no way to compile", "write true, false or layers")
+
+
+def _of_numbers(name: str, numbers: dict[Any, Any], keys: tuple[str, ...]) -> Iterator[Finding]:
+    """Finds names that a mapping to numbers does not take, and booleans in it."""
+    for key, number in numbers.items():
+        if key not in keys:
+            yield Finding(f"{name}.{key}", repr(number), "is not a setting", f"write some of {', '.join(keys)} there")
+        elif isinstance(number, bool):
+            yield Finding(f"{name}.{key}", number, "is no value for it", "write a number")
 
 
 def of_block(block: Any, task: str) -> Iterator[Finding]:
@@ -132,7 +143,7 @@ def of_block(block: Any, task: str) -> Iterator[Finding]:
     yield from unknown
     if not isinstance(block, dict):
         return
-    named = {finding.key for finding in unknown}
+    named = {".".join(finding.key.split(".")[:2]) for finding in unknown}
     try:  # the rest of it, so that nothing is left for another round
         rest = {key: value for key, value in block.items() if f"ba_lora.{key}" not in named}
         BaLoraBlock.model_validate(rest).regularizers().resolved(task)
