@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from .consistency import NAMES, form_named
 from .settings import TASKS, Only, described, documented, names_checked, setting, settings_of
 
 PRESETS = ("paper", "iclr2026")
+TERMS = ("consistency", "diversity", "svd")
 
 # What the starter, a migrated YAML and docs/choose.md write for a language model: on SmolLM2-135M the consistency term
 # alone at 0.3 halves the drift on the task at nearly its loss, and the other two do not act at any published weight. A
@@ -188,10 +189,28 @@ class RegularizerConfig:
     schedule: str | None = setting(
         "choice",
         None,
-        choices=("constant", "iclr2026"),
+        choices=("constant", "iclr2026", "adaptive"),
         presets={"paper": ("constant", "constant"), "iclr2026": ("iclr2026", "iclr2026")},
-        help="How the weights move: `constant`, or `iclr2026`: lambda_consistency falls by a cosine to a tenth; the "
-        "other two are 0 for the first 20 % of the optimizer steps, then rise linearly over 5 %.",
+        help="How the weights move: `constant`; `iclr2026`: lambda_consistency falls by a cosine to a tenth, the other "
+        "two are 0 for the first 20 % of the optimizer steps, then rise linearly over 5 %; `adaptive`: "
+        "lambda_consistency is higher where the teacher is sure, from a tenth at full entropy to all of it at none.",
+    )
+    drift_target: float | None = setting(
+        "number",
+        None,
+        minimum=0.0,
+        exclusive=True,
+        help="Hold the model at this distance from the pre-trained one, in nats per counted token (sample), KL(teacher "
+        "|| student) at T = 1: lambda_consistency is found while training, and is 1 at the start where it is left out.",
+    )
+    balance: Mapping[str, float] | None = setting(
+        "numbers",
+        None,
+        keys=TERMS,
+        minimum=0.0,
+        exclusive=True,
+        help="Hold each named term's gradient at this share of the task's (norms, by the final hidden states), as "
+        "share_interval measures it: the weight is found while training. A schedule multiplies it.",
     )
     teacher_interval: int = setting(
         "integer",
@@ -280,6 +299,41 @@ class RegularizerConfig:
                 "svd_layout='flattened' with svd_input='centered_logits' is not defined: a flattened row holds many "
                 "tokens. Use svd_layout='rows', or svd_input='logits'."
             )
+        self._check_own_weights()
+
+    def _check_own_weights(self) -> None:
+        """Refuses settings that would move one weight in two ways, or a weight that is switched off."""
+        sets = [key for key, asked in self._sets_consistency().items() if asked]
+        if len(sets) > 1:
+            raise ValueError(f"{' with '.join(sets)}: both set lambda_consistency: remove one of the two.")
+        if self.drift_target is not None and self.lambda_consistency == 0:
+            raise ValueError(
+                f"drift_target={self.drift_target:g} with lambda_consistency=0, which switches its term off: leave "
+                "lambda_consistency out."
+            )
+        for name, share in (self.balance or {}).items():
+            if getattr(self, f"lambda_{name}") == 0:
+                raise ValueError(
+                    f"balance.{name}={share:g} with lambda_{name}=0, which switches its term off: leave lambda_{name} "
+                    "out."
+                )
+        if self.balance and not self.share_interval:
+            raise ValueError("balance with share_interval=0, which measures no shares: leave share_interval out.")
+
+    def _sets_consistency(self) -> dict[str, bool]:
+        """{a setting that finds lambda_consistency, as it was written: whether it is in use}."""
+        return {
+            f"drift_target={self.drift_target}": self.drift_target is not None,
+            f"balance.consistency={(self.balance or {}).get('consistency')}": "consistency" in (self.balance or {}),
+            "schedule='adaptive'": self.schedule == "adaptive",
+        }
+
+    def holds(self, term: str) -> str | None:
+        """What a term's weight is found for, in words; None where it is written, or scheduled."""
+        if term == "consistency" and self.drift_target is not None:
+            return f"held at a drift of {self.drift_target:g}"
+        share = (self.balance or {}).get(term)
+        return None if share is None else f"held at {share:g} of the task's gradient"
 
     def resolved(self, task: str | None = None) -> RegularizerConfig:
         """Returns a copy with every None replaced by the preset's value for `task` ("nlg" or "nlu").
@@ -298,7 +352,22 @@ class RegularizerConfig:
             known.check_family(name, value, task)
             if value is None:
                 filled[name] = known.preset_value(self.preset, task)
-        return dataclasses.replace(self, task=task, **filled)
+        if self.drift_target is not None and self.lambda_consistency is None:
+            filled["lambda_consistency"] = 1.0  # where the search begins: a preset's is for a weight that stays
+        whole = dataclasses.replace(self, task=task, **filled)
+        whole._check_cache_at_one()
+        return whole
+
+    def _check_cache_at_one(self) -> None:
+        """Refuses to ask a cache of log-probabilities at another temperature for what is measured at T = 1."""
+        asks = "drift_target" if self.drift_target is not None else "schedule" if self.schedule == "adaptive" else None
+        if asks is None or self.teacher_cache is None or self.teacher_cache_top_k == 0 or self.temperature == 1.0:
+            return
+        if form_named(self.consistency or "kl").buckets is not None:
+            raise ValueError(
+                f"{asks}={getattr(self, asks)!r} is measured at T = 1, and teacher_cache may keep log-probabilities at "
+                f"temperature={self.temperature:g} alone: write teacher_cache_top_k=0, or temperature=1.0."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, None where the preset decides (JSON-ready); of data in memory what it is."""
@@ -320,29 +389,3 @@ def as_regularizers(value: Any) -> RegularizerConfig:
     if not isinstance(value, RegularizerConfig):
         raise TypeError(f"regularizers={value!r} must be a RegularizerConfig or a dict of its fields.")
     return value
-
-
-def weights_in_words(config: RegularizerConfig) -> list[str]:
-    """Returns the weights of resolved settings that are not 0, with their values: "lambda_svd=0.005"."""
-    names = [name for name in settings_of(config) if name.startswith("lambda_")]
-    return [f"{name}={getattr(config, name):g}" for name in names if getattr(config, name)]
-
-
-def terms_in_words(config: RegularizerConfig) -> str:
-    """Returns resolved settings in a line: each term that is on with its weight and form, schedule, preset."""
-    parts = []
-    if config.lambda_consistency:
-        heated = form_named(config.consistency or "kl").uses_temperature and config.temperature != 1.0
-        heat = f", temperature {config.temperature:g}" if heated else ""
-        parts.append(f"consistency {config.lambda_consistency:g} ({config.consistency}{heat})")
-    if config.lambda_diversity:
-        top = f" (top {config.diversity_top_k})" if config.diversity_top_k else ""
-        parts.append(f"diversity {config.lambda_diversity:g}{top}")
-    if config.lambda_svd:
-        form = f"k = {config.svd_top_k}, {config.svd_norm}, {config.svd_input}"
-        parts.append(f"singular values {config.lambda_svd:g} ({form})")
-    if not parts:
-        return "none (all weights 0)"
-    schedule = "" if config.schedule == "constant" else f"; schedule {config.schedule}"
-    interval = "" if config.teacher_interval == 1 else f"; teacher on every {config.teacher_interval}th micro-batch"
-    return f"{', '.join(parts)}{schedule}{interval}; preset {config.preset}"

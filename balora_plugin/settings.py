@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 TASKS = ("nlg", "nlu")  # terms over next-token positions of language models; over the samples of classifiers
 
 _FAMILY = {"nlg": "Language models only.", "nlu": "Classifiers only."}
-Kind = Literal["choice", "number", "integer", "flag", "path", "data"]
+Kind = Literal["choice", "number", "integer", "flag", "path", "data", "numbers"]
 _T = TypeVar("_T")
 
 
@@ -39,11 +39,13 @@ class Setting:
     """One setting, whose name is that of its dataclass field.
 
     Args:
-        kind: `"choice"` (of names), `"number"`, `"integer"`, `"flag"` (True or False), `"path"` or `"data"`.
+        kind: `"choice"` (of names), `"number"`, `"integer"`, `"flag"` (True or False), `"path"`, `"data"` or
+            `"numbers"` (a mapping of some of `keys` to numbers).
         default: What it is where nothing is said. None: it may be left out, and `presets` or the code decides.
         help: What it means, in the words of the docs and of Axolotl's schema.
         choices: The names of a choice.
-        minimum: The smallest value of a number or integer; None: any.
+        keys: What numbers may be given for.
+        minimum: The smallest value of a number, of each of several, or of an integer; None: any.
         exclusive: The minimum itself is refused.
         maximum: The largest value of a number that has a minimum; None: any.
         presets: {preset: (what it is for language models, for classifiers)} where it is left out.
@@ -54,6 +56,7 @@ class Setting:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
     minimum: float | None = None
     exclusive: bool = False
     maximum: float | None = None
@@ -71,6 +74,8 @@ class Setting:
         if self.kind == "choice":
             *others, last = [f"`{name}`" for name in self.choices]
             return f"{', '.join(others)} or {last}" if others else last
+        if self.kind == "numbers":
+            return f"mapping of {', '.join(f'`{key}`' for key in self.keys)}, or some of them, to a number{self.bounds}"
         words = {"number": "number", "integer": "whole number", "flag": "true or false", "data": "file or data set"}
         return words.get(self.kind, self.kind) + self.bounds
 
@@ -109,6 +114,8 @@ class Setting:
             self._check_number(name, value)
         elif self.kind == "integer":
             self._check_integer(name, value)
+        if self.kind == "numbers":
+            return self._checked_numbers(name, value)
         if self.kind == "path" or (self.kind == "data" and isinstance(value, (str, bytes, os.PathLike))):
             return as_path(name, value)
         if self.kind == "data" and not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
@@ -123,6 +130,22 @@ class Setting:
         if self.only is None or self.only.task == task or value in (self.default, *self.only.neutral):
             return
         raise ValueError(f"{name}={value!r} with task={task!r}: {self.only.why}; leave it out.")
+
+    def _checked_numbers(self, name: str, value: Any) -> dict[str, float]:
+        if not isinstance(value, Mapping):
+            keys = ", ".join(self.keys)
+            raise TypeError(
+                f"{name}={value!r} must be a mapping of some of {keys} to numbers: {{{self.keys[0]}: 0.3}}."
+            )
+        for key in value:
+            if key not in self.keys:
+                known = ", ".join(map(repr, self.keys))
+                raise ValueError(f"{name}={dict(value)!r} names {key!r}, which is not known: write some of {known}.")
+        if not value:
+            raise ValueError(f"{name}={{}} says nothing: name some of {', '.join(self.keys)}, or leave it out.")
+        for key, number in value.items():
+            self._check_number(f"{name}.{key}", number)
+        return {key: float(number) for key, number in value.items()}
 
     def _check_number(self, name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 from .ranks import run_worker
 
+KEYS = ("loss", "balora/task", "balora/consistency", "balora/diversity", "balora/loss", "balora/anchor_consistency")
+
 
 def step(directory, host, ranks, batch, accumulation):
     directory.mkdir()
@@ -29,17 +31,13 @@ def test_ranks_do_not_change_the_gradients(host, tmp_path):
     for name, gradient in alone["gradients"].items():
         assert (gradient - both["gradients"][name]).abs().max() < 1e-5 * scale, name
     for ours, theirs in zip(both["logs"], alone["logs"], strict=True):
-        for key in (
-            "loss",
-            "balora/task",
-            "balora/consistency",
-            "balora/diversity",
-            "balora/loss",
-            "balora/anchor_consistency",
-        ):
-            if key in theirs:
-                assert abs(ours[key] - theirs[key]) < 1e-5 * max(abs(theirs[key]), 1e-3), key
+        for key in KEYS:
+            if key in theirs:  # of the first step the consistency is rounding alone
+                assert abs(ours[key] - theirs[key]) < 1e-5 * max(abs(theirs[key]), 1e-2), key
     for key in ("eval_balora/task", "eval_balora/anchor_consistency"):
         assert abs(both["eval"][key] - alone["eval"][key]) < 1e-5, key
+    drift, theirs = (result["weights"]["drift_target"] for result in (both, alone))
+    assert theirs["smoothed"][0] > 1e-6
+    assert drift["smoothed"] == pytest.approx(theirs["smoothed"], rel=1e-4)  # over all ranks and micro-batches
     for key, value in alone_adapter.items():
         torch.testing.assert_close(both_adapter[key], value, rtol=0, atol=1e-5)

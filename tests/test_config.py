@@ -210,3 +210,42 @@ def test_dict_round_trip_through_json(config):
 def test_to_dict_keeps_what_the_preset_decides_open():
     assert RegularizerConfig(svd_top_k=3).to_dict()["svd_top_k"] == 3
     assert RegularizerConfig(svd_top_k=3).to_dict()["lambda_svd"] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"drift_target": 0.1, "balance": {"consistency": 0.3}}, "drift_target=0.1 with balance.consistency=0.3"),
+        ({"drift_target": 0.1, "schedule": "adaptive"}, "drift_target=0.1 with schedule='adaptive'"),
+        ({"balance": {"consistency": 0.3}, "schedule": "adaptive"}, "balance.consistency=0.3 with schedule='adaptive'"),
+        ({"drift_target": 0.1, "lambda_consistency": 0}, "lambda_consistency=0, .*leave lambda_consistency out"),
+        ({"balance": {"svd": 0.1}, "lambda_svd": 0.0}, "balance.svd=0.1 with lambda_svd=0.*leave lambda_svd out"),
+        ({"balance": {"svd": 0.1}, "share_interval": 0}, "share_interval=0.*leave share_interval out"),
+        ({"balance": {"entropy": 0.1}}, "balance=.*'entropy', which is not known: write some of 'consistency'"),
+        ({"balance": {"svd": 0.0}}, "balance.svd=0.0 must be a finite number > 0"),
+        ({"balance": {}}, "balance={} says nothing"),
+        ({"drift_target": 0.0}, "drift_target=0.0 must be a finite number > 0"),
+    ],
+)
+def test_weights_that_set_themselves_are_not_set_twice(values, words):
+    with pytest.raises(ValueError, match=words):
+        RegularizerConfig(**values)
+
+
+@pytest.mark.parametrize("asked", [{"drift_target": 0.1}, {"schedule": "adaptive"}])
+def test_what_is_measured_at_one_needs_a_cache_that_has_it(asked):
+    cached = {**asked, "teacher_cache": "here", "temperature": 2.0}
+    with pytest.raises(ValueError, match=r"measured at T = 1.*temperature=2 alone: write teacher_cache_top_k=0"):
+        RegularizerConfig(**cached).resolved("nlg")
+    for more in ({"teacher_cache_top_k": 0}, {"temperature": 1.0}, {"consistency": "mse"}):
+        RegularizerConfig(**{**cached, **more}).resolved("nlg")
+
+
+def test_weights_that_set_themselves_replace_lambdas_alone():
+    plain = RegularizerConfig(preset="iclr2026").resolved("nlg")
+    own = RegularizerConfig(preset="iclr2026", drift_target=0.1, balance={"svd": 1}).resolved("nlg")
+    assert own == dataclasses.replace(plain, drift_target=0.1, balance={"svd": 1.0}, lambda_consistency=1.0)
+    assert own.resolved() == own
+    assert RegularizerConfig(drift_target=0.1, lambda_consistency=0.3).resolved("nlg").lambda_consistency == 0.3
+    assert RegularizerConfig.from_dict(own.to_dict()) == own
+    assert (own.holds("consistency"), own.holds("diversity")) == ("held at a drift of 0.1", None)

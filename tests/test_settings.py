@@ -132,6 +132,21 @@ def test_the_block_is_the_settings_and_the_hosts_own_keys():
     assert list(BaLoraBlock.model_fields) == [*settings_of(RegularizerConfig), *HOST_KEYS]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="needs Axolotl")
+def test_a_mapping_to_numbers_in_the_block():
+    from balora_plugin.hosts.axolotl.block import BaLoraBlock, of_block
+
+    assert BaLoraBlock(balance={"svd": 1}).regularizers().balance == {"svd": 1.0}
+    wrong = {"sdv": 0.1, "svd": True}
+    said = [finding.sentence() for finding in of_block({"balance": wrong}, "nlg")]
+    assert said == [
+        "ba_lora.balance.sdv: 0.1 is not a setting: write some of consistency, diversity, svd there.",
+        "ba_lora.balance.svd: true is no value for it: write a number.",
+    ]
+    (finding,) = of_block({"balance": {"svd": -1}}, "nlg")
+    assert "ba_lora.balance.svd: -1" in finding.sentence()
+
+
 def test_the_reference_table_is_up_to_date():
     made = runpy.run_path(str(ROOT / "docs" / "settings.py"))["page"]()
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..config import weights_in_words
 from ..distributed import process_rank
 from ..pretrained.classifier_head import is_classifier
+from ..weights.in_words import weights_in_words
 from .config import BaLoraConfig, active_config
 
 logger = logging.get_logger(__name__)

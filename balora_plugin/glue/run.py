@@ -151,7 +151,13 @@ def _adapter(job: Job) -> BaLoraConfig | None:
     settings, terms = job.settings, job.regularizers
     if job.method != "ba_lora":
         terms = dataclasses.replace(
-            terms, lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=0.0, head_warmup_steps=0
+            terms,
+            lambda_consistency=0.0,
+            lambda_diversity=0.0,
+            lambda_svd=0.0,
+            head_warmup_steps=0,
+            drift_target=None,
+            balance=None,
         )
     return BaLoraConfig(
         r=settings.r,

@@ -36,7 +36,7 @@ from .causal_lm_terms import (
     token_spectrum,
     token_sums,
 )
-from .monitoring import monitored_tokens
+from .measured import of_tokens
 from .request import StepOutput, StepRequest
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
@@ -109,10 +109,13 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     }
     if spectrum is not None and spectrum.of == "head":
         ratio = head_spectrum(hidden, targets, asked.head, spectrum)
-    if request.monitor:
-        result |= monitored_tokens(request, sums, hidden, targets, asked)
+    if request.monitor:  # `loss` was made by the weights of what is measured
+        result["loss"] = task + request.lambdas.consistency * consistency + request.lambdas.diversity * diversity
     if ratio is not None:
         result |= {"svd": ratio[0], "svd_used_k": ratio[1]}
+    if teacher is not None and any(request.measures):
+        with request.part("token_terms"):
+            result |= of_tokens(request.measures, hidden, targets, asked, consistency)
     if request.measure_shares:
         every = max(request.teacher_factor, 1)  # a share is that of an average step
         weights = lambdas._replace(consistency=lambdas.consistency / every)

@@ -26,6 +26,7 @@ from .classification_terms import (
     MULTI_LABEL,
     REGRESSION,
     SINGLE_LABEL,
+    BatchLabels,
     check_form,
     consistency_of,
     diversity_of,
@@ -33,7 +34,7 @@ from .classification_terms import (
     task_rows,
 )
 from .gather import gather_rows
-from .monitoring import monitored_samples
+from .measured import of_samples
 from .request import StepOutput, StepRequest
 
 IGNORED = -100
@@ -75,7 +76,7 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
     found = _Found(count=counted.sum())
     with torch.autocast(logits.device.type, enabled=False):  # it would take the covariance in half precision
         task = upcast(outputs.loss) * found.count  # the model's own loss, a mean
-        task = _task(task, request, logits, _Labels(labels, problem, counted))
+        task = _task(task, request, logits, BatchLabels(labels, problem, counted))
         with request.part("token_terms"):
             if teacher is not None:
                 found.consistency(request, logits, teacher, counted, problem)
@@ -92,7 +93,7 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
             loss = loss + value
     result: dict[str, Any] = {"loss": loss, "task": task.detach(), "count": found.count, **found.facts}
     result |= {name: value.detach() for name, value in found.sums.items()}
-    result |= monitored_samples(logits, teacher if request.monitor else None, counted, problem)
+    result |= of_samples(request.measures, logits, teacher, BatchLabels(labels, problem, counted))
     if request.return_logits:
         result["logits"] = logits
     if request.measure_shares:
@@ -100,15 +101,7 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
     return StepOutput(**result)
 
 
-class _Labels(NamedTuple):
-    """A batch's labels (N,) or (N, D), their kind of task, and which samples count (N,)."""
-
-    values: Tensor
-    problem: str
-    counted: Tensor
-
-
-def _task(plain: Tensor, request: StepRequest, logits: Tensor, labels: _Labels) -> Tensor:
+def _task(plain: Tensor, request: StepRequest, logits: Tensor, labels: BatchLabels) -> Tensor:
     """The sum of the samples' task losses in the form that is asked for, from logits (N, D).
 
     Each times its weight, (N,), or (N, D) for each of its labels. `plain`: the model's own sum, where neither is asked.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +13,14 @@ from ..fused.spectrum import usable_k
 from ..regularizers import consistency_rows, covariance, cross_entropy_rows, known_form, spectral, upcast
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = "regression", "single_label_classification", "multi_label_classification"
+
+
+class BatchLabels(NamedTuple):
+    """A batch's labels (N,) or (N, D), their kind of task, and which samples count (N,)."""
+
+    values: Tensor
+    problem: str
+    counted: Tensor
 
 
 def task_rows(logits: Tensor, labels: Tensor, problem: str, form: TaskForm) -> Tensor:

@@ -29,6 +29,15 @@ def uncounted(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+class Measures(NamedTuple):
+    """What is to be measured at T = 1, whatever the terms: `drift`, KL(teacher || student); `entropy`, the teacher's
+    over the largest possible; `student_entropy`, a classifier's in nats (that of tokens always is)."""
+
+    drift: bool = False
+    entropy: bool = False
+    student_entropy: bool = False
+
+
 class AnchorRows(NamedTuple):
     """The anchors that a micro-batch meets, perhaps none; tensors on the batch's device.
 
@@ -77,8 +86,8 @@ class StepRequest:
     `counts`: False where a classifier's samples were all evaluated before. `part(name)` counts what runs inside as that
     part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
     device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask. `monitor`:
-    every term is measured, at weight 0 too, and drift and entropy beside them. `anchors`: rows beside the batch's for
-    the consistency term alone; None where a run has none.
+    every term is measured, at weight 0 too. `measures`: beside the terms, where the teacher runs. `anchors`: rows
+    beside the batch's for the consistency term alone; None where a run has none.
     """
 
     config: RegularizerConfig
@@ -100,6 +109,7 @@ class StepRequest:
     part: Callable[[str], AbstractContextManager[None]] = uncounted
     task_weights: Tensor | None = None
     task_form: TaskForm = PLAIN_TASK
+    measures: Measures = Measures()  # noqa: RUF009  (a tuple)
     anchors: AnchorRows | None = None
     monitor: bool = False
 
@@ -130,8 +140,8 @@ class StepOutput(ModelOutput):
     `loss` = task + weighted token terms; `svd` is unweighted, None if it is off; `svd_used_k` is 0 where it cannot act
     (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
     hidden states. A classifier's are sums over samples: `svd` is in `loss` too, and `svd_count`, `diversity_count` say
-    for how many samples the batch's statistics stand. `drift`: the sum of KL(teacher || student) at T = 1, where all
-    is measured; of a classifier then `entropy` too. `anchors`: their own consistency, which is not in `loss`.
+    for how many samples the batch's statistics stand. `drift`, `teacher_entropy`, and a classifier's `entropy`: sums as
+    [`Measures`] has them. `anchors`: their own consistency, which is not in `loss`.
     """
 
     loss: Tensor | None = None
@@ -151,6 +161,7 @@ class StepOutput(ModelOutput):
     shares: Tensor | None = None
     drift: Tensor | None = None
     anchors: AnchorTerm | None = None
+    teacher_entropy: Tensor | None = None
 
 
 Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]

@@ -47,7 +47,7 @@ class Compared:
     notes: list[str] = field(default_factory=list)
 
 
-def compared(asked: AskedOfModels, groups: Sequence[Group]) -> Compared:
+def compared_models(asked: AskedOfModels, groups: Sequence[Group]) -> Compared:
     """Runs the pre-trained model and that of each group's first run over what is asked.
 
     Raises:

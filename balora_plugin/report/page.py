@@ -11,7 +11,7 @@ from typing import Any
 from .._version import __version__
 from ..atomic import write_text
 from . import curves
-from .before_after import AskedOfModels, compared, pictures
+from .before_after import AskedOfModels, compared_models, pictures
 from .drawing import SCHEMES, Picture, png
 from .groups import LEVEL, MEASURES, Group, differences, grouped
 from .runs import TERMS, Run
@@ -58,7 +58,7 @@ def page_of(runs: Sequence[Run], title: str, asked: AskedOfModels | None = None,
     ]
     page = Page(title, groups, sections, notes=list(notes))
     if asked is not None:
-        found = compared(asked, groups)
+        found = compared_models(asked, groups)
         sections.append(Section("Before and after", [*pictures(found, asked.samples)], found.notes))
         every = {"before": found.before, **found.after}
         page.answers = [

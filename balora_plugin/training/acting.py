@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ..adapter.config import active_config
-from ..config import weights_in_words
 from ..pretrained.classifier_head import is_classifier
+from ..weights.in_words import weights_in_words
 from .checks.arguments import check_loss_function
 from .checks.teacher import check_teacher
 from .checks.trained import check_adapters, check_moves

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..adapter.config import BaLoraConfig
 from ..adapter.saved.provenance import teacher_in_words
-from ..config import terms_in_words
+from ..weights.in_words import terms_in_words
 from .run_state import RunState
 
 logger = logging.get_logger(__name__)

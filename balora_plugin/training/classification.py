@@ -60,9 +60,20 @@ def set_up(run: RunState, host: HostTrainer, *, compiled: bool | str) -> None:
             "a regression has no classes: consistency is the squared difference of the outputs, not "
             f"{config.consistency!r}.",
         )
+    _check_entropy(run)
     _keep_small_updates(run, host)
     if config.head_warmup_steps:
         run.callbacks.append(HeadWarmup(run, host))
+
+
+def _check_entropy(run: RunState) -> None:
+    """Refuses to weigh by the entropy of a regression, which has no classes."""
+    config = run.model.config
+    if run.config.schedule == "adaptive" and (config.num_labels == 1 or config.problem_type == REGRESSION):
+        raise ValueError(
+            "schedule='adaptive' weighs by the entropy of the teacher's classes, and a regression has none: write "
+            "schedule='constant'."
+        )
 
 
 def _form_of_task(classifier: PreTrainedModel, form: TaskForm) -> TaskForm:

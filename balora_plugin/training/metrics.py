@@ -8,14 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config import RegularizerConfig
-from ..objective.request import AnchorTerm, StepOutput
-from ..schedules import Lambdas
+from ..config import TERMS, RegularizerConfig
+from ..objective.request import AnchorTerm, StepOutput, StepRequest
 
 NEGLIGIBLE_SHARE = 1e-3
 VISIBLE_SHARE = 0.01  # of the task's gradient: from about here on a term's effect is seen
-TERMS = ("consistency", "diversity", "svd")
-MONITORED = ("drift", "entropy")  # in evaluation, with monitor
+MEASURED = ("drift", "entropy")  # beside the terms: in evaluation with monitor, the drift with drift_target too
 _VALUES = ("task", *TERMS)
 
 Warn = Callable[[str, str], None]
@@ -58,14 +56,15 @@ class TermMetrics:
     def clear(self, mode: str) -> None:
         self._sums[mode] = {}
 
-    def record(self, out: StepOutput, lambdas: Lambdas, mode: str, step: int) -> None:
+    def record(self, out: StepOutput, request: StepRequest, mode: str, step: int) -> None:
         """Adds a micro-batch of optimizer step `step` (from 1) to the sums of `mode`, "train" or "eval"."""
         assert out.loss is not None and out.task is not None and out.count is not None
+        lambdas = request.lambdas
         values: dict[str, Tensor] = {"task": out.task, "count": out.count, "tokens": out.loss.detach()}
         if out.consistency is not None:
             values |= {"consistency": out.consistency, "consistency_count": out.count}
-        values |= _monitored(out)
-        if out.diversity is not None and (lambdas.diversity or out.drift is not None):
+        values |= _measured(out, request.monitor)
+        if out.diversity is not None and request.measured.diversity:
             standing = out.count if out.diversity_count is None else out.diversity_count
             values |= {"diversity": out.diversity, "diversity_count": standing, "diversity_inert": standing == 0}
         if out.svd is not None and out.svd_used_k is not None:
@@ -104,14 +103,14 @@ class TermMetrics:
         keys = ["task", "count", "tokens", "batches", "weighted_svd", "svd_inert", "svd_clamped", "svd_clamped_k"]
         keys += ["svd_used", "diversity_inert", "weighted_anchors", "anchor_steps"]
         keys += [f"{what}{name}{suffix}" for what in ("", "share_") for name in TERMS for suffix in ("", "_count")]
-        keys += [f"{name}{suffix}" for name in MONITORED for suffix in ("", "_count")]
+        keys += [f"{name}{suffix}" for name in MEASURED for suffix in ("", "_count")]
         keys += ["anchor_consistency", "anchor_consistency_count"]
         zero = torch.zeros_like(sums["task"])
         packed = reduce(torch.stack([sums.get(key, zero) for key in keys]), "sum")
         total = defaultdict(float, zip(keys, packed.tolist(), strict=True))
         count = max(total["count"], 1.0)
         logs = {"balora/task": total["task"] / count}
-        for name in (*TERMS, *MONITORED, "anchor_consistency"):
+        for name in (*TERMS, *MEASURED, "anchor_consistency"):
             if total[f"{name}_count"]:
                 logs[f"balora/{name}"] = total[name] / total[f"{name}_count"]
         if total["svd_used"]:
@@ -205,7 +204,8 @@ class TermMetrics:
         return f"Raise the batch size, {features}or {off}"
 
     def _warn_negligible(self, shares: dict[str, float]) -> None:
-        small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE}
+        held = self.config.holds
+        small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE and held(name) is None}
         if small:
             listed = ", ".join(self._in_words(name, share) for name, share in small.items())
             self._warn(
@@ -221,9 +221,11 @@ class TermMetrics:
         return f"lambda_{name}={weight:g} ({share:.0e}{needed})"
 
 
-def _monitored(out: StepOutput) -> dict[str, Tensor]:
-    """The sums of a micro-batch of which all was measured, whatever its weight."""
+def _measured(out: StepOutput, monitored: bool) -> dict[str, Tensor]:
+    """The sums that a micro-batch measured beside its terms."""
     if out.drift is None or out.count is None:
         return {}
     values = {"drift": out.drift, "drift_count": out.count}
-    return values if out.entropy is None else {**values, "entropy": out.entropy, "entropy_count": out.count}
+    if not monitored or out.entropy is None:
+        return values
+    return {**values, "entropy": out.entropy, "entropy_count": out.count}

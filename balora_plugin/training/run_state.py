@@ -26,6 +26,7 @@ from ..teacher.cache import TeacherCache
 from .cost import CostMeter
 from .first_norms import FirstNorms
 from .metrics import TermMetrics
+from .own_weights import OwnWeights
 from .packing_probe import PackingProbe
 
 logger = logging.get_logger(__name__)
@@ -72,6 +73,7 @@ class RunState:
         wrapped: The model as the trainer has it, with any adapter.
         extend: The host's keywords for a forward pass, added to a batch (`extend_ba_lora_inputs`).
         to_device: The host's own way to bring a batch to its device.
+        own: The weights in force, and what sets them.
         task_form: The form of the task term that the host's arguments ask for.
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
@@ -100,6 +102,7 @@ class RunState:
     warn: WarnOnce
     extend: Callable[[Inputs], Inputs]
     to_device: Callable[[Inputs], Inputs]
+    own: OwnWeights
     task_form: TaskForm = PLAIN_TASK
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None

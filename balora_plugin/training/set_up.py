@@ -38,9 +38,11 @@ from .host import HostTrainer
 from .liger import give_kernels, without_losses
 from .metrics import TermMetrics
 from .monitored import monitored_teacher
+from .own_weights import OwnWeights
 from .packing_probe import PackingProbe
 from .resuming import NothingLeft, Resumed
 from .run_state import Inputs, RunState, WarnOnce
+from .setting_weights import SettingWeights
 from .task_form import task_form_of
 
 logger = logging.get_logger(__name__)
@@ -108,6 +110,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         model=bare,
         switch=TeacherSwitch(bare),
         metrics=TermMetrics(config, warn, outputs=bare.config.num_labels if config.task == "nlu" else None),
+        own=OwnWeights(config),
         warn=warn,
         # at every batch, so that a method given to the instance later counts too
         extend=lambda batch: host.extend_ba_lora_inputs(batch),
@@ -130,6 +133,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
     _open_data(run, host)
     warn_at_set_up(run, host.args)
     run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run)]
+    run.callbacks += [SettingWeights(run, host)] * bool(run.own.rules)
     run.first_norms = FirstNorms.of(adapter, host.args, warn)
     run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]
     logger.info(f"BA-LoRA: {config}")

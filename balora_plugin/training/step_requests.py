@@ -9,9 +9,8 @@ import torch
 
 from ..fused.factor import FactorCache
 from ..objective.request import StepRequest, uncounted
-from ..schedules import Lambdas, lambdas_at
+from ..schedules import Lambdas
 from .host import HostTrainer
-from .metrics import TERMS
 from .run_state import RunState
 
 
@@ -28,11 +27,12 @@ class StepRequests:
     def step(self, training: bool) -> StepRequest:
         """Returns the request of the next micro-batch: weights by schedule, the teacher where it is due.
 
-        In evaluation every configured term has its full weight.
+        In evaluation every term has the weight that is written, so that evaluations compare.
         """
         run, state, args = self._run, self._host.state, self._host.args
         config = run.config
-        lambdas = lambdas_at(config, state.global_step / max(state.max_steps, 1))
+        lambdas = run.own.at(state.global_step / max(state.max_steps, 1)) if training else run.own.full
+        monitor = config.monitor and not training
         measure, factor, anchors = False, 1, None
         if training:
             micro = self._next_micro_batch()
@@ -42,8 +42,7 @@ class StepRequests:
             factor = config.teacher_interval if runs else 0
             measure = self._measures(micro, config.share_interval, bool(factor))
             lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
-        else:  # every configured term at its full weight, so that evaluations compare
-            lambdas = Lambdas(*(getattr(config, f"lambda_{name}") for name in TERMS))
+        else:
             anchors = None if run.anchors is None else run.anchors.of_evaluation(lambdas.consistency)
         cache = run.cache
         if cache is not None:
@@ -70,7 +69,8 @@ class StepRequests:
             teacher_head=run.initial_head_on(args.device),
             counts=run.counts,
             task_form=run.task_form,
-            monitor=config.monitor and not training and not warming,
+            monitor=monitor and not warming,
+            measures=run.own.measures._replace(drift=True, student_entropy=True) if monitor else run.own.measures,
             anchors=anchors,
         )
 
@@ -93,6 +93,7 @@ class StepRequests:
         now = self._host.state.global_step
         # not at step 0, where the consistency gradient is zero by construction
         due = now > 0 and (now in (1, self._judging_step()) or now % max(every, 1) == 0)
+        due = due or self._run.own.wants_shares(now - self._run.config.head_warmup_steps)
         if every and micro == 0 and due:
             self._shares_due = True
         measure = self._shares_due and with_teacher

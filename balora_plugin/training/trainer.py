@@ -272,7 +272,9 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
         if training:
             loss = with_anchors(loss, out, self.accelerator.num_processes, counted=num_items_in_batch is not None)
         run.follow(loss)
-        run.metrics.record(out, request.lambdas, "train" if training else "eval", self.state.global_step + 1)
+        run.metrics.record(out, request, "train" if training else "eval", self.state.global_step + 1)
+        if training:
+            run.own.note(out, request)
         self.record_ba_lora_metrics(out, inputs, training)
         if not return_outputs:
             return loss
@@ -356,7 +358,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the training terms since the last training log."""
         if self.ba_lora_run is not None and ("loss" in logs or "train_runtime" in logs):  # not an evaluation's row
-            logs.update(self._take_terms("train"))
+            logs.update(self._take_terms("train") | self.ba_lora_run.own.logged())
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
@@ -56,6 +57,7 @@ def peft_config(cache: str | None) -> BaLoraConfig:
     kept: dict[str, Any] = {"teacher_cache": cache or None, "teacher_cache_top_k": int(top_k) if top_k else None}
     if not cache:
         kept |= {"anchor_data": ANCHORS, "anchor_fraction": 0.4}  # 3.2 rows a step, some on each rank
+        kept |= {"drift_target": 0.05, "temperature": 2.0, "balance": {"diversity": 0.1}}
     terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0, **kept)
     return BaLoraConfig(r=4, lora_alpha=4, target_modules="all-linear", regularizers=terms)
 
@@ -123,11 +125,15 @@ def main(output: str, batch: int, accumulation: int, directory: str, host: str, 
     trainer.train()
     result = trainer.evaluate()
     trainer.save_model(directory)
+    weights = trainer.state.stateful_callbacks.get("ba_lora_weights")
+    everywhere = gather_object([weights])
+    assert all(each == weights for each in everywhere)  # to the bit
     assert "compile" not in trainer.ba_lora_run.warn.said  # nothing fell back
     if trainer.accelerator.is_main_process:
         runs = trainer.ba_lora_run.cache.runs if cache else None
         logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
         found = {"gradients": keep.gradients, "logs": logs, "eval": result, "runs": runs, "graphs": len(GRAPHS)}
+        found["weights"] = weights
         torch.save(found, output)
 
 

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
-from ...config import terms_in_words
 from ...pretrained.backbone import is_multimodal_class
+from ...weights.in_words import terms_in_words
 from ..config import BaLoraConfig
 from ..delta import delta_layers_of
 from ..kinds import names_of, what_is_adapted

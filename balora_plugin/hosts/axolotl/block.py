@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, create_model, model_validator
 
@@ -27,6 +27,8 @@ def _top_level(key: str) -> str:
 
 def _declared(known: Setting) -> tuple[Any, Any]:
     """Type and Field of a setting, as pydantic's `create_model` takes them."""
+    if known.kind == "numbers":
+        return _numbers(known)
     types = {"number": float, "integer": int, "flag": bool, "path": str, "data": str}
     kind: Any = Literal[known.choices] if known.kind == "choice" else types[known.kind]
     bounds: dict[str, Any] = {"allow_inf_nan": False} if known.kind == "number" else {}
@@ -36,6 +38,14 @@ def _declared(known: Setting) -> tuple[Any, Any]:
         bounds["le"] = known.maximum
     field = Field(default=known.default, description=known.meaning, **bounds)
     return (kind | None if known.optional else kind), field
+
+
+def _numbers(known: Setting) -> tuple[Any, Any]:
+    """The same of a mapping to numbers, each bounded."""
+    bounds: dict[str, Any] = {} if known.minimum is None else {"gt" if known.exclusive else "ge": known.minimum}
+    number = Annotated[float, Field(allow_inf_nan=False, **bounds)]
+    keys: Any = Literal[known.keys]
+    return dict[keys, number] | None, Field(default=known.default, description=known.meaning)
 
 
 _SETTINGS = settings_of(RegularizerConfig)
@@ -117,8 +127,19 @@ def _unknown(block: Any) -> Iterator[Finding]:
             yield Finding(name, repr(value), "is not a setting", hint)
         elif isinstance(value, bool) and key not in flags:  # pydantic would make a weight of 1.0 of it
             yield Finding(name, value, "is no value for it", "write a number or a name")
+        elif isinstance(value, dict) and key in _SETTINGS and _SETTINGS[key].keys:
+            yield from _of_numbers(name, value, _SETTINGS[key].keys)
         elif key == "compile" and value not in (True, False, "layers"):
             yield Finding(name, repr(value), "is no way to compile", "write true, false or layers")
+
+
+def _of_numbers(name: str, numbers: dict[Any, Any], keys: tuple[str, ...]) -> Iterator[Finding]:
+    """Finds names that a mapping to numbers does not take, and booleans in it."""
+    for key, number in numbers.items():
+        if key not in keys:
+            yield Finding(f"{name}.{key}", repr(number), "is not a setting", f"write some of {', '.join(keys)} there")
+        elif isinstance(number, bool):
+            yield Finding(f"{name}.{key}", number, "is no value for it", "write a number")
 
 
 def of_block(block: Any, task: str) -> Iterator[Finding]:
@@ -129,7 +150,7 @@ def of_block(block: Any, task: str) -> Iterator[Finding]:
     yield from unknown
     if not isinstance(block, dict):
         return
-    named = {finding.key for finding in unknown}
+    named = {".".join(finding.key.split(".")[:2]) for finding in unknown}
     try:  # the rest of it, so that nothing is left for another round
         rest = {key: value for key, value in block.items() if f"ba_lora.{key}" not in named}
         BaLoraBlock.model_validate(rest).regularizers().resolved(task)

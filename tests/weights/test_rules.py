@@ -1,0 +1,220 @@
+"""The rules beside a slow, obvious reference each, at their fixed points, and through a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+
+import pytest
+
+from balora_plugin.config import RegularizerConfig
+from balora_plugin.schedules import Lambdas
+from balora_plugin.weights import balance
+from balora_plugin.weights.adaptive import HORIZON, ByEntropy, adaptive_weight
+from balora_plugin.weights.balance import HeldShares
+from balora_plugin.weights.drift import HeldDrift
+from balora_plugin.weights.observed import Observed
+from balora_plugin.weights.rules import rules_of
+from balora_plugin.weights.smoothing import RunningMean
+
+FULL = Lambdas(1.0, 3e-4, 1e-4)
+
+
+def mean_of(values, horizon):
+    """The running mean, written out."""
+    b = 1.0 - 1.0 / horizon
+    weights = [b ** (len(values) - 1 - i) for i in range(len(values))]
+    return sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+
+
+@pytest.mark.parametrize("horizon", [1.0, 2.0, 7.5])
+def test_the_running_mean_has_no_pull_to_0(horizon):
+    values = [3.0, 0.5, -2.0, 4.0, 4.0, 1.0]
+    found = RunningMean(horizon)
+    for i, value in enumerate(values):
+        assert found.add(value) == pytest.approx(mean_of(values[: i + 1], horizon), rel=1e-12)
+
+
+def reference_weight(drifts, target, start, steps):
+    """The weight after these drifts, as long as no bound of its own is met: the way up, the last error, all errors."""
+    pace, horizon = min(max(steps / 20, 10.0), 200.0), min(max(steps / 60, 3.0), 50.0)
+    errors = [max(min(mean_of(drifts[: i + 1], horizon) / target - 1, 1.0), -0.5) for i in range(len(drifts))]
+    near = next((i for i, error in enumerate(errors) if error > -0.5), len(errors))
+    log = -5 * near / steps
+    if near < len(errors):
+        log += 2 * (errors[-1] + 0.5) + 2 / pace * sum(errors[near:])
+    return start * math.exp(log)
+
+
+@pytest.mark.parametrize("steps", [10, 200, 10_000])
+def test_a_drift_moves_the_weight_by_its_errors_alone(steps):
+    generator = random.Random(steps)
+    drifts = [0.0, 0.0, 0.01, *(0.2 * math.exp(generator.gauss(-0.2, 0.4)) for _ in range(12))]
+    rule = HeldDrift(0.15, 0.7, steps)
+    for i, value in enumerate(drifts):
+        rule.observe(Observed(drift=value))
+        assert rule.weights(FULL, FULL).consistency == pytest.approx(
+            reference_weight(drifts[: i + 1], 0.15, 0.7, steps), rel=1e-9
+        )
+
+
+def plant(rule, steps, *, lag, power, noise=0.15, seed=0):
+    """Drifts of a model that goes to 0.5 (1 + t / 2) / (1 + 5 weight)^power, ever more slowly (a falling rate).
+
+    It answers late: the way that it goes is a mean over about ten steps, as with an optimizer's momentum.
+    """
+    generator, at, pace, found = random.Random(seed), 0.0, 0.0, []
+    for step in range(steps):
+        found.append(at * math.exp(noise * generator.gauss(0, 1)))
+        rule.observe(Observed(drift=found[-1]))
+        goal = 0.5 * (1 + 0.5 * step / steps) / (1 + 5 * rule.weights(FULL, FULL).consistency) ** power
+        pace += 0.1 * (goal - at - pace)
+        at = max(at + pace * min((1 - step / steps) / lag, 1.0), 0.0)
+    return found
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("lag", [5, 15])
+@pytest.mark.parametrize("target", [0.05, 0.2])
+@pytest.mark.parametrize("steps", [200, 1000])
+def test_a_budget_is_held(power, lag, target, steps):
+    found = plant(HeldDrift(target, 1.0, steps), steps, lag=lag, power=power)
+    third = found[-(steps // 3) :]
+    assert sum(third) / len(third) == pytest.approx(target, rel=0.1)
+
+
+def test_the_budget_is_the_only_fixed_point():
+    rule = HeldDrift(0.2, 1.0, 100)
+    for _ in range(200):
+        rule.observe(Observed(drift=0.2))
+    held = rule.weight
+    rule.observe(Observed(drift=0.2))
+    assert rule.weight == pytest.approx(held, rel=1e-9)
+    for value, moves in ((0.22, 1), (0.18, -1)):
+        other = HeldDrift(0.2, 1.0, 100)
+        other.load(rule.state())
+        for _ in range(5):
+            other.observe(Observed(drift=value))
+        assert (other.weight - held) * moves > 0
+
+
+def test_what_was_not_measured_moves_nothing():
+    rule = HeldDrift(0.2, 1.0, 100)
+    rule.observe(Observed(teacher_entropy=0.5, shares={"svd": 1.0}))
+    assert rule.weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "ended", "bound", "words"),
+    [
+        (5.0, False, 1000.0, r"drift_target=0.2 cannot be held.*Write drift_target=5 or more.*lambda_consistency"),
+        (0.15, True, 0.001, r"drift_target=0.2 is above what this run reaches.*Write less than drift_target=0.15"),
+        (0.05, True, math.exp(-15), r"drift_target=0.2 is above what this run reaches.*less than drift_target=0.05"),
+    ],
+)
+def test_a_budget_that_cannot_be_held_is_said_with_a_number(value, ended, bound, words):
+    rule = HeldDrift(0.2, 1.0, 100)
+    assert rule.finding(ended=ended) is None or ended
+    for _ in range(300):
+        rule.observe(Observed(drift=value))
+    assert rule.weight == pytest.approx(max(bound, 0.001))
+    said = rule.finding(ended=ended)
+    assert said is not None
+    assert re.search(words, said)
+
+
+def test_a_budget_that_one_step_overruns_or_the_run_does_not_reach_is_said():
+    rule = HeldDrift(0.2, 1.0, 100)
+    assert rule.first_step(0.1) is None
+    assert "Write drift_target=0.6 or more" in rule.first_step(0.3)
+    for _ in range(10):
+        rule.observe(Observed(drift=0.15))
+    assert rule.finding(ended=True) is None  # still on its way
+    for _ in range(100):
+        rule.observe(Observed(drift=0.15))
+    assert rule.finding(ended=False) is None
+    assert "above what this run reaches" in rule.finding(ended=True)
+
+
+def test_a_share_is_held_after_one_measurement():
+    """A share is proportional to its weight: with the same gradients the first answer is the fixed point."""
+    targets = {"consistency": 0.3, "svd": 0.05}
+    rule = HeldShares(targets, FULL)
+    assert rule.weights(FULL, FULL) == FULL
+    unit = {"consistency": 0.2, "diversity": 0.4, "svd": 0.01}
+    for _ in range(3):
+        rule.observe(Observed(shares=unit))
+        weights = rule.weights(FULL, FULL)
+        assert weights.diversity == FULL.diversity
+        for name, target in targets.items():
+            assert getattr(weights, name) * unit[name] == pytest.approx(target)
+
+
+def test_shares_are_smoothed_by_their_logarithms():
+    rule, seen = HeldShares({"diversity": 0.1}, FULL), [0.2, 0.4, 0.1]
+    for share in seen:
+        rule.observe(Observed(shares={"diversity": share}))
+    expected = 0.1 / math.exp(mean_of([math.log(x) for x in seen], balance.HORIZON))
+    assert rule.weights(FULL, FULL).diversity == pytest.approx(expected)
+
+
+def test_a_schedule_multiplies_a_balanced_weight():
+    rule = HeldShares({"svd": 0.1}, FULL)
+    rule.observe(Observed(shares={"svd": 0.5}))
+    assert rule.weights(FULL._replace(svd=0.0), FULL).svd == 0.0
+    assert rule.weights(FULL._replace(svd=FULL.svd / 4), FULL).svd == pytest.approx(0.05)
+
+
+def test_a_share_out_of_reach_is_said():
+    rule = HeldShares({"svd": 0.1}, FULL)
+    rule.observe(Observed(shares={"svd": 0.0}))  # it did not act: nothing is known
+    assert rule.finding(ended=False) is None
+    assert rule.unmeasured(FULL)
+    assert not rule.unmeasured(FULL._replace(svd=0.0))
+    rule.observe(Observed(shares={"svd": 1e-9}))
+    assert rule.weights(FULL, FULL).svd == balance.HIGHEST
+    assert "balance.svd=0.1 cannot be held" in rule.finding(ended=False)
+
+
+@pytest.mark.parametrize(("entropy", "weight"), [(0.0, 2.0), (0.5, 1.1), (1.0, 0.2), (1.5, 0.2), (-0.1, 2.0)])
+def test_adaptive_is_the_published_formula(entropy, weight):
+    assert adaptive_weight(2.0, entropy) == pytest.approx(weight)  # 0.2 + (2 - 0.2) (1 - H / ln V)
+
+
+def test_adaptive_follows_the_entropy():
+    rule = ByEntropy()
+    assert rule.weights(FULL, FULL) == FULL
+    seen = [0.5, 0.2, 0.9]
+    for value in seen:
+        rule.observe(Observed(teacher_entropy=value))
+    expected = FULL._replace(consistency=adaptive_weight(1.0, mean_of(seen, HORIZON)))
+    assert rule.weights(FULL, FULL) == pytest.approx(expected)
+
+
+SETTINGS = (
+    {"drift_target": 0.1, "balance": {"svd": 0.1, "diversity": 0.2}},
+    {"balance": {"consistency": 0.3}},
+    {"schedule": "adaptive", "balance": {"svd": 0.1}},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_resumed_rule_goes_on_to_the_bit(settings):
+    config = RegularizerConfig(**settings).resolved("nlg")
+    generator = random.Random(1)
+    measured = [
+        Observed(generator.random() * 0.3, generator.random(), {name: generator.random() for name in FULL._fields})
+        for _ in range(9)
+    ]
+    whole, resumed = rules_of(config, 50), rules_of(config, 50)
+    assert whole.keys() == {"drift_target", "balance", "schedule"} & {*settings}
+    for key, rule in whole.items():
+        for each in measured[:5]:
+            rule.observe(each)
+        resumed[key].load(json.loads(json.dumps(rule.state())))
+        for each in measured[5:]:
+            rule.observe(each), resumed[key].observe(each)
+        assert resumed[key].weights(FULL, FULL) == rule.weights(FULL, FULL)
+        assert resumed[key].state() == rule.state()
