@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -151,8 +152,8 @@ class Setting:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
             raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}{hint}.")
-        too_large = self.maximum is not None and value > self.maximum
-        if not math.isfinite(value) or self._too_small(value) or too_large:
+        too_large = value > (sys.float_info.max if self.maximum is None else self.maximum)  # an int knows no inf
+        if too_large or not math.isfinite(value) or self._too_small(value):
             raise ValueError(f"{name}={value!r} must be a finite number{self.bounds}.")
 
     def _check_integer(self, name: str, value: Any) -> None:

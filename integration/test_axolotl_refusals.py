@@ -126,6 +126,7 @@ FOR_GOOD_REASONS = {
     **{key: {key: True} for key in ("unfrozen_parameters", "use_onebitllms", "peft_use_dora", "gptq")},
     "peft_ensure_weight_tying": {"peft_ensure_weight_tying": True},
     "diffusion": {"plugins": [OURS, "axolotl.integrations.diffusion.DiffusionPlugin"]},
+    "spectrum, behind ours": {"plugins": [OURS, "axolotl.integrations.spectrum.SpectrumPlugin"]},
     "hatchery": {"plugins": [OURS, "axolotl.integrations.hatchery.HatcheryPlugin"]},
     "loftq": {"peft": {"loftq_config": {"loftq_bits": 4}}},
     "packed": {"model_quantization_config": "Mxfp4Config"},

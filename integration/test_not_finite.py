@@ -93,6 +93,23 @@ def test_a_run_never_ends_with_weights_that_are_not_finite(kind, tmp_path, token
         trainer.train()
 
 
+def test_a_weight_that_adams_second_moment_holds_still_for_ever_is_named(tmp_path, tokenizer):
+    class Huge(Overflow):
+        """Finite, and so is every weight after it; its square is not."""
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            super().on_pre_optimizer_step(args, state, control, model, **kwargs)
+            if state.global_step + 1 == self.step:
+                dict(model.named_parameters())[self.name].grad.view(-1)[0] = 1e25
+
+    trainer, huge = build("pissa", tmp_path, tokenizer), Huge("lora_B", 3)
+    trainer.add_callback(huge)
+    with pytest.raises(FloatingPointError, match=r"^exp_avg_sq of the optimizer for .* holds NaN or inf") as caught:
+        trainer.train()
+    assert huge.name in str(caught.value) and str(tmp_path / "out" / "checkpoint-2") in str(caught.value)
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
 def test_a_run_that_a_callback_ends_early_is_looked_at(tmp_path, tokenizer):
     class Enough(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -87,6 +87,7 @@ def test_resolved_returns_a_copy_and_is_idempotent():
         ("lambda_consistency", math.nan, ValueError),
         ("lambda_consistency", "0.1", TypeError),
         ("lambda_diversity", math.inf, ValueError),
+        ("lambda_diversity", 10**400, ValueError),
         ("lambda_diversity", True, TypeError),
         ("lambda_svd", -1, ValueError),
         ("lambda_svd", [0.1], TypeError),

@@ -20,7 +20,7 @@ from ..adapter.options import NEUTRAL_OPTIONS
 from ..checkpoint.integrity import check_adapter
 from ..checkpoint.json_file import read_object
 from ..checkpoint.location import AdapterFiles
-from ..checkpoint.names import CONFIG_FILE, WEIGHTS_FILE
+from ..checkpoint.names import CONFIG_FILE, INIT_FILE, PROBE_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from ..checkpoint.settings import file_digest, read_settings
 from .algebra import by_expert, update_distance, update_norm
 from .scalings import check_as_exported, check_as_trained, scalings_of, what_it_computes
@@ -199,7 +199,15 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
     for key in foreign_options(vars(config)):
         value = getattr(config, key)
         raise ValueError(f"{key}={value!r} in {directory!r}: the update is not scaling * B A; not supported.")
-    return config, read_settings(files)
+    settings = read_settings(files)
+    for name in (INIT_FILE, PROBE_FILE):
+        if settings is None and files.find(name) is not None:
+            raise ValueError(
+                f"{directory!r} holds {name} but no {SETTINGS_FILE}, which says what its rank and alpha were: it is a "
+                f"BA-LoRA adapter without all its files. Copy or save it again (or remove {name} to have it read as an "
+                "ordinary LoRA, unchecked)."
+            )
+    return config, settings
 
 
 def foreign_options(config: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback
 
 from ..adapter.config import our_adapters
@@ -72,12 +74,15 @@ class FiniteGuard(TrainerCallback):
 def largest_weight(host: HostTrainer, when: str, *, together: bool) -> float:
     """Returns the largest magnitude of everything that trains: one fused reduction, one wait for the device.
 
+    Looks at what the optimizer keeps of it too.
+
     `together`: every rank calls it, and all have one verdict; else each has its own, which of DDP's copies is the same.
 
     Raises:
         FloatingPointError: a tensor holds NaN or inf; names it, `when`, and the last whole checkpoint.
     """
-    trained = {name: value for name, value in host.model.named_parameters() if value.requires_grad}
+    weights = {name: value for name, value in host.model.named_parameters() if value.requires_grad}
+    trained = weights | _moments(host, weights)
     values = largest_values(list(trained.values()))
     if trained and together and host.accelerator.num_processes > 1:
         values = host.accelerator.gather(values.to(host.args.device).unsqueeze(0)).amax(dim=0)
@@ -88,7 +93,20 @@ def largest_weight(host: HostTrainer, when: str, *, together: bool) -> float:
                 f"{name} holds NaN or inf {when}, of a gradient that overflowed or a step too large. Training was "
                 f"stopped, nothing was saved after it. {_go_on(host)}"
             )
-    return max(found, default=0.0)
+    return max(found[: len(weights)], default=0.0)
+
+
+def _moments(host: HostTrainer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the optimizer keeps of each weight: Adam's second moment, once inf, lets its weight never move again."""
+    state = getattr(host.optimizer, "state", None)
+    if not isinstance(state, Mapping):  # none yet, or an engine's
+        return {}
+    return {
+        f"{key} of the optimizer for {name}": value
+        for name, weight in weights.items()
+        for key, value in state.get(weight, {}).items()
+        if isinstance(value, Tensor) and value.ndim
+    }
 
 
 def saved_weight(host: HostTrainer) -> float:

@@ -64,6 +64,7 @@ class HostTrainer(Protocol):
     args: Arguments
     state: State
     accelerator: Accelerator
+    optimizer: Any
     train_dataset: Any
     eval_dataset: Any
     processing_class: Any

@@ -11,6 +11,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> None:
     runs.once(base, lambda: {"tokens": setup.yardstick.counts(), "points": [{"step": 0, "scale": 0.0, **look()}]})
     for one in left:
         method, seed = one.setting["method"], one.setting["seed"]
-        ran = runs.once(one, lambda method=method, seed=seed: run(METHODS[method], seed, setup))
+        ran = runs.once(one, partial(run, METHODS[method], seed, setup))
         print(f"{one.name}: {'done' if ran else 'was there'}", flush=True)
         free()
 

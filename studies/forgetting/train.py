@@ -77,7 +77,7 @@ class Looks(TrainerCallback):
 
 def config_of(method: Method, sizes: Sizes, cache: Path) -> BaLoraConfig:
     """The adapter with its terms; the teacher's outputs are computed once for all methods and seeds."""
-    kept = {} if method.is_rival else {"teacher_cache": str(cache)}
+    kept: dict[str, Any] = {} if method.is_rival else {"teacher_cache": str(cache)}
     return BaLoraConfig(
         r=sizes.rank,
         lora_alpha=sizes.rank,

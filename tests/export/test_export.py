@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -493,6 +494,8 @@ def adapters(ids, tmp_path):
     for name, change in (("shape", {"r": 3}), ("dora", {"use_dora": True}), ("loftq", loftq)):
         path = tmp_path / name / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    shutil.copytree(good, tmp_path / "lost")
+    (tmp_path / "lost" / "ba_lora.json").unlink()
     values = {"target_modules": ["k_proj"], "feedforward_modules": [], "task_type": "CAUSAL_LM"}
     get_peft_model(tiny_llama(), IA3Config(**values)).save_pretrained(tmp_path / "ia3")
     ba_lora(tiny_llama()).save_pretrained(tmp_path / "mixed")
@@ -510,6 +513,7 @@ REFUSED = {
     "dora": (["dora"], ["use_dora=True"]),
     "ia3": (["ia3"], ["peft_type='IA3'"]),
     "loftq": (["loftq"], ["loftq", "quantised"]),
+    "settings lost": (["lost"], ["ba_lora_init.safetensors", "no ba_lora.json", "without all its files"]),
     "files of two saves": (["mixed"], ["is not the file"]),
     "rank too large": (["good", "--rank", "9"], ["--rank 9", "8"]),
     "rank no number": (["good", "--rank", "1.5"], ["--rank", "'1.5'", "auto"]),

@@ -62,6 +62,8 @@ def refused(values: Any) -> Iterator[Finding]:
     for name in values.get("plugins") or []:
         if str(name).rpartition(".")[2] in TRAINERS:
             yield Finding(f"plugins[{name}]", None, *_TRAINER)
+        elif str(name).endswith("SpectrumPlugin"):  # behind ours in the list it writes unfrozen_parameters after this
+            yield Finding(f"plugins[{name}]", None, *_BASE)
     yield from _read_as(values)
     yield from peft_block(values)
 
