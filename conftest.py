@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -27,6 +28,8 @@ def _imports_are_not_garbage() -> None:
 def _seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
+    if "torch._dynamo" in sys.modules:  # Axolotl switches it on where it compiles: a compiler's failure is silent then
+        torch._dynamo.config.suppress_errors = False
 
 
 @pytest.fixture(scope="session")

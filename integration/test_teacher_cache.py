@@ -593,7 +593,7 @@ def test_two_processes_fill_one_cache(kept, tmp_path):
         directory = tmp_path / name
         directory.mkdir()
         arguments = [str(directory / "result.pt"), str(8 // ranks), "1", str(directory), "trl"]
-        arguments += [f"{tmp_path / cache}{kept}"] if cache else []
+        arguments.append(f"{tmp_path / cache}{kept}" if cache else "")
         done = run_worker("ddp.py", *arguments, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         result = torch.load(directory / "result.pt", weights_only=False)

@@ -226,7 +226,7 @@ class BaLoraConfig(LoraConfig):
         neutral = type(self)().to_dict()
         values = {
             key: sorted(value) if isinstance(value, set) else value
-            for key, value in self.to_dict().items()
+            for key, value in {**self.to_dict(), "regularizers": self.regularizers.to_dict()}.items()
             if (value != neutral.get(key) or key in ("r", "lora_alpha"))
             and key not in ("runtime_config", "auto_mapping", "peft_version", "inference_mode", "start_from")
         }
@@ -279,7 +279,9 @@ class BaLoraConfig(LoraConfig):
             )
             config.regularizers = dataclasses.replace(config.regularizers, teacher_cache=None, teacher_cache_top_k=None)
         anchors = config.regularizers.anchor_data
-        if anchors is not None and not os.path.isfile(anchors):  # nor may a file name what is fetched
+        if anchors is not None and not (
+            isinstance(anchors, str) and os.path.isfile(anchors)
+        ):  # nor may a file name what is fetched
             logger.warning(
                 f"{source} was trained with anchor_data={anchors!r}, which is no file here: going on without; name it "
                 "again to have it."

@@ -52,10 +52,12 @@ def arguments(batch: int, accumulation: int, directory: str) -> dict[str, Any]:
 
 
 def peft_config(cache: str | None) -> BaLoraConfig:
-    """`cache`: a directory, perhaps with :K for `teacher_cache_top_k`."""
+    """`cache`: a directory, perhaps with :K for `teacher_cache_top_k`; "": none; None: none, but anchors and weights
+    that set themselves."""
+    more = cache is None
     cache, _, top_k = (cache or "").partition(":")
     kept: dict[str, Any] = {"teacher_cache": cache or None, "teacher_cache_top_k": int(top_k) if top_k else None}
-    if not cache:
+    if more:
         kept |= {"anchor_data": ANCHORS, "anchor_fraction": 0.4}  # 3.2 rows a step, some on each rank
         kept |= {"drift_target": 0.05, "temperature": 2.0, "balance": {"diversity": 0.1}}
     terms = RegularizerConfig(lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.0, **kept)

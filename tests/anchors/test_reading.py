@@ -7,6 +7,7 @@ import json
 import datasets
 import pytest
 
+from balora_plugin import BaLoraConfig
 from balora_plugin.anchors.reading import Anchor, check_anchors, read_anchors
 from balora_plugin.anchors.tokens import length_limit, token_documents
 from balora_plugin.config import RegularizerConfig
@@ -76,6 +77,8 @@ def test_settings_with_data_in_memory_are_text_in_a_file():
     assert values["anchor_data"] == "<Dataset of 1 rows>"
     assert terms.resolved("nlg").anchor_data is terms.anchor_data
     again = RegularizerConfig.from_dict(values)
+    saved = BaLoraConfig(regularizers=terms).to_settings()  # the data themselves are in no file of an adapter
+    assert saved["config"]["regularizers"]["anchor_data"] == "<Dataset of 1 rows>"
     with pytest.raises(ValueError, match=r"anchor_data='<Dataset of 1 rows>' was an object of an earlier run: pass it"):
         check_anchors(again.anchor_data, "a tokenizer")
 

@@ -131,7 +131,10 @@ def test_report_takes_a_run_and_a_base(twenty, tmp_path, capsys):
         (["--steps", "0"], "--steps 0: write a whole number"),
         (["--held-out", "1"], "--held-out 1: write a share"),
         (["--terms", "lambda_svd=-1"], "--terms lambda_svd=-1 must be"),
-        (["--terms", "lambda_sdv=1"], "unknown regulariser setting"),
+        (
+            ["--terms", "lambda_sdv=1"],
+            "--terms lambda_sdv is not a setting of RegularizerConfig: did you mean lambda_svd?",
+        ),
         (["--terms", "lambda_svd"], "write key=value"),
         (["--terms", "head_warmup_steps=3"], "head_warmup_steps=3 with task='nlg'"),
         (["--data", "nowhere.jsonl"], "is no file"),
