@@ -16,8 +16,9 @@ LOWEST = .venv-lowest/bin/python
 PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 NEWEST_TORCH = .venv-newest-torch/bin/python
+DOCS = .venv-docs/bin/python
 
-.PHONY: quickstart quickstart-trl test environments test-pins test-newest test-newest-torch test-lowest test-long test-models lint clean
+.PHONY: quickstart quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-models lint clean
 
 quickstart: .venv-axolotl/.ready
 	$(PINS) -m studies.quickstart
@@ -28,7 +29,11 @@ quickstart-trl: .venv/.ready
 # both environments at once: each installs on one core
 test:
 	$(MAKE) -j 2 environments
-	$(MAKE) lint test-pins test-newest
+	$(MAKE) lint docs test-pins test-newest
+
+# the documentation as a site, in site/; a warning is an error
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS) -m mkdocs --quiet build --strict
 
 environments: .venv-axolotl/.ready .venv-newest/.ready
 
@@ -78,6 +83,12 @@ test-models: .venv-axolotl/.ready
 .venv-lowest/.ready: requirements/lowest.txt requirements/dev.txt pyproject.toml
 	$(call environment,.venv-lowest,-r requirements/lowest.txt -r requirements/dev.txt)
 
+# the package itself is not installed there, and torch is not needed
+.venv-docs/.ready: requirements/docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	$(DOCS) $(PIP_INSTALL) -r requirements/docs.txt
+	touch $@
+
 define environment
 	@echo "Setting up $(1) (a few minutes)"
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
@@ -88,4 +99,4 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .cache outputs
+	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .venv-docs .cache outputs site

@@ -1,0 +1,148 @@
+"""Pages as the site has them: all in its navigation, generated ones up to date, their blocks read and their commands."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from test_docs import HISTORY, PAGES, ROOT, text_of
+
+from balora_plugin.commands import build_parser
+
+DOCS = ROOT / "docs"
+README = text_of(ROOT / "README.md")
+SITE = [page for page in PAGES if page != HISTORY and "tests" not in page.relative_to(ROOT).parts]
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
+# pages whose python is run: by integration/test_examples.py, by tests/test_docs.py, by nobody (it needs a hub)
+RUN = {"README.md", "docs/train.md", "docs/classification.md"}
+RUN_ELSEWHERE = {"docs/design/training.md", "docs/glue.md"}
+
+
+def blocks(text, *languages):
+    """The fenced blocks of a page in these languages."""
+    found = re.findall(r"^```([\w-]*)[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [code for language, code in found if language in languages]
+
+
+def commands(text):
+    """The command lines of a page's blocks, continued lines joined, without comments."""
+    lines = "\n".join(blocks(text, "console", "", "text")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))] if lines else []
+
+
+def safely_split(line):
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # prose with an apostrophe
+        return []
+
+
+class Loader(yaml.SafeLoader):
+    """Reads mkdocs.yml, whose one tag names a function."""
+
+
+Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+
+
+def navigation():
+    """The pages of the site's navigation."""
+
+    def leaves(entry):
+        if isinstance(entry, dict):
+            return [leaf for value in entry.values() for leaf in leaves(value)]
+        return [leaf for one in entry for leaf in leaves(one)] if isinstance(entry, list) else [entry]
+
+    return leaves(yaml.load(text_of(ROOT / "mkdocs.yml"), Loader)["nav"])
+
+
+def test_every_page_is_in_the_navigation_once():
+    written = [page.relative_to(DOCS).as_posix() for page in SITE if page.is_relative_to(DOCS)]
+    made = ["index.md", "changelog.md", "contributing.md", *(f"notebooks/{one.stem}.md" for one in NOTEBOOKS)]
+    named = navigation()
+    outside = [name for name in named if name.startswith("repository/")]
+    assert sorted([*written, *made]) == sorted(name for name in named if name not in outside)
+    assert all((ROOT / name.removeprefix("repository/")).exists() for name in outside)
+
+
+@pytest.mark.parametrize("name", ["settings", "cli"])
+def test_generated_pages_are_up_to_date(name):
+    made = runpy.run_path(str(DOCS / f"{name}.py"))["page"]()
+    assert text_of(DOCS / f"{name}.md") == made, f"python docs/{name}.py writes it anew"
+
+
+def test_every_python_block_can_be_compiled_and_is_run_somewhere():
+    found = {page.relative_to(ROOT).as_posix(): blocks(text_of(page), "python") for page in SITE}
+    for page, codes in found.items():
+        for code in codes:
+            compile(code, page, "exec")
+    assert {page for page, codes in found.items() if codes} == RUN | RUN_ELSEWHERE
+
+
+def test_every_yaml_block_can_be_read():
+    assert sum(bool(yaml.safe_load(code)) for page in SITE for code in blocks(text_of(page), "yaml")) >= 5
+
+
+def test_every_command_can_be_parsed():
+    seen = set()
+    makefile = text_of(ROOT / "Makefile")
+    for page in SITE:
+        for code in blocks(text_of(page), "console"):
+            for words in map(safely_split, code.replace("\\\n", " ").splitlines()):
+                assert all((ROOT / word).exists() for word in words if word.startswith("example_configs/")), words
+                if words[:1] == ["balora"]:
+                    assert callable(build_parser().parse_args(words[1:]).run)
+                    seen.add(words[1])
+                if words[:1] == ["make"]:
+                    assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+    assert {"axolotl", "compare", "doctor", "eval", "export", "glue", "report", "verify"} == seen
+
+
+def test_make_targets_in_prose_exist():
+    makefile = text_of(ROOT / "Makefile")
+    for page in SITE:
+        for target in re.findall(r"`make ([\w-]+)", text_of(page)):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), (page.name, target)
+
+
+def paragraphs(text):
+    """Paragraphs of prose: no headings, tables, lists, code, pictures."""
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    parts = [part.strip("\n").splitlines() for part in re.split(r"\n\s*\n", plain)]
+    return [part for part in parts if part and not re.match(r"#|\||- |\d\. |<|!", part[0])]
+
+
+def test_the_readme_is_a_screen_and_a_half_of_short_paragraphs():
+    assert len(README.splitlines()) <= 130
+    assert [part for part in paragraphs(README) if len(part) > 5] == []
+
+
+def texts_of(path):
+    """Every text that a source file can say, what is filled in as one NUL."""
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+
+
+def test_troubleshooting_quotes_what_is_said():
+    said = {text for path in (ROOT / "balora_plugin").rglob("*.py") for text in texts_of(path)}
+    rows = re.findall(r"^\| (`[^|]*`) \|", text_of(DOCS / "troubleshooting.md"), re.MULTILINE)
+    assert len(rows) >= 30
+    for row in rows:
+        pattern = ".*".join(re.escape(part) for part in row.strip("`").split("..."))
+        assert any(re.search(pattern.strip(), text, re.DOTALL) for text in said), row
+
+
+def test_the_picture_shows_the_runs_that_there_are(tmp_path):
+    pytest.importorskip("matplotlib")
+    from studies.forgetting import picture
+
+    assert picture.main([str(tmp_path / "drift.svg")]) == 0
+    made, kept = (re.findall(r"<text[^>]*>([^<]+)<", text_of(path)) for path in (tmp_path / "drift.svg", picture.PICTURE))
+    assert kept == made, "python -m studies.forgetting.picture draws it anew"
