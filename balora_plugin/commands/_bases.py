@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ._models import is_quantised, load_base
+from ._options import Values
 
 if TYPE_CHECKING:
     from ..export.lora_file import Adapter
@@ -47,7 +47,7 @@ class Base:
         return None if self.recorded is None else self.recorded.quantization
 
 
-def base_of(args: argparse.Namespace, adapter: Adapter) -> Base:
+def base_of(args: Values, adapter: Adapter) -> Base:
     """Loads --base for an adapter, and compares it with the base that it was trained on.
 
     To be merged into, it is in float32: a quantised one dequantised, unless --merge-into asks for the full precision.
@@ -136,7 +136,7 @@ def stored_probe_of(adapter: Adapter) -> Any:
     return stored_probe(AdapterFiles(adapter.directory), adapter.settings)
 
 
-def warn_of_mismatch(args: argparse.Namespace, adapter: Adapter, base: Base, model: Any) -> None:
+def warn_of_mismatch(args: Values, adapter: Adapter, base: Base, model: Any) -> None:
     """Prints how far `model`, the adapter on this base, is from the trained model, where the base is another form.
 
     A config of another release that computes the same is none.
@@ -158,7 +158,7 @@ def warn_of_mismatch(args: argparse.Namespace, adapter: Adapter, base: Base, mod
 HARMLESS = 1e-3  # of what training moved
 
 
-def _dequantised(args: argparse.Namespace, model: Any) -> Any:
+def _dequantised(args: Values, model: Any) -> Any:
     from ..pretrained.quantised import as_floats
 
     try:

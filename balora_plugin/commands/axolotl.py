@@ -10,23 +10,25 @@ was changed and why; schema prints the JSON schema of the ba_lora: block, or wri
 
 from __future__ import annotations
 
-import argparse
 from importlib.util import find_spec
+
+import click
+
+from ._options import Argument, Option, Values
 
 HELP = "write a starter YAML for Axolotl, migrate a LoRA's, print the schema"
 
+PARAMETERS = (
+    Argument(
+        "what", type=click.Choice(("init", "migrate", "schema")), metavar="COMMAND", help="init, migrate or schema"
+    ),
+    Argument("file", required=False, metavar="[FILE]", help="what to write, or of migrate what to read"),
+    Option("--output", metavar="FILE", help="migrate: what to write; FILE with .ba_lora before its end"),
+    Option("--force", is_flag=True, help="overwrite an existing file"),
+)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this subcommand's arguments."""
-    parser.add_argument(
-        "what", choices=("init", "migrate", "schema"), metavar="COMMAND", help="init, migrate or schema"
-    )
-    parser.add_argument("file", nargs="?", metavar="FILE", help="what to write, or of migrate what to read")
-    parser.add_argument("--output", metavar="FILE", help="migrate: what to write; FILE with .ba_lora before its end")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing file")
 
-
-def run(args: argparse.Namespace) -> int:
+def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     for needed in ("click", "yaml", "pydantic"):
         if find_spec(needed) is None:

@@ -11,7 +11,6 @@ Written: <OUTPUT>/results.json, results.md and report/report.html. docs/compare.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -19,8 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from ..compare.plan import METHODS
 from ._models import quiet
+from ._options import Option, Several, Values
 
 if TYPE_CHECKING:
     from ..compare.cells import Data
@@ -29,28 +31,29 @@ if TYPE_CHECKING:
 
 HELP = "compare methods on your own data"
 
+PARAMETERS = (
+    Option("--model", required=True, metavar="MODEL", help="the pre-trained model: a directory or a hub id"),
+    Option("--data", required=True, metavar="FILE", help="your rows: JSONL"),
+    Option("--output", required=True, metavar="DIR", help="where runs and results are written"),
+    Several("--methods", type=click.Choice(METHODS), default=["lora", "pissa", "ba_lora"]),
+    Several("--rates", type=float, default=[0.0001, 0.0003], metavar="LR", help="default: 1e-4 3e-4"),
+    Several("--seeds", type=int, default=[0], metavar="N", help="default: 0"),
+    Option("--steps", type=int, metavar="N", help="default: three passes, from 20 to 200 steps"),
+    Option("--rank", type=int, default=16, metavar="R", help="of the adapters, alpha too (default: 16)"),
+    Option("--batch", type=int, default=8, metavar="N", help="rows of a step (default: 8)"),
+    Option("--max-length", type=int, default=512, metavar="N", help="tokens of a row (default: 512)"),
+    Option("--held-out", type=float, default=0.2, metavar="SHARE", help="of the rows (default: 0.2)"),
+    Option(
+        "--preset",
+        type=click.Choice(("paper", "iclr2026")),
+        help="ba_lora's terms (default: the recommended ones, docs/choose.md)",
+    ),
+    Several("--terms", metavar="KEY=VALUE", help="instead of the preset's values"),
+    Option("--prompts", metavar="FILE", help="questions, one a line, for the report"),
+)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this subcommand's arguments."""
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="the pre-trained model: a directory or a hub id"
-    )
-    parser.add_argument("--data", required=True, metavar="FILE", help="your rows: JSONL")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where runs and results are written")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora", "pissa", "ba_lora"])
-    parser.add_argument("--rates", nargs="+", type=float, metavar="LR", default=[1e-4, 3e-4], help="default: 1e-4 3e-4")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[0], help="default: 0")
-    parser.add_argument("--steps", type=int, metavar="N", help="default: three passes, from 20 to 200 steps")
-    parser.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapters, alpha too (default: 16)")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="rows of a step (default: 8)")
-    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a row (default: 512)")
-    parser.add_argument("--held-out", type=float, default=0.2, metavar="SHARE", help="of the rows (default: 0.2)")
-    parser.add_argument("--preset", default="iclr2026", choices=("paper", "iclr2026"), help="ba_lora's terms")
-    parser.add_argument("--terms", nargs="+", default=[], metavar="KEY=VALUE", help="instead of the preset's values")
-    parser.add_argument("--prompts", metavar="FILE", help="questions, one a line, for the report")
 
-
-def run(args: argparse.Namespace) -> int:
+def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     from ..compare.plan import Cell, GridSettings, default_steps, rows_digest, terms_from
     from ..report.drawing import check_drawing
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: Values) -> None:
     """Refuses numbers that no run can have, before anything is read.
 
     Raises:
@@ -186,7 +189,7 @@ def _written(records: list[dict[str, Any]], recipe: GridSettings, counts: tuple[
 
 
 def _report(
-    args: argparse.Namespace,
+    args: Values,
     cells: list[Cell],
     recipe: GridSettings,
     data: Data,

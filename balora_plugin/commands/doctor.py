@@ -13,27 +13,25 @@ the network. The exit code is 0 when all is usable, 1 when something is not, or 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from typing import TYPE_CHECKING, Any
+
+from ._options import Option, Values
 
 if TYPE_CHECKING:
     from ..doctor import Report
 
 HELP = "what is installed, what this machine can do, and whether a config can run here"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this subcommand's arguments."""
-    parser.add_argument("--config", metavar="FILE", help="a YAML to hold against this machine")
-    parser.add_argument(
-        "--gpu", action="append", default=[], metavar="NAME", help="say whether the config fits it: a40, h100, ..."
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+PARAMETERS = (
+    Option("--config", metavar="FILE", help="a YAML to hold against this machine"),
+    Option("--gpu", multiple=True, metavar="NAME", help="say whether the config fits it: a40, h100, ..."),
+    Option("--json", is_flag=True, help="print JSON"),
+)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     values = None if args.config is None else read(args.config)
     # before anything heavy is imported: packages that look for kernels on the hub, or report that they were imported

@@ -11,7 +11,6 @@ paper_mbpp), crows_pairs and mt_bench. docs/evaluate.md says what each number is
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -21,7 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from ._models import DTYPES, load_base, quiet
+from ._options import Argument, Option, Several, Values
 
 if TYPE_CHECKING:
     from ..evaluation.figures import Figure
@@ -35,38 +37,31 @@ _LEAST = {"limit": 1, "batch_size": 1, "context": 2, "num_fewshot": 0, "max_new_
 
 HELP = "measure a base and its adapter side by side: tasks, drift, bias"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this subcommand's arguments."""
-    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help="an adapter, or a merged model; none: base alone")
-    parser.add_argument("--base", metavar="MODEL", required=True, help="the base model: a directory or a hub id")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", default=[], help="tasks, also joined by commas")
-    parser.add_argument(
-        "--drift", nargs="+", metavar="FILE", default=[], help="texts, or .jsonl of messages or prompts"
-    )
-    parser.add_argument("--include-path", nargs="+", metavar="DIR", default=[], help="your own lm-eval task files")
-    parser.add_argument(
-        "--data", nargs="+", metavar="TASK[:SPLIT]=FILE", default=[], help="rows instead of the hub's (.jsonl, .csv)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task and file")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a --drift document (512)")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in a prompt, instead of the tasks' own")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of generated text, instead of the tasks' own")
-    parser.add_argument("--apply-chat-template", action="store_true", help="prompts of lm-eval's tasks as chats")
-    parser.add_argument("--tokenizer", metavar="DIR", help="default: the adapter's where it has one, else the base's")
-    parser.add_argument("--dtype", choices=[*DTYPES, "auto"], help="of the base (default: as it was trained on)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: an accelerator, or else cpu)")
-    parser.add_argument(
-        "--run-generated-code", action="store_true", help="allow tasks that run programs the model writes"
-    )
-    parser.add_argument("--code-seconds", type=float, default=10.0, metavar="N", help="a program's time (10)")
-    parser.add_argument("--code-megabytes", type=int, default=1024, metavar="N", help="a program's memory (1024)")
-    parser.add_argument("--output", metavar="FILE", help="write results as JSON (answers of mt_bench beside it)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --output has written before")
+PARAMETERS = (
+    Argument("adapter", required=False, metavar="[ADAPTER]", help="an adapter, or a merged model; none: base alone"),
+    Option("--base", required=True, metavar="MODEL", help="the base model: a directory or a hub id"),
+    Several("--tasks", metavar="NAME", help="tasks, also joined by commas"),
+    Several("--drift", metavar="FILE", help="texts, or .jsonl of messages or prompts"),
+    Several("--include-path", metavar="DIR", help="your own lm-eval task files"),
+    Several("--data", metavar="TASK[:SPLIT]=FILE", help="rows instead of the hub's (.jsonl, .csv)"),
+    Option("--limit", type=int, metavar="N", help="the first N documents of each task and file"),
+    Option("--batch-size", type=int, default=1, metavar="N", help="default: 1"),
+    Option("--context", type=int, default=512, metavar="N", help="tokens of a --drift document (512)"),
+    Option("--num-fewshot", type=int, metavar="N", help="examples in a prompt, instead of the tasks' own"),
+    Option("--max-new-tokens", type=int, metavar="N", help="of generated text, instead of the tasks' own"),
+    Option("--apply-chat-template", is_flag=True, help="prompts of lm-eval's tasks as chats"),
+    Option("--tokenizer", metavar="DIR", help="default: the adapter's where it has one, else the base's"),
+    Option("--dtype", type=click.Choice([*DTYPES, "auto"]), help="of the base (default: as it was trained on)"),
+    Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: an accelerator, or else cpu)"),
+    Option("--run-generated-code", is_flag=True, help="allow tasks that run programs the model writes"),
+    Option("--code-seconds", type=float, default=10.0, metavar="N", help="a program's time (10)"),
+    Option("--code-megabytes", type=int, default=1024, metavar="N", help="a program's memory (1024)"),
+    Option("--output", metavar="FILE", help="write results as JSON (answers of mt_bench beside it)"),
+    Option("--overwrite", is_flag=True, help="replace what --output has written before"),
+)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     _check(args)
     from ..evaluation.sandbox import Limits, limited
@@ -91,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 # --- before a model is loaded
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: Values) -> None:
     """Refuses what cannot be done, before anything is loaded.
 
     Raises:
@@ -118,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
     _check_place(args)
 
 
-def _check_place(args: argparse.Namespace) -> None:
+def _check_place(args: Values) -> None:
     """Refuses an output that would replace something, and a device that is not there."""
     import torch
 
@@ -157,7 +152,7 @@ def _data(words: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _tokenizer(args: argparse.Namespace) -> Any:
+def _tokenizer(args: Values) -> Any:
     from transformers import AutoTokenizer
 
     named = args.tokenizer
@@ -173,7 +168,7 @@ def _tokenizer(args: argparse.Namespace) -> Any:
     return tokenizer
 
 
-def _planned(args: argparse.Namespace, tokenizer: Any) -> list[Measure]:
+def _planned(args: Values, tokenizer: Any) -> list[Measure]:
     """Reads all data; returns what is to be done with the models."""
     from ..evaluation import crows_pairs, drift, mt_bench
     from ..evaluation.documents import read_documents
@@ -197,7 +192,7 @@ def _planned(args: argparse.Namespace, tokenizer: Any) -> list[Measure]:
     return measures
 
 
-def _of_harness(args: argparse.Namespace, names: Sequence[str], tokenizer: Any) -> Measure:
+def _of_harness(args: Values, names: Sequence[str], tokenizer: Any) -> Measure:
     from ..evaluation import harness
     from ..evaluation.sandbox import check_sandbox
 
@@ -219,7 +214,7 @@ def _of_harness(args: argparse.Namespace, names: Sequence[str], tokenizer: Any) 
     return partial(harness.run_tasks, harness.load_tasks(request), tokenizer=tokenizer, request=request)
 
 
-def _answers(args: argparse.Namespace) -> str:
+def _answers(args: Values) -> str:
     """Returns the directory of MT-Bench's answers."""
     return str(Path(args.output).with_suffix("")) + "_mt_bench"
 
@@ -232,7 +227,7 @@ class _Given:
     adapter: Adapter | None = None
 
 
-def _given(args: argparse.Namespace) -> _Given:
+def _given(args: Values) -> _Given:
     """Looks at ADAPTER, and reads a LoRA's files."""
     from transformers import AutoConfig
 
@@ -254,7 +249,7 @@ def _given(args: argparse.Namespace) -> _Given:
 # --- the models
 
 
-def _sides(args: argparse.Namespace, given: _Given) -> list[Side]:
+def _sides(args: Values, given: _Given) -> list[Side]:
     """Loads the models that are compared."""
     from ..evaluation.sides import BASE, Side, with_adapter
 
@@ -270,7 +265,7 @@ def _sides(args: argparse.Namespace, given: _Given) -> list[Side]:
     return with_adapter(_base(args, adapter), args.adapter, adapter, again)
 
 
-def _merged(args: argparse.Namespace) -> Any:
+def _merged(args: Values) -> Any:
     """Loads ADAPTER as a model of its own."""
     try:
         return load_base(args.adapter, args.dtype or "auto")
@@ -279,7 +274,7 @@ def _merged(args: argparse.Namespace) -> Any:
         raise ValueError(text) from None
 
 
-def _base(args: argparse.Namespace, adapter: Adapter | None) -> Any:
+def _base(args: Values, adapter: Adapter | None) -> Any:
     """Loads the base as the adapter was trained on, and compares it with what is recorded.
 
     Raises:
@@ -303,7 +298,7 @@ def _base(args: argparse.Namespace, adapter: Adapter | None) -> Any:
     return _placed(args, model)
 
 
-def _placed(args: argparse.Namespace, model: Any) -> Any:
+def _placed(args: Values, model: Any) -> Any:
     """Returns the model on --device; a quantised one stays where it was loaded."""
     return model if getattr(model, "is_quantized", False) else model.to(args.device)
 
@@ -311,7 +306,7 @@ def _placed(args: argparse.Namespace, model: Any) -> Any:
 # --- afterwards
 
 
-def _write(args: argparse.Namespace, rows: Sequence[dict[str, Any]], sides: Sequence[Side]) -> None:
+def _write(args: Values, rows: Sequence[dict[str, Any]], sides: Sequence[Side]) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     from .._version import __version__
@@ -324,9 +319,8 @@ def _write(args: argparse.Namespace, rows: Sequence[dict[str, Any]], sides: Sequ
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = ""
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "command", "debug")}
     results = {
-        "settings": settings,
+        "settings": vars(args),
         "versions": versions,
         "dtype": {side.name: str(side.model.dtype).removeprefix("torch.") for side in sides},
         "one_model": len({id(side.model) for side in sides}) == 1,

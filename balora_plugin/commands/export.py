@@ -18,13 +18,15 @@ model loaded with AutoModelForSequenceClassification, and its merge_and_unload()
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from ._bases import MERGE_INTO, base_of, warn_of_mismatch
 from ._models import DTYPES, quiet, size, torch_dtype
+from ._options import Argument, Option, Values
 from ._output import check_output, writing
 
 if TYPE_CHECKING:
@@ -35,46 +37,60 @@ HELP = "write an adapter as a plain LoRA, at a smaller rank, or merged into its 
 FAR_FROM_INITIAL = 0.5  # of the initial factors' norm: fine-tuning moves them by percents
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this subcommand's arguments."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="directory of the adapter")
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="directory to write; nothing is written elsewhere"
-    )
-    parser.add_argument(
+def _rank(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        return int(text)
+    raise click.BadParameter(f"{text[:40]!r} is no rank: write a whole number >= 1, or auto")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1.0:
+        raise click.BadParameter(f"{text!r} is no relative error: write a number between 0 and 1, such as 0.05")
+    return value
+
+
+PARAMETERS = (
+    Argument("adapter", metavar="ADAPTER", help="directory of the adapter"),
+    Option("--output", required=True, metavar="DIR", help="directory to write; nothing is written elsewhere"),
+    Option(
         "--base",
         metavar="MODEL",
         help="the base model, a directory or a hub id: measures what is lost (causal language models; of a classifier "
         "the weights' error alone is measured, without --base)",
-    )
-    parser.add_argument("--rank", metavar="N|auto", type=_rank, help="cut to N, or to the smallest for --max-error")
-    parser.add_argument(
+    ),
+    Option("--rank", type=_rank, metavar="N|auto", help="cut to N, or to the smallest for --max-error"),
+    Option(
         "--max-error",
-        metavar="E",
         type=_fraction,
+        metavar="E",
         help="with --rank auto, such as 0.05: of the KL that training moved (without --base: of the update's norm)",
-    )
-    parser.add_argument("--data", metavar="FILE", help="measure on this text instead of the probe (needs --base)")
-    parser.add_argument(
-        "--merge", action="store_true", help="write the merged model of a causal language model (needs --base)"
-    )
-    parser.add_argument(
+    ),
+    Option("--data", metavar="FILE", help="measure on this text instead of the probe (needs --base)"),
+    Option("--merge", is_flag=True, help="write the merged model of a causal language model (needs --base)"),
+    Option(
         "--merge-into",
-        choices=MERGE_INTO,
+        type=click.Choice(MERGE_INTO),
         help="of an adapter trained over a quantised base: into those weights, dequantised (trained, the default), or "
         "into the full-precision ones (full), which is another model",
-    )
-    parser.add_argument(
+    ),
+    Option(
         "--dtype",
-        choices=DTYPES,
+        type=click.Choice(DTYPES),
         help="of what is written (default: as the adapter is; merged: as the base's files are)",
-    )
-    parser.add_argument("--initial", metavar="DIR", help="the adapter that a raw PiSSA adapter started as")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    ),
+    Option("--initial", metavar="DIR", help="the adapter that a raw PiSSA adapter started as"),
+    Option("--dry-run", is_flag=True, help="say what would be written, and write nothing"),
+    Option("--overwrite", is_flag=True, help="replace what is in --output"),
+)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     _check(args)
     check_output(args.output, [args.adapter, args.initial, args.base], overwrite=args.overwrite)
@@ -89,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: Values) -> None:
     if args.rank == "auto" and args.max_error is None:
         raise ValueError("--rank auto needs --max-error E: the part to lose of what training moved, such as 0.05.")
     if args.max_error is not None and args.rank != "auto":
@@ -106,7 +122,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--rank {args.rank} with --merge: a merged model has no rank; leave one of them out.")
 
 
-def _read(args: argparse.Namespace) -> Adapter:
+def _read(args: Values) -> Adapter:
     """Reads the adapter, and converts a raw PiSSA one."""
     from ..export import lora_file, residual_start
 
@@ -142,7 +158,7 @@ def _describe(adapter: Adapter, start: str | None) -> str:
     return f"{kind}, rank {adapter.rank}, {len(adapter.updates)} matrices{stacks}{others}, {_name(adapter.dtype)}"
 
 
-def _export(args: argparse.Namespace, adapter: Adapter) -> None:
+def _export(args: Values, adapter: Adapter) -> None:
     from ..export import lora_file, reduced
     from ..export.attach import attach
     from ..export.card import exported
@@ -177,7 +193,7 @@ def _export(args: argparse.Namespace, adapter: Adapter) -> None:
         _write_card(directory, exported(changed, lost, **how))
 
 
-def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
+def _merge(args: Values, adapter: Adapter) -> None:
     import torch
     from transformers import AutoConfig
 
@@ -221,7 +237,7 @@ def _merge(args: argparse.Namespace, adapter: Adapter) -> None:
         )
 
 
-def _yardstick(args: argparse.Namespace, model: Any) -> Yardstick | None:
+def _yardstick(args: Values, model: Any) -> Yardstick | None:
     """Returns what measures predictions on --data or the probe's tokens; `model` is the base with the adapter."""
     from ..export.prediction import Yardstick, probe_sample, text_sample
 
@@ -248,7 +264,7 @@ def _origin(adapter: Adapter, lost: Lost) -> dict[str, Any]:
     return {**values, **{key: origin.get(key) for key in keys}}
 
 
-def _print_lost(args: argparse.Namespace, lost: Lost, adapter: Adapter) -> None:
+def _print_lost(args: Values, lost: Lost, adapter: Adapter) -> None:
     if lost.loss is not None:
         print(f"kl       {lost.loss}")
     worst = ", ".join(f"{name} {error:.2g}" for name, error in lost.errors.worst())
@@ -280,7 +296,7 @@ def _write_card(directory: str, text: str) -> None:
         file.write(text)
 
 
-def _tokenizer(args: argparse.Namespace) -> Any:
+def _tokenizer(args: Values) -> Any:
     """Returns the tokenizer that was saved with the adapter, else the base's, or None."""
     from transformers import AutoTokenizer
 
@@ -293,21 +309,3 @@ def _tokenizer(args: argparse.Namespace) -> Any:
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _rank(text: str) -> int | str:
-    if text == "auto":
-        return text
-    if re.fullmatch(r"[1-9][0-9]{0,8}", text):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text[:40]!r} is no rank: write a whole number >= 1, or auto")
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no relative error: write a number between 0 and 1, such as 0.05")
-    return value

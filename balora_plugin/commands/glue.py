@@ -10,15 +10,17 @@ docs/glue.md describes recipes, files and how the sets of GLUE-X are prepared.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from ..glue.tasks import METHODS, TASKS
 from ._models import quiet
+from ._options import Option, Several, Values
 
 if TYPE_CHECKING:
     from ..glue.job import Job
@@ -26,31 +28,29 @@ if TYPE_CHECKING:
 
 HELP = "fine-tune on GLUE by the paper's recipe, test on GLUE-X"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this subcommand's arguments."""
-    parser.add_argument("--recipe", metavar="YAML", required=True, help="the settings: see example_configs/glue/")
-    parser.add_argument("--output", metavar="DIR", required=True, help="where runs and results are written")
-    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all nine")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=["ba_lora"], help="default: ba_lora")
-    parser.add_argument("--model", metavar="MODEL", help="another model than the recipe's: a directory or a hub id")
-    parser.add_argument("--data", metavar="DIR", help="GLUE as JSONL files here, instead of the hub's")
-    parser.add_argument("--glue-x", metavar="DIR", help="test every model on GLUE-X's sets: <DIR>/<set>.jsonl")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the recipe's")
-    parser.add_argument("--learning-rates", nargs="+", type=float, metavar="LR", help="instead of the recipe's grids")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="stop every run after N optimizer steps (to try)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N rows of every file (to try)")
-    parser.add_argument(
+PARAMETERS = (
+    Option("--recipe", required=True, metavar="YAML", help="the settings: see example_configs/glue/"),
+    Option("--output", required=True, metavar="DIR", help="where runs and results are written"),
+    Several("--task", type=click.Choice(list(TASKS)), default=list(TASKS), help="default: all nine"),
+    Several("--method", type=click.Choice(METHODS), default=["ba_lora"], help="default: ba_lora"),
+    Option("--model", metavar="MODEL", help="another model than the recipe's: a directory or a hub id"),
+    Option("--data", metavar="DIR", help="GLUE as JSONL files here, instead of the hub's"),
+    Option("--glue-x", metavar="DIR", help="test every model on GLUE-X's sets: <DIR>/<set>.jsonl"),
+    Several("--seeds", type=int, metavar="N", help="instead of the recipe's"),
+    Several("--learning-rates", type=float, metavar="LR", help="instead of the recipe's grids"),
+    Option("--max-steps", type=int, metavar="N", help="stop every run after N optimizer steps (to try)"),
+    Option("--limit", type=int, default=0, metavar="N", help="the first N rows of every file (to try)"),
+    Several(
         "--separation",
-        nargs="+",
         type=int,
         metavar="STEP",
         help="draw the classes in the last layer after these optimizer steps and the last one, methods side by side",
-    )
-    parser.add_argument("--keep", action="store_true", help="keep every run's adapter, in <OUTPUT>/adapters")
+    ),
+    Option("--keep", is_flag=True, help="keep every run's adapter, in <OUTPUT>/adapters"),
+)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     from ..glue import records as kept
     from ..glue import report, separation
@@ -130,7 +130,7 @@ def _draw(output: str, jobs: list[Job], steps: list[int]) -> None:
         print(f"wrote {path}.png", file=sys.stderr)
 
 
-def _changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+def _changed(recipe: Recipe, args: Values) -> Recipe:
     """Returns the recipe with what the command line says otherwise."""
     changes: dict[str, Any] = {}
     if args.learning_rates:

@@ -12,27 +12,27 @@ have intervals over their seeds. With --base models are loaded: spectra of logit
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ._options import Argument, Option, Values
 
 if TYPE_CHECKING:
     from ..report.before_after import AskedOfModels
 
 HELP = "draw what runs have logged: one HTML page"
 
+PARAMETERS = (
+    Argument("runs", nargs=-1, required=True, metavar="RUN...", help="a run's output directory, or a checkpoint"),
+    Option("--output", default="balora-report", metavar="DIR", help="default: balora-report"),
+    Option("--title", metavar="TEXT", help="what stands at its top"),
+    Option("--base", metavar="MODEL", help="the pre-trained model: look at what models say, too"),
+    Option("--data", metavar="FILE", help="JSONL to look at with --base"),
+    Option("--prompts", metavar="FILE", help="questions, one a line, to ask with --base"),
+)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this subcommand's arguments."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's output directory, or a checkpoint")
-    parser.add_argument("--output", metavar="DIR", default="balora-report", help="default: balora-report")
-    parser.add_argument("--title", metavar="TEXT", help="what stands at its top")
-    parser.add_argument("--base", metavar="MODEL", help="the pre-trained model: look at what models say, too")
-    parser.add_argument("--data", metavar="FILE", help="JSONL to look at with --base")
-    parser.add_argument("--prompts", metavar="FILE", help="questions, one a line, to ask with --base")
 
-
-def run(args: argparse.Namespace) -> int:
+def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     from ..report.drawing import check_drawing
     from ..report.page import page_of, write_page

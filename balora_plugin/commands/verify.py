@@ -7,14 +7,16 @@ Exit code 0: nothing differs; 1: something does; 2: the command line or a file c
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from ._models import CLASSES, DTYPES, load_base, quiet
+from ._options import Argument, Option, Values
 
 if TYPE_CHECKING:
     from ..checkpoint.location import AdapterFiles
@@ -41,16 +43,18 @@ class Check:
     compared: bool = True  # False: a remark
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this subcommand's arguments."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="directory of the adapter")
-    parser.add_argument("--base", metavar="MODEL", required=True, help="the base model: a directory or a hub id")
-    parser.add_argument(
-        "--dtype", choices=[*DTYPES, "auto"], help="load the base in this dtype (default: as it was trained on)"
-    )
+PARAMETERS = (
+    Argument("adapter", metavar="ADAPTER", help="directory of the adapter"),
+    Option("--base", required=True, metavar="MODEL", help="the base model: a directory or a hub id"),
+    Option(
+        "--dtype",
+        type=click.Choice([*DTYPES, "auto"]),
+        help="load the base in this dtype (default: as it was trained on)",
+    ),
+)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     with quiet():
         checks = verify(args.adapter, args.base, args.dtype)

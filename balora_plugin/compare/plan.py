@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import RegularizerConfig, as_regularizers
+from ..config import RECOMMENDED, RegularizerConfig, as_regularizers
 from ..samples.jsonl import Samples
 from ..samples.split import digest_of
 
@@ -73,13 +73,13 @@ def default_steps(rows: int, batch: int) -> int:
     return min(200, max(20, -(-3 * rows // batch)))
 
 
-def terms_from(preset: str, words: list[str]) -> RegularizerConfig:
-    """Returns the terms of a preset with what `words` (`key=value`) say otherwise.
+def terms_from(preset: str | None, words: list[str]) -> RegularizerConfig:
+    """Returns the terms of a preset (None: the recommended ones), with what `words` (`key=value`) say otherwise.
 
     Raises:
         ValueError: a word that is none, an unknown key or a value out of range.
     """
-    values: dict[str, Any] = {"preset": preset}
+    values: dict[str, Any] = dict(RECOMMENDED) if preset is None else {"preset": preset}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from balora_plugin import commands
@@ -43,7 +44,51 @@ LINES = {  # a command line of every subcommand
 
 
 def test_every_subcommand_is_here():
-    assert set(LINES) == set(commands.subcommands())
+    assert set(LINES) == set(commands.command_line().list_commands(click.Context(commands.command_line())))
+
+
+def test_help_comes_at_once():
+    """Time is not looked at: what takes seconds to import is."""
+    code = (
+        "import sys\nfrom balora_plugin.commands import main\n"
+        f"for words in ([], *([name] for name in {list(LINES)})):\n"
+        "    assert main([*words, '--help']) == main([*words, '-h']) == 0\n"
+        "assert main(['--version']) == 0\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'trl', 'axolotl') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-2].startswith("balora-plugin ") and lines[-1] == "[]" and done.stderr == ""
+    assert done.stdout.count("--debug") == done.stdout.count("Usage: balora") == 2 * (1 + len(LINES))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Error: Missing command (see balora --help)"),
+        (["nothing"], "Error: No such command 'nothing' (see balora --help)"),
+        (["export"], "Error: Missing argument 'ADAPTER' (see balora export --help)"),
+        (["verify", "x"], "Error: Missing option '--base' (see balora verify --help)"),
+        (["compare", "--methods"], "Error: Option '--methods' requires "),
+        (["glue", "--task", "rte", "x"], "Error: Invalid value for '--task': 'x' is not one of "),
+        (["eval", "--limit", "x"], "Error: Invalid value for '--limit': 'x' is not a valid integer (see balora eval"),
+        (["doctor", "--jsom"], "Error: No such option '--jsom'. Did you mean"),
+        (["verify", "x", "--base", "y", "z"], "Error: Got unexpected extra argument (z) (see balora verify --help)"),
+    ],
+)
+def test_a_command_line_that_is_none_is_one_line(words, said, capsys):
+    assert commands.main(words) == 2
+    assert capsys.readouterr().err.startswith(said) and said.count("\n") == 0
+
+
+def test_an_option_takes_several_values(monkeypatch):
+    found = []
+    monkeypatch.setattr(commands.subcommand("compare"), "run", lambda args: found.append(args) or 0)
+    line = ["compare", "--model", "m", "--seeds", "0", "-1", "--data", "d", "--output", "o", "--methods", "lora"]
+    assert commands.main([*line, "full", "--methods", "pissa", "--debug"]) == 0
+    (args,) = found
+    assert args.seeds == [0, -1] and args.methods == ["lora", "full", "pissa"] and args.rates == [1e-4, 3e-4]
+    assert args.preset is None and args.terms == [] and args.steps is None
 
 
 @pytest.mark.parametrize("debug", [[], ["--debug"]], ids=["plain", "debug"])
@@ -53,7 +98,7 @@ def test_whatever_goes_wrong_is_one_line(name, error, debug, monkeypatch, capsys
     def fails(args):
         raise error
 
-    monkeypatch.setattr(commands.subcommands()[name], "run", fails)
+    monkeypatch.setattr(commands.subcommand(name), "run", fails)
     for line in ([*debug, name, *LINES[name]], [name, *LINES[name], *debug]):
         assert commands.main(line) == 2
         said = capsys.readouterr().err
@@ -70,7 +115,7 @@ def test_an_interrupt_is_no_traceback(name, monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.subcommands()[name], "run", interrupted)
+    monkeypatch.setattr(commands.subcommand(name), "run", interrupted)
     assert commands.main([name, *LINES[name]]) == 130
     assert capsys.readouterr().err == "Error: interrupted\n"
 

@@ -12,6 +12,8 @@ from peft import PeftModel
 
 from balora_plugin.commands import main
 from balora_plugin.compare import cells
+from balora_plugin.compare.plan import terms_from
+from balora_plugin.config import RECOMMENDED, RegularizerConfig
 from balora_plugin.export.lora_file import read_adapter
 from balora_plugin.report.groups import grouped
 from balora_plugin.report.runs import read_runs
@@ -86,6 +88,15 @@ def test_a_finished_cell_is_not_run_again(twenty, monkeypatch, capsys):
     assert capsys.readouterr().err.count(": kept") == 2
     assert main([*arguments, "--seeds", "1"]) == 2  # another seed is another cell
     assert "trained again" in capsys.readouterr().err
+
+
+def test_the_terms_are_the_recommended_ones_unless_a_preset_is_named(twenty):
+    root, _ = twenty
+    terms = json.loads((root / "out" / "results.json").read_text())["recipe"]["terms"]
+    assert {key: terms[key] for key in RECOMMENDED} == RECOMMENDED
+    changed = terms_from(None, ["lambda_svd=0.1"])
+    assert (changed.lambda_svd, changed.lambda_consistency) == (0.1, RECOMMENDED["lambda_consistency"])
+    assert terms_from("iclr2026", []) == RegularizerConfig(preset="iclr2026")
 
 
 def test_the_report_shows_both(twenty):

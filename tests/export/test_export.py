@@ -570,15 +570,6 @@ def test_the_module_runs_as_a_command(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("Error: ") and "Traceback" not in done.stderr
 
 
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys\nfrom balora_plugin.commands import build_parser\nbuild_parser().format_help()\n"
-        "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_configs_that_only_say_how_a_start_was_found_are_read(ids, tmp_path):
     """An EVA start leaves the base alone: its file is a plain LoRA's."""
     model = stock(tiny_llama())

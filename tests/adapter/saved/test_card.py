@@ -14,7 +14,7 @@ from models import tiny_llama
 
 from balora_plugin import BaLoraConfig, RegularizerConfig
 from balora_plugin.adapter.saved import card, provenance
-from balora_plugin.commands import build_parser
+from balora_plugin.commands import main, subcommand
 
 pytestmark = pytest.mark.hosts
 
@@ -58,7 +58,7 @@ def test_what_the_card_says(llama, tmp_path):
     assert metadata.library_name == "peft" and "lora" in metadata.tags
 
 
-def test_every_command_in_a_card_and_in_the_readme_is_one(llama, tmp_path):
+def test_every_command_in_a_card_and_in_the_readme_is_one(llama, tmp_path, monkeypatch):
     ba_lora(llama).save_pretrained(tmp_path)
     texts = section_of(tmp_path), (ROOT / "README.md").read_text(encoding="utf-8")
     for text in texts:
@@ -68,7 +68,8 @@ def test_every_command_in_a_card_and_in_the_readme_is_one(llama, tmp_path):
             arguments = [
                 re.sub("[<>]", "", word) for word in shlex.split(line.replace("the base model", "base"), comments=True)
             ]
-            assert callable(build_parser().parse_args(arguments[1:]).run)
+            monkeypatch.setattr(subcommand(arguments[1]), "run", lambda args: 77)
+            assert main(arguments[1:]) == 77, line
 
 
 def test_a_plain_start_says_its_own_rank(llama, tmp_path):
