@@ -7,7 +7,9 @@ from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
-from balora_plugin.commands import main, subcommands
+import click
+
+from balora_plugin.commands import command_line, main
 
 PATH = Path(__file__).with_suffix(".md")
 
@@ -15,8 +17,8 @@ HEAD = """\
 # Command line
 
 What the command `balora` prints of itself (`python docs/cli.py` writes this page). Exit codes: 0 all is well; 1 what
-was looked at differs, or is not usable as it is; 2 the command could not do its work; 130 interrupted. Whatever it fails
-of is one line; `--debug` prints the traceback as well. `axolotl ba-lora` is [Axolotl's own](train.md#axolotl).
+was looked at differs, or is not usable as it is; 2 the command could not do its work; 130 interrupted. Whatever it
+fails of is one line; `--debug` prints the traceback as well. `axolotl ba-lora` is [Axolotl's own](train.md#axolotl).
 """
 
 
@@ -35,8 +37,10 @@ def help_of(*words: str) -> str:
 
 def page() -> str:
     """The whole text of docs/cli.md: a section a subcommand."""
+    group = command_line()
+    names = group.list_commands(click.Context(group))
     parts = [HEAD, f"```text\n{help_of()}\n```\n"]
-    parts += [f"## balora {name}\n\n```text\n{help_of(name)}\n```\n" for name in subcommands()]
+    parts += [f"## balora {name}\n\n```text\n{help_of(name)}\n```\n" for name in names]
     return "\n".join(parts)
 
 

@@ -6,13 +6,13 @@ import ast
 import re
 import runpy
 import shlex
-from pathlib import Path
 
+import click
 import pytest
 import yaml
 from test_docs import HISTORY, PAGES, ROOT, text_of
 
-from balora_plugin.commands import build_parser, subcommands
+from balora_plugin.commands import command_line
 
 DOCS = ROOT / "docs"
 README = text_of(ROOT / "README.md")
@@ -81,17 +81,18 @@ def test_every_yaml_block_can_be_read():
 
 
 def test_every_command_can_be_parsed():
-    seen, makefile = set(), text_of(ROOT / "Makefile")
+    seen, makefile, group = set(), text_of(ROOT / "Makefile"), command_line()
     for words in (words for page in SITE for words in commands(text_of(page))):
         assert all((ROOT / word).exists() for word in words if word.startswith("example_configs/")), words
         if words[0] == "balora":
-            assert callable(build_parser().parse_args(words[1:]).run)
-            seen.add(words[1])
+            name, command, rest = group.resolve_command(click.Context(group), words[1:])
+            command.make_context(name, rest)
+            seen.add(name)
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
         else:
             assert words[0] in {"accelerate", "axolotl", "hf", "ollama", "pip", "python", "vllm"}, words
-    assert seen == set(subcommands())
+    assert seen == set(group.list_commands(click.Context(group)))
 
 
 def test_make_targets_in_prose_exist():
@@ -136,5 +137,7 @@ def test_the_picture_shows_the_runs_that_there_are(tmp_path):
     from studies.forgetting import picture
 
     assert picture.main([str(tmp_path / "drift.svg")]) == 0
-    made, kept = (re.findall(r"<text[^>]*>([^<]+)<", text_of(path)) for path in (tmp_path / "drift.svg", picture.PICTURE))
+    made, kept = (
+        re.findall(r"<text[^>]*>([^<]+)<", text_of(path)) for path in (tmp_path / "drift.svg", picture.PICTURE)
+    )
     assert kept == made, "python -m studies.forgetting.picture draws it anew"
