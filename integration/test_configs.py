@@ -6,7 +6,6 @@ A sample runs in `make test`; all of them in `make test-configs`.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ pytest.importorskip("PIL")
 jsonschema = pytest.importorskip("jsonschema")
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.schemas.config import AxolotlInputConfig
+from multimodal import FAMILIES
 from pydantic.json_schema import GenerateJsonSchema
 
 from balora_plugin.hosts.axolotl import starter
@@ -51,8 +51,6 @@ def no_plugins(monkeypatch):
     """The manager is a singleton that keeps every plug-in it has seen."""
     monkeypatch.setattr("sys.argv", ["axolotl"])
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", type(PluginManager.get_instance().plugins)())
-    monkeypatch.setattr(logging.root, "handlers", logging.root.handlers)
-
 
 def test_every_base_model_has_its_shapes():
     assert {values["base_model"] for values in YAMLS.values()} == BASES.keys()
@@ -112,10 +110,27 @@ def test_two_steps_on_a_tiny_model_of_its_kind(name, tmp_path, monkeypatch):
     values = YAMLS[name]
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(swapped(values, tmp_path), allow_unicode=True), encoding="utf-8")
+    if BASES[values["base_model"]].kind in FAMILIES and "processor_type" not in values:
+        # Axolotl loads a processor for text too, and most of them need torchvision
+        monkeypatch.setattr("axolotl.train.load_processor", lambda cfg, tokenizer: tokenizer)
     trainer = run(path)
     assert trainer.state.global_step == 2
     assert trainer.model.get_base_model().config.model_type == BASES[values["base_model"]].kind
-    assert history(trainer, "balora/consistency")[0] == 0  # the model is the pre-trained one
+    cached = "teacher_cache" in values["ba_lora"]  # in bfloat16
+    assert history(trainer, "balora/consistency")[0] <= (1e-5 if cached else 0)  # the model is the pre-trained one
     assert history(trainer, "balora/task") and all(map(torch.isfinite, map(torch.tensor, history(trainer, "loss"))))
-    moved = [p.detach().abs().max().item() for n, p in trainer.model.named_parameters() if "lora_" in n and p.requires_grad]
-    assert moved and max(moved) > 0
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_" in name}
+    assert trained and max(p.abs().max().item() for p in trained.values()) > 0
+    if "processor_type" not in values and "num_labels" not in values:
+        assert_the_response_alone_is_learned(trainer, values)
+
+
+def assert_the_response_alone_is_learned(trainer, values):
+    """Of the first N rows, in any script: the labels spell the answers, and nothing of the questions."""
+    rows, tokenizer = trainer.train_dataset, trainer.processing_class
+    learned = "".join(tokenizer.decode([i for i in row["labels"] if i != -100]) for row in rows)
+    question, answer = QUESTIONS[script_of(values)]
+    assert not any(question.format(i) in learned for i in range(ROWS))
+    first = FIRST if "[:" in str(values["datasets"][0].get("split")) else ROWS
+    held_out = 2 if values.get("val_set_size") else 0
+    assert sum(answer.format(i, 2 * i) in learned for i in range(ROWS)) == first - held_out

@@ -22,6 +22,7 @@ ROWS, FIRST = 8, 6
 # of a machine with several GPUs, or with one
 _ENGINE = ("fsdp_version", "fsdp_config", "deepspeed", "use_ray", "ray_num_workers", "resources_per_worker")
 _PACKED = ("model_quantization_config", "model_quantization_config_kwargs")  # a tiny model is not stored so
+PROCESSED = {"gemma3": "<start_of_image>"}  # kinds with a processor that needs no torchvision -> where its image goes
 QUESTIONS = {
     "latin": ("What is {0} plus {0}?", "It is {1}, of course."),
     "chinese": ("{0} 加 {0} 等于多少？", "答案是 {1}。"),
@@ -56,6 +57,10 @@ def swapped(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         "device_map": {"": "cpu"},
         **dict.fromkeys(("bf16", "fp16", "tf32"), False),
     }
+    if "overrides_of_model_config" in values:  # the padding of a base that was trained without
+        changed["overrides_of_model_config"] = {"pad_token_id": 3}
+    if values.get("sample_packing"):  # so that the few rows are several packed ones
+        changed |= {"sequence_len": 384, "micro_batch_size": 1}
     for key in ("eval_strategy", "save_steps", "eval_steps"):
         changed.pop(key, None)
     for key in ("datasets", "test_datasets"):
@@ -81,14 +86,18 @@ def write_base(values: dict[str, Any], folder: Path) -> Path:
     path = folder / "base"
     if kind in multimodal.FAMILIES:
         multimodal.tiny_multimodal(kind).save_pretrained(path)
-        if values.get("processor_type"):
-            multimodal.tiny_processor(kind).save_pretrained(path)
+        if kind in PROCESSED:
+            multimodal.tiny_processor(kind, PROCESSED[kind]).save_pretrained(path)
         else:
             character_tokenizer().save_pretrained(path)
         return path
     tokenizer = byte_tokenizer(tuple((values.get("special_tokens") or {}).values()))
     task = CLASSIFIER if values.get("num_labels") else CAUSAL_LM
-    tiny(kind, task, vocabulary=len(tokenizer)).save_pretrained(path)
+    model = tiny(kind, task, vocabulary=len(tokenizer))
+    model.config.num_labels = 2
+    if "pad_token" in (values.get("special_tokens") or {}):  # of a base that was trained without padding
+        model.config.pad_token_id = None
+    (model.base_model if task == CLASSIFIER else model).save_pretrained(path)  # a classifier's head is new
     tokenizer.save_pretrained(path)
     return path
 
