@@ -156,6 +156,21 @@ def test_loss_and_gradient_are_the_definitions(terms, model, modules_to_save, tm
     pretrained = fresh(base).eval()
     config = adapter(regularizers=terms, modules_to_save=modules_to_save)
     trainer = build(tmp_path, tokenizer, model=base, peft_config=config)
+    parameters = assert_the_definition(trainer, pretrained, terms)
+    assert any(p.shape == (VOCABULARY, 32) for p in parameters) == (modules_to_save is not None)
+
+
+@pytest.mark.parametrize("kind", ["dora", "rslora"])
+def test_on_other_adapters_they_are_the_definitions_too(kind, tmp_path, tokenizer):
+    """PEFT's own DoRA and rsLoRA: the teacher is the model with the adapter off."""
+    terms = RegularizerConfig(lambda_consistency=0.3, lambda_diversity=0.1, lambda_svd=0.2, svd_top_k=3)
+    config = LoraConfig(r=4, target_modules="all-linear", **{f"use_{kind}": True})
+    trainer = build(tmp_path, tokenizer, model=tiny_llama(), peft_config=config, regularizers=terms)
+    assert_the_definition(trainer, tiny_llama().eval(), terms)
+
+
+def assert_the_definition(trainer, pretrained, terms):
+    """Loss and gradients are those of [`dense_loss`]; returns the trained parameters."""
     wrapped = trainer.model.train()
     with torch.no_grad():  # away from the start, so that every term has a gradient
         for name, p in wrapped.named_parameters():
@@ -166,7 +181,6 @@ def test_loss_and_gradient_are_the_definitions(terms, model, modules_to_save, tm
     with torch.no_grad():
         teacher = pretrained(**{k: v for k, v in batch.items() if k != "labels"}).logits
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    assert any(p.shape == (VOCABULARY, 32) for p in parameters) == (modules_to_save is not None)
     num_items = torch.tensor(40)
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer.compute_loss(wrapped, dict(batch), num_items_in_batch=num_items)
@@ -176,6 +190,7 @@ def test_loss_and_gradient_are_the_definitions(terms, model, modules_to_save, tm
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6)
     scale = max(g.abs().max() for g in theirs)
     assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) < 3e-5 * scale
+    return parameters
 
 
 class KeepGradients(TrainerCallback):

@@ -119,13 +119,13 @@ def look_at(path: Path) -> Outcome:
         return Outcome(path, reason)
     if values["adapter"] != "ba_lora":
         try:
-            _validated(values)
+            validated(values)
         except Exception as error:
             return Outcome(path, "invalid in plain Axolotl", (_other(error),))
         values = with_our_lines(values)
     off = tuple(key for key, _, _ in superseded.asked(values))
     try:
-        _validated(values)
+        validated(values)
     except Exception as error:
         found = getattr(error, "findings", ())
         return Outcome(path, "refused", found or (_other(error),), off)
@@ -141,8 +141,12 @@ def _not_counted(values: dict[str, Any]) -> str:
     return ""
 
 
-def _validated(values: dict[str, Any]) -> DictDefault:
-    """Axolotl's own steps from a YAML to a config: register, validation."""
+def validated(values: dict[str, Any]) -> DictDefault:
+    """Returns what Axolotl's own steps make of a YAML: register, validation, what comes before loading.
+
+    Raises:
+        ValueError: of Axolotl's validation, or of ours.
+    """
     manager = PluginManager.get_instance()
     cfg = DictDefault(copy.deepcopy(values))
     with mock.patch.object(manager, "plugins", type(manager.plugins)()):

@@ -266,13 +266,16 @@ def image_batch(name: str, seed: int = 3) -> dict[str, torch.Tensor]:
     return batch
 
 
-def tiny_processor(name: str) -> Any:
-    """A family's own processor for images of 8 x 8 over the character tokenizer; needs PIL, no torchvision."""
+def tiny_processor(name: str, start: str = "<start>") -> Any:
+    """A family's own processor for images of 8 x 8 over the character tokenizer; needs PIL, no torchvision.
+
+    `start` is the token in a text where its image goes (Gemma 3).
+    """
     from transformers import PreTrainedTokenizerFast
 
     plain = character_tokenizer()
     values = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    named = {"boi_token": "<start>", "image_token": "<image>", "eoi_token": "<end>"}  # START, IMAGE, END
+    named = {"boi_token": start, "image_token": "<image>", "eoi_token": "<end>"}  # START, IMAGE, END
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer, **values, extra_special_tokens=named)
     if name == "gemma3":
         from transformers.models.gemma3 import Gemma3ImageProcessorPil, Gemma3Processor

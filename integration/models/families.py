@@ -139,10 +139,11 @@ PAPER = {
 }
 
 
-def tiny(family: str, task: str = CAUSAL_LM, seed: int = 0) -> PreTrainedModel:
+def tiny(family: str, task: str = CAUSAL_LM, seed: int = 0, *, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """Returns a tiny model of this family in float32, its weights random by `seed`."""
     known = AutoConfig.for_model(family).to_dict()
     values = {key: value for key, value in _SMALL.items() if key in known} | _ALSO.get(family, {})
+    values |= {key: vocabulary for key in ("vocab_size", "vocab_size_per_layer_input") if key in values}
     if task == CLASSIFIER:
         values["num_labels"] = _LABELS
     config = AutoConfig.for_model(family, **values)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from . import experts
 from .block import BaLoraBlock
 from .checks import check_raw
+from .method import spelled_out
 
 
 class BaLoraArgs(BaseModel):
@@ -29,6 +30,7 @@ class BaLoraArgs(BaseModel):
     @classmethod
     def _check(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            data = spelled_out(data)
             check_raw(data)
         return data
 

@@ -12,8 +12,10 @@ from ...findings import Finding
 from ...settings import Setting, settings_of
 
 ADAPTER = "ba_lora"
+METHODS = ("full", "lora", "pissa", "dora", "ba_lora")
+TERMS = ("none", "all", "consistency", "diversity", "svd")
 # of the block, beside the fields of RegularizerConfig
-HOST_KEYS = ("compile", "start_from", "apply_to", "loss_type", "text_columns", "label_column")
+HOST_KEYS = ("compile", "start_from", "apply_to", "loss_type", "text_columns", "label_column", "method", "terms")
 
 
 def nearest_field(key: str) -> str | None:
@@ -84,6 +86,16 @@ class BaLoraBlock(_Settings):
     )
     label_column: str | None = Field(
         default=None, min_length=1, description="Classification: the column of the label; null: label or labels."
+    )
+    method: Literal[METHODS] | None = Field(
+        default=None,
+        description="What is trained, by one key: ba_lora (null), its starts without terms (pissa, lora), PEFT's DoRA "
+        "(dora) or every weight (full).",
+    )
+    terms: Literal[TERMS] | None = Field(
+        default=None,
+        description="Which terms are on: all as they are weighted (null for ba_lora), none (null for the other "
+        "methods), or one alone.",
     )
 
     @model_validator(mode="before")

@@ -18,6 +18,7 @@ from .classification import is_classification, of_classification
 from .engine import of_engine
 from .errors import refuse
 from .fsdp import of_fsdp
+from .method import of_method, spelled_out
 from .model_config import of_model
 from .quantisation import of_quantisation
 from .refusals import refused
@@ -68,6 +69,8 @@ def findings_of(data: dict[str, Any], *, model: bool = True) -> Iterator[Finding
     if not isinstance(data.get("adapter") or "", (str, bool)):
         yield Finding("adapter", repr(data["adapter"]), "must be a name", "write adapter: ba_lora")
         return
+    yield from of_method(data)
+    data = spelled_out(data)
     yield from _names(data)
     written, adapter = data.get("ba_lora"), data.get("adapter")
     block = written if isinstance(written, dict) else {}

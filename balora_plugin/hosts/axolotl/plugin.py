@@ -34,6 +34,7 @@ from .checks import active, findings_of, of_command_line
 from .engine import attention_here, attention_setting, compiles_whole, reentrant_of
 from .errors import SettingError, as_setting_errors, one_line_errors, refuse
 from .injection import patch_peft, target_modules
+from .method import spell_out
 from .refusals import other_trainers, refused
 from .superseded import still_on, switch_off
 
@@ -52,6 +53,7 @@ class BaLoraPlugin(BasePlugin):
         one_line_errors()
         values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
         refuse([*of_command_line(), *self.findings(values)])
+        values = spell_out(cfg, values)
         with as_setting_errors():
             if values.get("adapter") == ADAPTER:
                 kbit.ask_for_quantisation(cfg)

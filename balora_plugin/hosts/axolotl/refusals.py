@@ -35,7 +35,7 @@ REFUSED: dict[str, Refusal] = {
     "process_reward_model": _OTHER_LOSS,
     "trainer_cls": Refusal("replaces the trainer that computes the terms", "remove it", True),
     "relora": Refusal("restarts the adapter into the base, which BA-LoRA never changes", "remove it", True),
-    "peft_use_dora": Refusal("is another adapter", "remove it", True),
+    "peft_use_dora": Refusal("is another adapter", "remove it, or write ba_lora.method: dora", True),
     "peft_ensure_weight_tying": Refusal("ties what the adapter's file keeps apart", "remove it", True),
     "use_onebitllms": Refusal("replaces the linear layers under the adapter", "remove it", True),
     "qat": Refusal("quantises the base, and with it the teacher, in mid-training", "remove it", True),
@@ -54,7 +54,7 @@ TRAINERS = ("DiffusionPlugin", "HatcheryPlugin")
 def refused(values: Any) -> Iterator[Finding]:
     """Finds what is refused by its key alone, in a YAML as it was written or in the final config."""
     for key, refusal in REFUSED.items():
-        if values.get(key):
+        if values.get(key) and not (key == "peft_use_dora" and values.get("adapter") == "lora"):
             yield Finding(key, _plain(values.get(key)), *refusal)
     for key in SPLITS:
         if str(values.get(key) or 1) != "1":

@@ -68,6 +68,7 @@ def starter(name: str, schema_file: str) -> str:
 
 
 def schema() -> str:
-    """Returns the JSON schema of a YAML with a ba_lora: block, as text."""
+    """Returns the JSON schema of a YAML with a ba_lora: block, as text: of the block every key, of the rest none."""
     block = BaLoraBlock.model_json_schema(ref_template="#/properties/ba_lora/$defs/{model}")
+    block["additionalProperties"] = False  # pydantic refuses them too, by a validator that its schema does not show
     return json.dumps({"type": "object", "properties": {"ba_lora": block}}, indent=2)

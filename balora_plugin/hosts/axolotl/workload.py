@@ -20,6 +20,7 @@ from ...training.checks.model import resolve
 from .block import ADAPTER
 from .checks import active
 from .classification import is_classification
+from .method import spelled_out
 from .plugin import adapter_config, regularizers_of
 from .quantisation import LOAD_IN
 
@@ -34,7 +35,7 @@ def case_of(values: dict[str, Any]) -> Case:
     Raises:
         ValueError: the model's config is not here, or its model cannot be made of shapes alone.
     """
-    cfg = DictDefault(values)
+    cfg = DictDefault(spelled_out(values))
     dtype = _precision(cfg)
     base = _base(cfg, dtype)
     adapter = _adapter(cfg, base)

@@ -1,0 +1,71 @@
+"""Baselines and ablations by one key each: what `method` and `terms` of the `ba_lora:` block stand for.
+
+Imports nothing heavy; a YAML without the two keys stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...findings import Finding
+from .block import ADAPTER, METHODS, TERMS
+
+WEIGHTS = ("consistency", "diversity", "svd")
+
+
+def spelled_out(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a YAML in which the keys stand that `method` and `terms` stand for; the same object where neither is.
+
+    `method`: `ba_lora` changes nothing; `pissa` and `lora` are its two starts without terms; `dora` is PEFT's own DoRA
+    and `full` trains every weight, both without terms. `terms` says otherwise: `all` of them as they are weighted,
+    `none`, or one alone. What is neither is left where it is, for the block's own check to name.
+    """
+    block = values.get("ba_lora")
+    if not isinstance(block, dict) or not {"method", "terms"} & block.keys():
+        return values
+    if block.get("method", "ba_lora") not in (*METHODS, None) or block.get("terms") not in (*TERMS, None):
+        return values
+    changed = {key: value for key, value in values.items() if key != "ba_lora"}
+    block = {key: value for key, value in block.items() if key not in ("method", "terms")}
+    method, terms = values["ba_lora"].get("method") or "ba_lora", values["ba_lora"].get("terms")
+    terms = terms or ("all" if method == "ba_lora" else "none")
+    if method in ("lora", "pissa"):
+        start = changed.get("peft_init_lora_weights")
+        changed["peft_init_lora_weights"] = True if method == "lora" else "pissa" if start in (True, None) else start
+    elif method == "dora":
+        changed |= {"adapter": "lora", "peft_use_dora": True}
+        changed.pop("peft_init_lora_weights", None)
+        block["apply_to"] = "lora"
+    elif method == "full":
+        adapters = [key for key in changed if key.startswith(("lora_", "peft_"))]
+        changed = {key: value for key, value in changed.items() if key not in (*adapters, "adapter")}
+        block["apply_to"] = "full"
+    for name in WEIGHTS:
+        if terms not in ("all", name):
+            block[f"lambda_{name}"] = 0.0
+    return {**changed, "ba_lora": block}
+
+
+def spell_out(cfg: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Writes into a config, in place, what [`spelled_out`] makes of its `values`, which are returned."""
+    changed = spelled_out(values)
+    for key in values.keys() - changed.keys():
+        del cfg[key]
+    for key, value in changed.items():
+        if key not in values or value is not values[key]:  # Axolotl's dict merges where it is updated
+            cfg[key] = value
+    return changed
+
+
+def of_method(values: dict[str, Any]) -> Iterator[Finding]:
+    """Finds a `method` beside what it would write itself."""
+    block = values.get("ba_lora")
+    method = block.get("method") if isinstance(block, dict) else None
+    if method is None:
+        return
+    if block.get("apply_to") is not None:
+        yield Finding("ba_lora.apply_to", block["apply_to"], f"beside method: {method}", "remove one of the two")
+    elif values.get("adapter") != ADAPTER:
+        adapter = values.get("adapter")
+        yield Finding("adapter", str(adapter), f"beside ba_lora.method: {method}", f"write adapter: {ADAPTER}")
