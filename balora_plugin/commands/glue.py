@@ -21,6 +21,7 @@ import click
 from ..glue.tasks import METHODS, RECIPES, TASKS
 from ._models import quiet
 from ._options import Option, Several, Values
+from ._output import show_markdown
 
 if TYPE_CHECKING:
     from ..glue.job import Job
@@ -107,7 +108,7 @@ def run(args: Values) -> int:
     table = report.markdown(entries)
     Path(args.output, "results.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     Path(args.output, "results.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
+    show_markdown(table)
     return 0
 
 

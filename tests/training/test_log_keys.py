@@ -12,6 +12,7 @@ import pytest
 import torch
 from classifiers import batch, classifier
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from models import character_tokenizer, tiny_llama
 from transformers import TrainerCallback, TrainingArguments
 
@@ -170,6 +171,20 @@ def test_the_cost_is_that_of_the_parts(name, runs):
     speed = counted / 4 / report["seconds_per_step"]["step"]
     kind = "samples" if name == "classifier" else "tokens"
     assert report["per_second"] == last[f"{PREFIX}{kind}_per_second"] == pytest.approx(speed)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_card_has_the_tag_the_citation_and_what_was_measured_last(name, runs, tmp_path):
+    trainer, rows = runs[name]
+    trainer.save_model(str(tmp_path))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags.count("ba-lora") == 1 and card.text.count("@inproceedings{chang2026balora,") == 1
+    last = next(row for row in reversed(rows) if "eval_loss" in row)
+    shown = dict(re.findall(r"^\| `(\S+)` \| (\S+) \|$", card.text.partition("Measured last")[2], re.M))
+    assert shown["step"] == "4" and float(shown["eval_loss"]) == pytest.approx(last["eval_loss"], rel=1e-5)
+    for key in ("eval_balora/task", "eval_balora/drift", "eval_balora/consistency"):
+        assert float(shown[key]) == pytest.approx(last[key], rel=1e-5)
+    assert "balora/task" in shown and not any("share" in key or "second" in key for key in shown)
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
