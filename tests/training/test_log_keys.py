@@ -129,6 +129,18 @@ def test_every_key_has_a_unit_a_meaning_and_a_healthy_range():
         assert key.unit or name.startswith("lambda_"), name
 
 
+def test_the_page_has_every_key_where_it_is_logged():
+    page = (Path(__file__).parents[2] / "docs" / "logs.md").read_text(encoding="utf-8")
+    table = page.partition("## BA-LoRA's keys")[2].partition("\n## ")[0]
+    found = {}
+    for row in re.findall(r"^\| `.*$", table, re.M):
+        where = row.split("|")[4].strip()
+        for name in re.findall(r"`(?:eval_)?balora/(\w+)`", row):
+            found.setdefault(name, where)
+    words = {"both": "yes", "train": "no", "eval": "only", "end": "end"}
+    assert found == {name: words[key.where] for name, key in LOG_KEYS.items()}
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_no_number_is_logged_under_two_names(name, runs):
     """Two keys that agree in every row would be one. (A KL at temperature 1 would be the drift, by its definition.)"""
