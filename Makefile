@@ -18,7 +18,7 @@ NEWEST = .venv-newest/bin/python
 NEWEST_TORCH = .venv-newest-torch/bin/python
 DOCS = .venv-docs/bin/python
 
-.PHONY: quickstart quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-models lint clean
+.PHONY: quickstart quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models lint clean
 
 quickstart: .venv-axolotl/.ready
 	$(PINS) -m studies.quickstart
@@ -61,6 +61,10 @@ test-lowest: .venv-lowest/.ready
 test-long: .venv-axolotl/.ready
 	$(THREADS) $(PINS) $(PYTEST) -m long integration tests
 
+# before a release: wheel and source distribution, installed where nothing of the clone is seen
+test-release: .venv-axolotl/.ready
+	$(THREADS) $(PINS) $(PYTEST) tests/test_release.py
+
 # every architecture of docs/architectures.md: rewrites that page, then each of them in `axolotl train`
 test-models: .venv-axolotl/.ready
 	$(THREADS) $(PINS) -m integration.models
@@ -99,4 +103,4 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .venv-docs .cache outputs site
+	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .venv-docs .cache outputs site build dist

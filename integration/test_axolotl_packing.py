@@ -12,9 +12,12 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.train import setup_model_and_trainer
+from axolotl.utils.dict import DictDefault
 from packing import assert_same_terms, documents, leak, move
 
+from balora_plugin.hosts.axolotl import engine
 from balora_plugin.hosts.axolotl.engine import attention_here
+from balora_plugin.hosts.axolotl.errors import SettingError
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin
 
 from .axolotl_run import history, run
@@ -97,3 +100,21 @@ def test_flash_attention_in_the_precision_of_the_final_config(monkeypatch):
     (found,) = attention_here(cfg, setting)
     assert str(found).startswith("flash_attention: true needs half precision: write bf16: true")
     assert not list(attention_here({**cfg, "torch_dtype": torch.bfloat16}, setting))
+
+
+@pytest.mark.parametrize("changes", [{"bf16": True}, {"bf16": False}, {"bf16": "auto", "relora": True}], ids=str)
+def test_flash_attention_without_a_gpu_is_refused_at_once(changes, monkeypatch):
+    """What is refused for something else names it too. Written as they are told to, no line is refused any more."""
+    monkeypatch.setattr(engine, "accelerator", lambda: None)
+    monkeypatch.setattr("balora_plugin.pretrained.attention.accelerator", lambda: None)
+    values = {"adapter": "ba_lora", "lora_r": 4, "lora_alpha": 4, "lora_target_linear": True, "flash_attention": True}
+    values |= changes
+    with pytest.raises(
+        SettingError, match=r"flash_attention: true needs a GPU, .*write attn_implementation: sdpa"
+    ) as no:
+        BaLoraPlugin().register(DictDefault(values))
+    other = {"bf16": True, "relora": True}.items() & changes.items()
+    assert [finding.key for finding in no.value.findings] == ["flash_attention", *(key for key, _ in other)]
+    for elsewhere in ("is_preprocess", "use_ray"):
+        assert not list(engine.flash_at_once({**values, elsewhere: True}, refused=True))
+    BaLoraPlugin().register(DictDefault({**values, "flash_attention": None, "bf16": False, "relora": None}))

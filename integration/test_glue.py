@@ -19,11 +19,10 @@ from transformers import TrainingArguments
 from balora_plugin.commands import main
 from balora_plugin.glue import report
 from balora_plugin.glue.metrics import score
-from balora_plugin.glue.recipe import read_recipe
+from balora_plugin.glue.recipe import read_recipe, recipe_file
 from balora_plugin.glue.run import jobs_of, run_job
-from balora_plugin.glue.tasks import GLUE_X, LABELS, METHODS, TASKS, comparable, label_of, positive_class
+from balora_plugin.glue.tasks import GLUE_X, LABELS, METHODS, RECIPES, TASKS, comparable, label_of, positive_class
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs" / "glue").glob("*.yaml"))
 # the text columns as GLUE names them
 COLUMNS = {
     "mnli": ("premise", "hypothesis"),
@@ -184,19 +183,28 @@ def test_several_gpus_in_one_process_are_refused_for_every_method(method, local,
         run_job(job, TASKS["wnli"], data=str(local / "data"), glue_x=None, keep=str(tmp_path))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_papers_recipes(path):
-    recipe = read_recipe(str(path))
+def test_a_recipe_is_a_file_or_one_of_ours(tmp_path, monkeypatch):
+    here = Path(recipe_file("roberta-large"))
+    assert {path.stem for path in here.parent.glob("*.yaml")} == set(RECIPES)
+    with pytest.raises(ValueError, match=r"--recipe roberta is no file: name one, or one of bert-large, "):
+        recipe_file("roberta")
+    monkeypatch.chdir(tmp_path)
+    Path("roberta-large").write_text("model: mine")
+    assert recipe_file("roberta-large") == "roberta-large"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_papers_recipes(name):
+    recipe = read_recipe(recipe_file(name))
     assert recipe.seeds == (42, 1024, 2024) and recipe.regularizers.resolved().lambda_diversity == 4e-4
-    for name in TASKS:
-        assert recipe.of(name).epochs >= 5 and recipe.of(name).scheduler == "linear"
-    if "roberta" in path.stem:
+    for task in TASKS:
+        assert recipe.of(task).epochs >= 5 and recipe.of(task).scheduler == "linear"
+    if name == "roberta-large":
         sst2 = recipe.of("sst2")
         assert (sst2.epochs, sst2.batch_size, sst2.learning_rates, sst2.lora_alpha) == (10, 32, (2e-4,), 16)
         assert recipe.of("cola").epochs == 20 and len(recipe.of("cola").learning_rates) == 8
-    if "deberta" in path.stem:
+    if name == "deberta-v3-base":
         assert (recipe.of("rte").epochs, recipe.of("rte").learning_rates) == (50, (1e-4,))
-    assert len(EXAMPLES) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""Where a command writes: refused beforehand where something would be lost, there whole or not at all."""
+"""What a command leaves: files, refused where something would be lost and there whole or not at all; tables."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..atomic import replacing_directory
@@ -41,3 +43,14 @@ def writing(output: str, *, overwrite: bool) -> Iterator[str]:
 
     with replacing_directory(path, last_look) as fresh:
         yield str(fresh)
+
+
+def show_markdown(text: str) -> None:
+    """Prints tables and lists: drawn on a terminal, where rich is installed; elsewhere the Markdown as it is."""
+    if not sys.stdout.isatty() or find_spec("rich") is None:
+        print(text.rstrip("\n"))
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))

@@ -23,6 +23,7 @@ import click
 from ..compare.plan import METHODS
 from ._models import quiet
 from ._options import Option, Several, Values
+from ._output import show_markdown
 
 if TYPE_CHECKING:
     from ..compare.cells import Data
@@ -138,7 +139,7 @@ def _needed(task: str) -> None:
     """Raises an ImportError with the command to install what is missing."""
     from importlib.util import find_spec
 
-    for name in ("datasets", "rich", *(("trl",) if task == "lm" else ())):
+    for name in ("datasets", *(("trl",) if task == "lm" else ())):
         if find_spec(name) is None:
             raise ImportError(f"{name} is needed to compare: pip install 'balora-plugin[compare]'")
 
@@ -164,27 +165,14 @@ def _written(records: list[dict[str, Any]], recipe: GridSettings, counts: tuple[
     """The results, written as JSON and Markdown and printed."""
     import dataclasses
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from ..atomic import write_text
-    from ..compare.results import NOTE, results_of
+    from ..compare.results import results_of
 
     results = results_of(records, counts)
     content = {"recipe": dataclasses.asdict(recipe), **results.as_json()}
     write_text(Path(output, "results.json"), json.dumps(content, indent=1))
     write_text(Path(output, "results.md"), results.markdown())
-    console = Console()
-    console.print(NOTE, highlight=False)
-    for head, rows in (results.table(), results.table_of_differences()):
-        table = Table(*head, box=box.SIMPLE, pad_edge=False)
-        for row in rows:
-            table.add_row(*row)
-        if rows:
-            console.print(table)
-    for each in results.limits:
-        console.print(f"- {each}", highlight=False)
+    show_markdown(results.markdown())
     return results
 
 

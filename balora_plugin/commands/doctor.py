@@ -6,9 +6,10 @@
   balora doctor --json
 
 Versions are held against those that were tested; what is missing stands with the command that brings it. With --config
-(an Axolotl YAML, or plain keys of the same names) everything in it that cannot run here is listed; with --gpu, too,
-how much memory a training step takes, whether it fits, and what would save some. Nothing is loaded, written or asked of
-the network. The exit code is 0 when all is usable, 1 when something is not, or fits none of the GPUs.
+(an Axolotl YAML, or plain keys of the same names) everything in it that cannot run here is listed. With --gpu the GPU
+that is named is judged in the place of this machine, and it is said how much memory a training step takes, whether it
+fits, and what would save some. Nothing is loaded, written or asked of the network. The exit code is 0 when all is
+usable, 1 when something is not; of several GPUs one is enough.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def run(args: Values) -> int:
         raise ValueError(f"--gpu {args.gpu[0]} asks whether a run fits, and no run is named: add --config FILE.")
     with quiet():
         machine = look()
-        report = about(machine, values, args.config)
+        report = about(machine, values, args.config, gpus)
         if gpus and values is not None:
             report.memory = memory_on(values, gpus, axolotl=machine.has("axolotl"))
     print(json.dumps(report.as_json(), indent=2, default=str) if args.json else in_words(report))
@@ -73,17 +74,21 @@ def read(path: str) -> dict[str, Any]:
 
 def in_words(report: Report) -> str:
     """Returns the report as one screen of text."""
+    from ..doctor.report import HERE
+
     rows = [(line.state, line.subject, line.text, line.remedy) for line in report.lines]
     width = max(len(subject) for _, subject, _, _ in rows)
     text = []
     for state, subject, what, remedy in rows:
         bring = f"  ->  {remedy}" if remedy else ""
         text.append(f"{state:7}  {subject:{width}}  {what}{bring}".rstrip())
-    if report.config is not None and report.problems:
-        text.append(f"{report.config} cannot run here:")
-        text += [f"{'PROBLEM':7}  {problem}" for problem in report.problems]
-    elif report.config is not None:
-        text.append(f"{report.config}: nothing in it that could not run here")
+    for name, found in report.found.items():
+        where = name if name == HERE else f"on {name}"
+        if found:
+            text.append(f"{report.config} cannot run {where}:")
+            text += [f"{'PROBLEM':7}  {problem}" for problem in found]
+        else:
+            text.append(f"{report.config}: nothing in it that could not run {where}")
     if report.memory is not None:
         text += [f"{'memory':7}  {line}" for line in report.memory.lines]
     text.append("OK" if report.usable else "Not everything is usable: see PROBLEM above.")

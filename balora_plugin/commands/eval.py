@@ -24,6 +24,7 @@ import click
 
 from ._models import DTYPES, load_base, quiet
 from ._options import Argument, Option, Several, Values
+from ._output import show_markdown
 
 if TYPE_CHECKING:
     from ..evaluation.figures import Figure
@@ -74,7 +75,7 @@ def run(args: Values) -> int:
         figures = [figure for measure in measures for figure in measure(sides)]
     names = [side.name for side in sides]
     rows = as_rows(figures, names)
-    print(as_table(rows, names))
+    show_markdown(as_table(rows, names))
     if args.output is not None:
         _write(args, rows, sides)
     broken = not_finite(figures)

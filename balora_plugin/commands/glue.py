@@ -1,6 +1,6 @@
 """Fine-tune and score a classifier on GLUE by the paper's recipe, over learning rates and seeds; test it on GLUE-X.
 
-  balora glue --recipe example_configs/glue/roberta-large.yaml --task rte --output outputs/glue
+  balora glue --recipe roberta-large --task rte --output outputs/glue
 
 Data come from the hub, or with --data from <DIR>/<task>/{train,validation}.jsonl. Runs that have finished are kept in
 <OUTPUT>/runs and not repeated, unless a later call asks for more of them or the files have changed.
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..glue.tasks import METHODS, TASKS
+from ..glue.tasks import METHODS, RECIPES, TASKS
 from ._models import quiet
 from ._options import Option, Several, Values
+from ._output import show_markdown
 
 if TYPE_CHECKING:
     from ..glue.job import Job
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 HELP = "fine-tune on GLUE by the paper's recipe, test on GLUE-X"
 
 PARAMETERS = (
-    Option("--recipe", required=True, metavar="YAML", help="the settings: see example_configs/glue/"),
+    Option("--recipe", required=True, metavar="YAML", help=f"the settings: a file, or one of {', '.join(RECIPES)}"),
     Option("--output", required=True, metavar="DIR", help="where runs and results are written"),
     Several("--task", type=click.Choice(list(TASKS)), default=list(TASKS), help="default: all nine"),
     Several("--method", type=click.Choice(METHODS), default=["ba_lora"], help="default: ba_lora"),
@@ -56,7 +57,7 @@ def run(args: Values) -> int:
     from ..glue import report, separation
     from ..glue import run as runs
     from ..glue.metrics import score
-    from ..glue.recipe import read_recipe
+    from ..glue.recipe import read_recipe, recipe_file
 
     if args.separation:
         separation.check_matplotlib()
@@ -67,7 +68,7 @@ def run(args: Values) -> int:
         value = getattr(args, key)
         if value is not None and not Path(value).is_dir():
             raise ValueError(f"--{key.replace('_', '-')} {value} is no directory.")
-    recipe = _changed(read_recipe(args.recipe), args)
+    recipe = _changed(read_recipe(recipe_file(args.recipe)), args)
     tasks = [TASKS[name] for name in dict.fromkeys(args.task)]
     seeds = args.seeds or list(recipe.seeds)
     methods = list(dict.fromkeys(args.method))
@@ -107,7 +108,7 @@ def run(args: Values) -> int:
     table = report.markdown(entries)
     Path(args.output, "results.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     Path(args.output, "results.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
+    show_markdown(table)
     return 0
 
 

@@ -63,7 +63,7 @@ def look() -> Machine:
     found.sdpa = _sdpa_backends(found)
     found.backends = tuple(torch._dynamo.list_backends(exclude_tags=()))
     found.compiler = _compiler(found)
-    found.bitsandbytes = _bitsandbytes(found)
+    found.bitsandbytes = unusable_bitsandbytes(found)
     return found
 
 
@@ -96,7 +96,7 @@ def _compiler(machine: Machine) -> str | None:
     return f"triton with {c}" if "triton" in machine.modules and c else None
 
 
-def _bitsandbytes(machine: Machine) -> str | None:
+def unusable_bitsandbytes(machine: Machine) -> str | None:
     """Returns why bitsandbytes cannot be used, None if it can.
 
     It is not imported for that: it may ask the hub for a kernel.

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..memory.estimate import GIB, gib
+from .gpus import Gpu
 
-# MiB that nvidia-smi and torch report, which is not what the name says: 48 GB with error correction are 45 GiB
-GPUS = {
-    "t4": 15360,
-    "v100-16": 16160,
-    "v100-32": 32510,
-    "rtx3090": 24576,
-    "rtx4090": 24564,
-    "a10": 23028,
-    "l4": 23034,
-    "a40": 46068,
-    "l40s": 46068,
-    "a100-40": 40960,
-    "a100-80": 81920,
-    "h100": 81559,
-    "h200": 143771,
-}
-SHORT = {"a100": "a100-80", "v100": "v100-32", "h100-80": "h100"}
 RESERVE = 1.5 * GIB  # CUDA's context and libraries' work space, beside what the allocator is asked for
 LOSS = 0.04  # of the rest, to the allocator's rounding and gaps
 
@@ -61,31 +46,18 @@ class Memory:
     fits: tuple[Fit, ...]
     lines: tuple[str, ...]
 
-    @property
-    def fits_one(self) -> bool:
-        """Returns whether one of the GPUs that were named is large enough."""
-        return any(fit.fits for fit in self.fits)
+
+def room_on(gpu: Gpu) -> int:
+    """Returns the bytes that tensors can have on a GPU."""
+    return int((gpu.mib * 2**20 - RESERVE) * (1 - LOSS))
 
 
-def gpu_named(name: str) -> tuple[str, int]:
-    """Returns a GPU's name in GPUS, and the bytes that tensors can have on it.
-
-    Raises:
-        ValueError: no such name; lists those there are.
-    """
-    known = name.strip().lower().replace("_", "-")
-    known = SHORT.get(known, known)
-    if known not in GPUS:
-        raise ValueError(f"--gpu {name} is not known: write one of {', '.join(sorted({*GPUS, *SHORT}))}.")
-    return known, int((GPUS[known] * 2**20 - RESERVE) * (1 - LOSS))
-
-
-def memory_on(values: dict[str, Any], gpus: list[tuple[str, int]], *, axolotl: bool) -> Memory:
+def memory_on(values: dict[str, Any], gpus: Sequence[Gpu], *, axolotl: bool) -> Memory:
     """Returns what a YAML's training step takes, and whether it fits.
 
     Args:
         values: The YAML as it was written.
-        gpus: From [`gpu_named`].
+        gpus: Those to fit it on.
         axolotl: Whether Axolotl is here, whose keys the YAML has.
     """
     if "base_model" not in values or not axolotl:
@@ -99,7 +71,7 @@ def memory_on(values: dict[str, Any], gpus: list[tuple[str, int]], *, axolotl: b
         found = case.estimate()
     except Exception as error:  # models of any kind come here, and some cannot run on shapes alone
         return _uncounted(str(error).strip().partition("\n")[0] or type(error).__name__)
-    fits = tuple(Fit(name, room, found.total) for name, room in gpus)
+    fits = tuple(Fit(gpu.name, room_on(gpu), found.total) for gpu in gpus)
     lines = [f"a step of {case.work.rows} x {case.work.length} tokens takes {found.in_words()}", *map(str, fits)]
     if not all(fit.fits for fit in fits):
         lines += advice(case, found)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..findings import Finding
 from ..pretrained.attention import FLASH, attention_of, flash_lacks
 from . import versions
+from .gpus import Gpu, with_gpu
 from .machine import Machine
 from .memory import Memory
 from .requested import problems
@@ -18,6 +19,7 @@ TOGETHER = (
     "axolotl 0.19, trl 1.9, peft 0.20, transformers 5.16",
     "trl 1.16, peft 0.21, transformers 5.23",
 )
+HERE = "here"
 OK, NOTE, PROBLEM = "", "note", "PROBLEM"
 
 
@@ -35,20 +37,30 @@ class Line:
 class Report:
     """Everything `balora doctor` says.
 
-    `config`: the file that was asked about, None without one; `memory`: what it takes on the GPUs that were named.
+    Attributes:
+        lines: The facts.
+        config: The file that was asked about, None without one.
+        found: What of it cannot run, by the machine that was judged: "here", or the names of GPUs.
+        memory: What it takes on the GPUs that were named.
     """
 
     lines: list[Line]
     config: str | None = None
-    problems: list[Finding] = field(default_factory=list)
+    found: dict[str, list[Finding]] = field(default_factory=dict)
     memory: Memory | None = None
 
     @property
+    def problems(self) -> list[Finding]:
+        """Returns what cannot run on one of the machines, each once."""
+        return list({str(problem): problem for found in self.found.values() for problem in found}.values())
+
+    @property
     def usable(self) -> bool:
-        """Returns whether the command's exit code is 0."""
-        if self.memory is not None and not self.memory.fits_one:
-            return False
-        return not self.problems and all(line.state != PROBLEM for line in self.lines)
+        """Returns whether the command's exit code is 0: of several GPUs one is enough."""
+        fits = {} if self.memory is None else {fit.name: fit.fits for fit in self.memory.fits}
+        uncounted = self.memory is not None and not fits
+        runs = not self.found or any(not found and fits.get(name, True) for name, found in self.found.items())
+        return runs and not uncounted and all(line.state != PROBLEM for line in self.lines)
 
     def as_json(self) -> dict[str, Any]:
         """Returns what --json prints."""
@@ -57,15 +69,28 @@ class Report:
             "lines": [asdict(line) for line in self.lines],
             "config": self.config,
             "problems": [problem._asdict() for problem in self.problems],
+            "judged": {name: [problem._asdict() for problem in found] for name, found in self.found.items()},
             "memory": None if self.memory is None else asdict(self.memory),
         }
 
 
-def about(machine: Machine, values: dict[str, Any] | None = None, config: str | None = None) -> Report:
-    """Returns the report on `machine`, and on what of a YAML's `values` (from the file `config`) cannot run on it."""
-    asked = values or {}
-    lines = [*_versions(machine), *_device(machine), *_attention(machine, asked), *_compile(machine), _bits(machine)]
-    return Report(lines, config, [] if values is None else problems(values, machine))
+def about(
+    machine: Machine,
+    values: dict[str, Any] | None = None,
+    config: str | None = None,
+    gpus: Sequence[Gpu] = (),
+) -> Report:
+    """Returns the report on a machine, or on it with each of `gpus` in the place of what is there.
+
+    With what of a YAML's `values` (from the file `config`) cannot run on it.
+    """
+    judged = {gpu.name: with_gpu(machine, gpu) for gpu in gpus} or {HERE: machine}
+    lines = list(_versions(machine))
+    for each in judged.values():
+        lines += [*_device(each), *_attention(each, values or {}), *_compile(each), _bits(each)]
+    unique = list({(line.subject, line.text): line for line in lines}.values())
+    found = {} if values is None else {name: problems(values, each) for name, each in judged.items()}
+    return Report(unique, config, found)
 
 
 def _versions(machine: Machine) -> Iterator[Line]:

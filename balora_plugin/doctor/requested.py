@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..findings import Finding
-from ..pretrained.attention import FLAGS, attention_of, flash_lacks, is_flash
+from ..pretrained.attention import FLAGS, attention_of, flash_lacks, half_asked, is_flash, of_flash
 from . import versions
 from .machine import Machine
 
@@ -56,12 +56,7 @@ def _attention(values: dict[str, Any], machine: Machine) -> Iterator[Finding]:
     if is_flash(name):
         device = None if machine.device == "cpu" else machine.device
         lacks = flash_lacks(name, device, machine.capability, machine.modules.__contains__)
-        if lacks is not None:
-            instead = instead if key == "attn_implementation" else f"{instead} in its place"
-            yield Finding(key, value, lacks[0], f"{lacks[1]}, or {instead}" if lacks[1] else instead)
-        half = values.get("bf16", "auto") or values.get("fp16") or values.get("bfloat16") or values.get("float16")
-        if not half and lacks is None:
-            yield Finding(key, value, "computes in half precision alone, this run in float32", "write bf16: true")
+        yield from of_flash((key, value), lacks, half=half_asked(values))
     elif name in NEEDS and NEEDS[name][0] not in machine.modules:
         package = NEEDS[name][1]
         yield Finding(key, value, f"needs the package {package}", f"pip install {package}, or {instead}")

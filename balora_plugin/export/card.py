@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
-from ..adapter.saved.card import VLLM_DEFAULT_RANK, loader_of, loading_snippet, quantisation_in_words
+from ..adapter.saved.card import CITATION, TAG, VLLM_DEFAULT_RANK, loader_of, loading_snippet, quantisation_in_words
 
 if TYPE_CHECKING:
     from .lora_file import Adapter
@@ -32,7 +32,7 @@ def exported(
         base_model=base if merged_into or config.base_model_name_or_path else None,
         library_name="transformers" if merged_into else "peft",
         pipeline_tag="text-generation" if str(config.task_type).endswith("CAUSAL_LM") else None,
-        tags=["ba-lora"] if merged_into else ["ba-lora", "lora"],
+        tags=[TAG] if merged_into else [TAG, "lora"],
     )
     worst = "".join(f"| {name} | {error:.2g} |\n" for name, error in lost.errors.worst(5))
     if merged_into:
@@ -51,5 +51,5 @@ def exported(
     return (
         f"---\n{data.to_yaml()}\n---\n\n# Exported by balora\n\n{what}\n\n{loading}\n\n{kl}Relative error of the "
         f"update against the adapter it was made from (Frobenius norm): {lost.errors.total:.2g} in total. The layers "
-        f"that lose most:\n\n| layer | error |\n|---|---|\n{worst}"
+        f"that lose most:\n\n| layer | error |\n|---|---|\n{worst}\n## Cite the method\n\n{CITATION}\n"
     )

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..config import RegularizerConfig
-from .tasks import TASKS
+from .tasks import RECIPES, TASKS
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("lora_alpha", lambda x: x > 0, "above 0"),
@@ -77,6 +77,19 @@ class Recipe:
     def of(self, task: str) -> Settings:
         """Returns the settings of a task."""
         return self.tasks.get(task, self.defaults)
+
+
+def recipe_file(name: str) -> str:
+    """Returns the file of a recipe: `name` itself, or that of one of RECIPES, which lie in this package.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name in RECIPES and not Path(name).is_file():
+        return str(Path(__file__).parent / "recipes" / f"{name}.yaml")
+    if not Path(name).is_file():
+        raise ValueError(f"--recipe {name} is no file: name one, or one of {', '.join(RECIPES)}.")
+    return name
 
 
 def read_recipe(path: str) -> Recipe:

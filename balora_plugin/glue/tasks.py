@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 METHODS = ("ba_lora", "pissa", "lora", "full")  # what a task is trained by
+RECIPES = ("bert-large", "deberta-v3-base", "gpt2-xl", "roberta-large")  # the files of recipes/
 
 # What the classes of a kind of task are called, in GLUE's order, with other sets' words for them.
 LABELS: dict[str, tuple[tuple[str, ...], ...]] = {

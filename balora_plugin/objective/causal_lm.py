@@ -119,7 +119,8 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     if request.measure_shares:
         every = max(request.teacher_factor, 1)  # a share is that of an average step
         weights = lambdas._replace(consistency=lambdas.consistency / every)
-        result["shares"] = shares(hidden, targets, asked, spectrum, weights)
+        with request.part("shares"):
+            result["shares"] = shares(hidden, targets, asked, spectrum, weights, request.part)
     if router:
         result["aux_loss"] = _router_loss(model, routed, inputs.get("attention_mask") if joined is None else joined.own)
     if request.return_logits:

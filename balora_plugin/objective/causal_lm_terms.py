@@ -5,7 +5,7 @@ What stands here is what a compiled graph may hold: tensors come in by the named
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from ..fused.spectrum import drawn_rows, usable_k
 from ..fused.tokens import weighted_token_terms
 from ..pretrained.backbone import run_backbone
 from ..schedules import Lambdas
-
-if TYPE_CHECKING:
-    from .request import StepRequest
+from .request import Part, StepRequest, uncounted
 
 
 class SpectrumRequest(NamedTuple):
@@ -187,9 +185,17 @@ def head_spectrum(hidden: Tensor, targets: Tensor, head: Head, spectrum: Spectru
 
 
 def shares(
-    hidden: Tensor, targets: Tensor, loss: TokenLoss, spectrum: SpectrumRequest | None, lambdas: Lambdas
+    hidden: Tensor,
+    targets: Tensor,
+    loss: TokenLoss,
+    spectrum: SpectrumRequest | None,
+    lambdas: Lambdas,
+    part: Part = uncounted,
 ) -> Tensor:
-    """Norm of each weighted term's gradient over the task's, with respect to the final hidden states: (3,)."""
+    """Norm of each weighted term's gradient over the task's, with respect to the final hidden states: (3,).
+
+    `part` counts what the task costs alone, which the terms are compared with.
+    """
     leaf = hidden.detach().requires_grad_()
     device = loss.head.weight.device
 
@@ -204,7 +210,9 @@ def shares(
         return token_sums(leaf, targets, only)[0]
 
     with torch.enable_grad():
-        task = norm(tokens(1.0, 0.0, 0.0))
+        with part("task_alone"):
+            alone = tokens(1.0, 0.0, 0.0)
+        task = norm(alone)
         consistency = norm(tokens(0.0, lambdas.consistency, 0.0) if lambdas.consistency else None)
         diversity = norm(tokens(0.0, 0.0, lambdas.diversity) if lambdas.diversity else None)
         spectral = norm(None)

@@ -97,7 +97,8 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
     if request.return_logits:
         result["logits"] = logits
     if request.measure_shares:
-        result["shares"] = _shares(task, weighted, captured[0], max(request.teacher_factor, 1))
+        with request.part("shares"):
+            result["shares"] = _shares(task, weighted, captured[0], max(request.teacher_factor, 1))
     return StepOutput(**result)
 
 

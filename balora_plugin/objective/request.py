@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..compile.layers import CompiledLayers
 
 
+Part = Callable[[str], AbstractContextManager[None]]  # counts what runs inside as that part of a run's cost
+
+
 def uncounted(name: str) -> AbstractContextManager[None]:
     """The `part` of a pass whose cost nobody counts."""
     return nullcontext()
@@ -106,7 +109,7 @@ class StepRequest:
     fill: bool = False
     head_only: bool = False
     counts: bool = True
-    part: Callable[[str], AbstractContextManager[None]] = uncounted
+    part: Part = uncounted
     task_weights: Tensor | None = None
     task_form: TaskForm = PLAIN_TASK
     measures: Measures = Measures()  # noqa: RUF009  (a tuple)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+
+from ..findings import Finding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +96,39 @@ def flash_lacks(
     return None
 
 
+def lacks_here(name: str) -> tuple[str, str] | None:
+    """Returns what [`flash_lacks`] says of this machine."""
+    device = accelerator()
+    return flash_lacks(name, device, torch.cuda.get_device_capability() if device == "cuda" else None, importable)
+
+
+def of_flash(line: tuple[str, Any], lacks: tuple[str, str] | None, *, half: bool) -> Iterator[Finding]:
+    """Finds what is to be written where flash attention cannot run: machine and precision at once.
+
+    Args:
+        line: Key and value of the YAML's line about attention.
+        lacks: What [`flash_lacks`] says.
+        half: Whether the run computes in half precision.
+    """
+    key, value = line
+    instead = "write attn_implementation: sdpa" + (" in its place" if key != "attn_implementation" else "")
+    why, command = lacks or ("", "")
+    if lacks is not None and not command:  # nothing brings it here
+        yield Finding(key, value, why, instead)
+    elif lacks is not None:
+        both = "" if half else ", and half precision"
+        yield Finding(key, value, f"{why}{both}", f"{command}{'' if half else ' and write bf16: true'}, or {instead}")
+    elif not half:
+        yield Finding(key, value, "needs half precision", f"write bf16: true, or {instead.partition(' ')[2]}", False)
+
+
+def half_asked(values: Any) -> bool:
+    """Returns whether a YAML's lines ask for half precision, where Axolotl takes bf16: auto if none says."""
+    return values.get("bf16", "auto") not in (False, None, "false") or bool(
+        values.get("fp16") or values.get("bfloat16") or values.get("float16")
+    )
+
+
 def check_flash(name: Any, setting: str, instead: str) -> None:
     """Refuses a flash implementation that this machine cannot run; other names pass.
 
@@ -107,8 +142,7 @@ def check_flash(name: Any, setting: str, instead: str) -> None:
     """
     if not is_flash(name):
         return
-    device = accelerator()
-    lacks = flash_lacks(str(name), device, torch.cuda.get_device_capability() if device == "cuda" else None, importable)
+    lacks = lacks_here(str(name))
     if lacks is not None:
         why, command = lacks
         raise ValueError(f"{setting} {why}: {command and command + ', or '}write {instead}.")

@@ -68,6 +68,7 @@ class BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         run, config = self._run, self._run.config
+        run.metrics.counted = None  # of an earlier training
         check_loss_function(getattr(self._host, "compute_loss_func", None), run.task_form)
         check_adapters(run.model)
         if not (self._host.is_fsdp_enabled or self._host.is_deepspeed_enabled):  # their parameters may be others

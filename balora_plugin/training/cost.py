@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ..checkpoint.names import COST_FILE
 
 PARTS = ("teacher", "student", "token_terms", "spectrum", "rest")
+WITHIN = ("shares", "task_alone")  # of the student's: measuring shares, and in it the task's own loss once more
 LABELS = {
     "teacher": "teacher forward",
     "student": "student forward and backward",
@@ -35,11 +36,15 @@ class CostMeter:
         self.device = device
         self.cuda = device.type == "cuda"
         self.seconds = dict.fromkeys((*PARTS, "step"), 0.0)
+        self.within = dict.fromkeys(WITHIN, 0.0)
+        self.passes = dict.fromkeys(("micro", *WITHIN), 0)  # how often each ran
+        self.finished = 0  # steps, those that are not counted too
+        self.per_second: float | None = None  # counted tokens, or a classifier's samples; known at the end
         self.peaks: dict[str, float] = {}  # GiB
         self.steps = 0
-        self._finished = 0
         self._events: list[tuple[str, Any, Any]] = []
         self._now: dict[str, float] = {}
+        self._times: dict[str, int] = {}
         self._began: float | None = None  # None: the clock stands
         self._carried = 0.0  # of this step, from before the clock stood
         self._spoilt = False
@@ -55,6 +60,7 @@ class CostMeter:
             yield
         finally:
             end = self._mark()
+            self._times[name] = self._times.get(name, 0) + 1
             if self.cuda:
                 self._events.append((name, start, end))
             else:
@@ -79,16 +85,21 @@ class CostMeter:
                 self._now[name] = self._now.get(name, 0.0) + start.elapsed_time(end) / 1e3
         self._events = []
         found, self._now = self._now, {}
+        times, self._times = self._times, {}
         spoilt, self._spoilt = self._spoilt, False
-        self._finished += 1
-        self._measures_memory = self._finished == MEMORY_STEP
-        if spoilt or self._finished <= WARM_UP:
+        self.finished += 1
+        self._measures_memory = self.finished == MEMORY_STEP
+        if spoilt or self.finished <= WARM_UP:
             return
         named = {name: found.get(name, 0.0) for name in ("teacher", "token_terms", "spectrum")}
         student = max(found.get("micro", 0.0) - sum(named.values()), 0.0)
         for name, value in {**named, "student": student, "step": total}.items():
             self.seconds[name] += value
         self.seconds["rest"] += max(total - found.get("micro", 0.0), 0.0)
+        for name in WITHIN:
+            self.within[name] += found.get(name, 0.0)
+        for name in self.passes:
+            self.passes[name] += times.get(name, 0)
         self.steps += 1
 
     def pause(self) -> None:
@@ -105,10 +116,31 @@ class CostMeter:
         self._began = time.perf_counter()
         self._spoilt = bool(self._open or self._now or self._events)
 
+    def overhead(self, *, task_in_terms: bool) -> float | None:
+        """What the terms add to a step, as a part of the same step without them; None where that was not measured.
+
+        Teacher, token terms but for the task's own loss, spectrum, and the measuring of shares. `task_in_terms`: the
+        task's loss is taken with the token terms (language models); what it costs alone is measured where shares are.
+        """
+        task = 0.0
+        terms = self.seconds["teacher"] + self.seconds["spectrum"]
+        if task_in_terms and (terms or self.within["shares"]):
+            if not self.passes["task_alone"]:
+                return None
+            task = self.within["task_alone"] / self.passes["task_alone"] * self.passes["micro"]
+        elif task_in_terms:  # no term runs but perhaps diversity's, which is within the task's own pass
+            task = self.seconds["token_terms"]
+        added = terms + max(self.seconds["token_terms"] - task, 0.0) + self.within["shares"]
+        alone = self.seconds["step"] - added
+        return added / alone if alone > 0 else None
+
     def report(self, **facts: Any) -> dict[str, Any]:
         """Seconds an optimizer step and GiB by part; `facts` are added as they are."""
         steps = max(self.steps, 1)
-        peaks = {"student" if name == "micro" else name: round(value, 4) for name, value in self.peaks.items()}
+        peaks: dict[str, float] = {}
+        for name, value in self.peaks.items():
+            part = "student" if name in ("micro", *WITHIN) else name
+            peaks[part] = max(peaks.get(part, 0.0), round(value, 4))
         return {
             "steps_measured": self.steps,
             "seconds_per_step": {name: self.seconds[name] / steps for name in (*PARTS, "step")},
@@ -193,6 +225,11 @@ def format_report(report: dict[str, Any]) -> str:
         peak = f"{peaks[name]:8.2f} GiB" if peaks.get(name) else ""
         label = "sample terms" if name == "token_terms" and report.get("task") == "nlu" else LABELS[name]
         lines.append(f"  {label:34s}{seconds[name]:9.4f} s {100 * seconds[name] / whole:5.1f} %{peak}")
+    if report.get("overhead") is not None:
+        lines.append(f"  {100 * report['overhead']:+.1f} % over no terms, as the parts were measured in this run")
+    if speed := report.get("per_second"):
+        what = "samples" if report.get("task") == "nlu" else "counted tokens"
+        lines.append(f"  {speed:,.0f} {what} a second")
     if held := report.get("held_bytes"):
         parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in held.items())
         lines.append(f"  held all along, GiB: {parts}")

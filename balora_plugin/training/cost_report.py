@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..memory.held import held_by
 from .cost import format_report, write_report
-from .host import optimizer_name
+from .host import HostTrainer, optimizer_name
 from .run_state import RunState
+
+_COUNTED = {"nlg": "tokens", "nlu": "samples"}
+
+
+def cost_at_end(host: HostTrainer, run: RunState, logs: Mapping[str, float]) -> dict[str, float]:
+    """Returns what the run has cost, by log key, for the host's last log; for another one nothing.
+
+    Asked on every process: counted tokens are added up over them, and times are each process's own.
+    """
+    meter, counted = run.meter, run.metrics.counted
+    if "train_runtime" not in logs or meter is None or not meter.steps or counted is None:
+        return {}
+    total = float(host.accelerator.reduce(counted, "sum"))
+    seconds = meter.seconds["step"] / meter.steps
+    meter.per_second = total / meter.finished / seconds
+    found = {"seconds_per_step": seconds, f"{_COUNTED[run.config.task]}_per_second": meter.per_second}
+    overhead = overhead_of(run)
+    if overhead is not None:
+        found["overhead"] = overhead
+    if meter.peaks:
+        found["peak_gib"] = max(meter.peaks.values())
+    return {f"balora/{name}": value for name, value in found.items()}
+
+
+def overhead_of(run: RunState) -> float | None:
+    """Returns what the terms add to a step without them; None where that is unmeasured."""
+    compiled = "" if run.compiled is None else run.compiled.in_use()
+    if run.meter is None or compiled == "whole":
+        return None
+    return run.meter.overhead(task_in_terms=run.config.task != "nlu")
 
 
 def publish(run: RunState, args: Any) -> None:
@@ -26,6 +57,8 @@ def publish(run: RunState, args: Any) -> None:
         task=run.config.task,
         compiled="" if run.compiled is None else run.compiled.in_use(),
         teacher_interval=run.config.teacher_interval,
+        overhead=overhead_of(run),
+        per_second=meter.per_second,
         held_bytes=dataclasses.asdict(held_by(run.wrapped, optimizer_name(args))),
         device=torch.cuda.get_device_name(args.device) if meter.cuda else platform.machine() or "cpu",
         torch=torch.__version__,

@@ -42,6 +42,7 @@ class TermMetrics:
         self._warn = warn
         self._outputs = outputs
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self.counted: Tensor | None = None  # tokens, or a classifier's samples, of all of this training
         self._bad: Tensor | None = None  # the first optimizer step at which each value was not finite, else inf
 
     @property
@@ -87,6 +88,8 @@ class TermMetrics:
             value = value.detach().to(wide)
             sums[key] = sums[key] + value if key in sums else value
         if mode == "train":
+            count = out.count.detach().to(wide)
+            self.counted = count if self.counted is None else self.counted + count
             self._watch(values, step)
 
     def take(self, mode: str, reduce: Reduce, *, judge: bool) -> dict[str, float]:

@@ -25,6 +25,7 @@ from . import classification
 from .acting import BeforeTraining, RecordedTerms, say_no_terms, warn_at_set_up
 from .anchors import open_run_anchors
 from .banner import Banner
+from .card_metrics import CardMetrics
 from .checks.arguments import check_arguments, check_compiled_once, check_loss_function, check_saving
 from .checks.model import resolve
 from .checks.teacher import check_teacher
@@ -130,6 +131,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         check_compiled_once(host.accelerator, how)
     if run.ours:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
+        run.callbacks.append(CardMetrics(run))
     _open_data(run, host)
     warn_at_set_up(run, host.args)
     run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run)]

@@ -31,7 +31,7 @@ from .checks.data import check_data
 from .classification import restore_head, save_head
 from .compiling import compile_for_the_host, take_backend
 from .cost import CostCallback, CostMeter
-from .cost_report import publish
+from .cost_report import cost_at_end, publish
 from .finite_guard import saved_weight
 from .first_norms import WatchesNorms
 from .metrics import TermMetrics
@@ -59,8 +59,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
             `teacher_model`, or a `teacher_cache` filled before the first step). Overrides the adapter config's.
         teacher_model: An explicit second model as teacher, in eval mode. Not needed with an adapter.
 
-    Logs `balora/task`, `balora/consistency`, `balora/diversity`, `balora/svd` (unweighted means), `balora/loss`
-    (weighted total) and `balora/share_*`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone,
+    Logs the keys of [`log_keys.LOG_KEYS`], with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone,
     in the form that label_smoothing_factor and loss_type ask for; evaluation measures every configured term, at its
     full weight whatever the schedule.
 
@@ -358,7 +357,8 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the training terms since the last training log."""
         if self.ba_lora_run is not None and ("loss" in logs or "train_runtime" in logs):  # not an evaluation's row
-            logs.update(self._take_terms("train") | self.ba_lora_run.own.logged())
+            cost = cost_at_end(self, self.ba_lora_run, logs)
+            logs.update(self._take_terms("train") | self.ba_lora_run.own.logged() | cost)
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -180,6 +180,11 @@ CANNOT = {
     ),
     "flash 3": (GPU, {"attn_implementation": "flash_attention_3"}, {"attn_implementation": "pip install flash-attn-3"}),
     "flash on Turing": (TURING, {"flash_attention": True}, {"flash_attention": "write attn_implementation: sdpa"}),
+    "flash without its package, in float32": (
+        GPU,
+        {"flash_attention": True, "bf16": False},
+        {"flash_attention": "pip install flash-attn --no-build-isolation and write bf16: true, or write"},
+    ),
     "flash in float32": (
         dataclasses.replace(GPU, modules=FLASH),
         {"flash_attention": True, "bf16": False},
@@ -418,4 +423,4 @@ def test_a_compiler_is_looked_for_where_inductor_looks(monkeypatch):
     ],
 )
 def test_bitsandbytes(changes, device, why):
-    assert facts._bitsandbytes(dataclasses.replace(with_versions(CPU, **changes), device=device)) == why
+    assert facts.unusable_bitsandbytes(dataclasses.replace(with_versions(CPU, **changes), device=device)) == why

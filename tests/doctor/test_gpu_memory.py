@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,18 +10,18 @@ import yaml
 from transformers import LlamaConfig
 
 from balora_plugin.commands import main
-from balora_plugin.doctor import gpu_named, memory_on
-from balora_plugin.doctor.memory import GPUS
+from balora_plugin.doctor import gpu_named, look, memory_on
+from balora_plugin.doctor.gpus import GPUS
+from balora_plugin.doctor.memory import room_on
 from balora_plugin.memory.estimate import GIB
 
 pytestmark = pytest.mark.hosts
 
 
 def test_gpus_are_known_by_name():
-    for name, size in GPUS.items():
-        known, room = gpu_named(name.upper())
-        assert known == name
-        assert 0.8 * size * 2**20 < room < size * 2**20
+    for name, gpu in GPUS.items():
+        assert gpu_named(name.upper()) is gpu and gpu.name == name
+        assert 0.8 * gpu.mib * 2**20 < room_on(gpu) < gpu.mib * 2**20
     assert gpu_named("a100") == gpu_named("a100_80")
     with pytest.raises(ValueError, match=r"--gpu h1000 is not known: write one of a10, a100, a100-40"):
         gpu_named("h1000")
@@ -36,7 +37,7 @@ def test_gpus_are_known_by_name():
 def test_what_cannot_be_counted_is_one_line(values, axolotl, said):
     found = memory_on(values, [gpu_named("a40")], axolotl=axolotl)
     assert found.lines == (f"not counted: {said}",)
-    assert not found.fits_one
+    assert not found.fits
 
 
 def test_a_gpu_without_a_config_is_refused(capsys):
@@ -101,6 +102,33 @@ def test_a_quantised_base_and_a_cached_teacher_are_read_from_the_yaml(a_yaml):
     assert of(micro_batch_size=2)["total"] > plain["total"]
     assert of(lora_r=32)["trained"] == 2 * plain["trained"]
     assert plain["total"] < GIB
+
+
+def test_a_value_that_is_none_is_named_with_what_to_write(a_yaml):
+    values = yaml.safe_load(a_yaml(ba_lora={"lambda_svd": "much"}).read_text())
+    (line,) = memory_on(values, [gpu_named("a40")], axolotl=True).lines
+    assert line == "not counted: ba_lora.lambda_svd: 'much' is no value for it: write a number >= 0"
+
+
+def test_the_gpu_that_is_named_is_judged_in_the_place_of_this_machine(a_yaml, monkeypatch, capsys):
+    here = dataclasses.replace(look(), device="cpu", bf16=False, compiler=None, capability=None)
+    monkeypatch.setattr("balora_plugin.doctor.look", lambda: here)
+    path = str(a_yaml(tf32=True))
+    assert main(["doctor", "--config", path]) == 1
+    assert {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM")} == {
+        "bf16:",
+        "tf32:",
+    }
+    assert main(["doctor", "--config", path, "--gpu", "h100"]) == 0
+    said = capsys.readouterr().out
+    assert "could not run on h100" in said and "h100, 80 GiB, compute capability 9.0, bf16" in said
+    assert "CPU (" not in said
+    assert main(["doctor", "--config", path, "--gpu", "t4", "--gpu", "a40", "--json"]) == 0  # one of them is enough
+    report = json.loads(capsys.readouterr().out)
+    assert [problem["key"] for problem in report["judged"]["t4"]] == ["bf16", "tf32"]
+    assert report["judged"]["a40"] == [] and [p["key"] for p in report["problems"]] == ["bf16", "tf32"]
+    assert main(["doctor", "--config", path, "--gpu", "t4"]) == 1
+    assert "cannot run on t4:" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_here_is_one_line(a_yaml):

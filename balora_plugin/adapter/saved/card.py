@@ -1,7 +1,7 @@
 """The section of a model card (README.md) that says what a BA-LoRA adapter is, for which base, and what to do with it.
 
 A marked block of text: hosts write cards of their own and update each other's, so the rest of the file, its metadata
-included, is left as it stands.
+included, is left as it stands, but for the tag `ba-lora`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,24 @@ from ..delta import delta_layers_of
 from ..kinds import names_of, what_is_adapted
 from . import provenance
 
+TAG = "ba-lora"
+CITATION = """```bibtex
+@inproceedings{chang2026balora,
+  title = {{BA-LoRA}: Bias-Alleviating Low-Rank Adaptation to Mitigate Catastrophic Inheritance
+           in Large Language Models},
+  author = {Chang, Yupeng and Chang, Yi and Wu, Yuan},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year = {2026},
+  url = {https://arxiv.org/abs/2408.04556},
+}
+```"""
 START, END = "<!-- ba-lora -->", "<!-- /ba-lora -->"
 VLLM_DEFAULT_RANK = 16
 _HUB_LINK = re.compile(r"\[([^\]\n]*)\]\(https://huggingface\.co/([^)\n]*)\)")
 
 
 def update(directory: str, model: PeftModel) -> None:
-    """Writes or replaces the section in `directory`'s README.md; a model without a BA-LoRA adapter gets none."""
+    """Writes or replaces the section in `directory`'s README.md, and tags it; none without a BA-LoRA adapter."""
     ours = {name: config for name, config in model.peft_config.items() if isinstance(config, BaLoraConfig)}
     path = Path(directory, "README.md")
     if not ours or not path.exists():
@@ -37,8 +48,19 @@ def update(directory: str, model: PeftModel) -> None:
     parts = [section(model, name, config, heading=len(ours) > 1) for name, config in ours.items()]
     base = next(iter(ours.values())).base_model_name_or_path
     text = naming_a_local_base(path.read_text(encoding="utf-8"), base)
-    text = with_section(text, "\n\n".join(["## BA-LoRA adapter", *parts]))
+    parts += _measured(model)
+    text = with_section(text, "\n\n".join(["## BA-LoRA adapter", *parts, f"### Cite the method\n\n{CITATION}"]))
     path.write_text(text, encoding="utf-8")
+    add_tags(directory, [TAG])
+
+
+def _measured(model: PeftModel) -> list[str]:
+    """Returns what the run of this model has measured last, as a part of the section; nothing before it has."""
+    found = provenance.known(model)
+    if found is None or not found.measured:
+        return []
+    rows = [f"| `{key}` | {value:.6g} |" for key, value in found.measured.items()]
+    return ["\n".join(["### Measured last in training", "", "| log key | value |", "|---|---|", *rows])]
 
 
 def tags_of(directory: str) -> list[str]:
@@ -51,7 +73,7 @@ def add_tags(directory: str, tags: list[str]) -> None:
     """Puts back what PEFT leaves out when it updates a host's card: it keeps the model's own tags alone."""
     path = Path(directory, "README.md")
     found = ModelCard.load(path)
-    missing = set(tags) - set(found.data.tags or [])
+    missing = [tag for tag in tags if tag not in (found.data.tags or [])]
     if missing:
         found.data.tags = sorted({*(found.data.tags or []), *missing})
         found.save(path)

@@ -7,7 +7,7 @@ the first save. Only the adapted logits are taken at every save, where one proce
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ _ATTRIBUTE = "_ba_lora_provenance"
 
 @dataclass
 class Provenance:
-    """What is known of a model's base; `note`: why something is missing."""
+    """What is known of a model's base; `note`: why something is missing; `measured`: what a run has last measured."""
 
     dtype: str
     identity: BaseIdentity | None = None
     base_logits: Tensor | None = None
     note: str | None = None
     teacher: str | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 def known(model: PeftModel) -> Provenance | None:
@@ -43,7 +44,7 @@ def known(model: PeftModel) -> Provenance | None:
     base = model.get_base_model()
     # cast since by its user; FSDP's own casts are no new base
     if found is not None and found.dtype != dtype_of(base) and not is_sharded(base):
-        return Provenance(dtype_of(base), teacher=found.teacher)
+        return Provenance(dtype_of(base), teacher=found.teacher, measured=found.measured)
     return found
 
 

@@ -177,4 +177,15 @@ def _of_pydantic(error: Any) -> Finding:
     message = error["msg"].removeprefix("Value error, ")
     if message.startswith("ba_lora"):
         return Finding.of_error(message)
-    return Finding(where, f"{error['input']!r}:", message.removesuffix("."))
+    known = _SETTINGS.get(str(error["loc"][0])) if error["loc"] else None
+    if known is None:  # the host's own keys, whose values pydantic names
+        wanted = message.removeprefix("Input should be ").removesuffix(".")
+    elif known.kind == "numbers" and len(error["loc"]) > 1:
+        wanted = f"number{known.bounds}"
+    else:
+        wanted = known.values.replace("`", "")
+    return Finding(where, repr(error["input"]), "is no value for it", f"write {_with_article(wanted)}")
+
+
+def _with_article(words: str) -> str:
+    return f"a {words}" if words.startswith(("number", "whole number", "path", "file", "mapping")) else words

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from ...findings import Finding
-from ...pretrained.attention import FLAGS, attention_of, check_flash, is_flash
+from ...pretrained.attention import (
+    FLAGS,
+    accelerator,
+    attention_of,
+    check_flash,
+    half_asked,
+    is_flash,
+    lacks_here,
+    of_flash,
+)
 from ...training.compiling import BACKEND, LAYERS
 
 _HALF = ("needs half precision", "write bf16: true, or attn_implementation: sdpa", False)
@@ -38,10 +47,9 @@ def of_engine(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
         if data.get(flag):
             why = f"beside attn_implementation: {data['attn_implementation']}: Axolotl takes one line alone"
             yield Finding(flag, data[flag], why, f"remove {flag}", False)
-    half = data.get("bf16", "auto") or data.get("fp16") or data.get("bfloat16") or data.get("float16")  # as Axolotl's
     key, value, name = attention_of(data)
-    if is_flash(name) and half in (False, None, "false"):
-        yield Finding(key, value, *_HALF)
+    if is_flash(name):
+        yield from of_flash((key, value), None, half=half_asked(data))
 
 
 def compiles_whole(data: Any) -> bool:
@@ -61,6 +69,23 @@ def attention_setting(data: Any) -> str:
     """The line of a YAML, written or validated, that names the attention implementation; empty without one."""
     key, value, _ = attention_of(data)
     return f"{key}: {str(value).lower() if value is True else value}" if key else ""
+
+
+def flash_at_once(data: Any, *, refused: bool) -> Iterator[Finding]:
+    """Finds what this machine lacks for flash attention where a YAML, as it was written, is refused anyway.
+
+    So that nothing is left for another round: by us (`refused`), or for bf16 by Axolotl's validation, which follows. A
+    YAML with nothing else is only refused when its model is to load: data may be prepared on another machine.
+    """
+    key, value, name = attention_of(data)
+    if not is_flash(name) or any(data.get(elsewhere) for elsewhere in ("is_preprocess", "merge_lora", "use_ray")):
+        return
+    full = [key for key in ("bf16", "bfloat16") if data.get(key) is True] if accelerator() is None else []
+    lacks = lacks_here(name) if refused or full else None
+    if lacks is not None:
+        yield from of_flash((key, value), lacks, half=half_asked(data))
+        for precision in full:
+            yield Finding(precision, True, "needs a GPU, and there is none here", f"write {precision}: false")
 
 
 def attention_here(cfg: Any, setting: str) -> Iterator[Finding]:

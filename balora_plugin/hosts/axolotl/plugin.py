@@ -31,7 +31,7 @@ from . import classification, fsdp, kbit
 from .asked import check_expert_kernel, options_of_plugins
 from .block import ADAPTER, BaLoraBlock, of_block
 from .checks import active, findings_of, of_command_line
-from .engine import attention_here, attention_setting, compiles_whole, reentrant_of
+from .engine import attention_here, attention_setting, compiles_whole, flash_at_once, reentrant_of
 from .errors import SettingError, as_setting_errors, one_line_errors, refuse
 from .injection import patch_peft, target_modules
 from .method import spell_out
@@ -52,7 +52,10 @@ class BaLoraPlugin(BasePlugin):
         """Called with the YAML as written, before validation."""
         one_line_errors()
         values = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
-        refuse([*of_command_line(), *self.findings(values)])
+        found = [*of_command_line(), *self.findings(values)]
+        if isinstance(values.get("ba_lora") or {}, dict) and active(values):
+            found = [*flash_at_once(values, refused=bool(found)), *found]  # of two on one key the first is said
+        refuse(found)
         values = spell_out(cfg, values)
         with as_setting_errors():
             if values.get("adapter") == ADAPTER:

@@ -17,7 +17,7 @@ from ...memory.estimate import Workload
 from ...memory.remedies import Case
 from ...memory.twin import Twin, hollow
 from ...training.checks.model import resolve
-from .block import ADAPTER
+from .block import ADAPTER, of_block
 from .checks import active
 from .classification import is_classification
 from .method import spelled_out
@@ -33,8 +33,12 @@ def case_of(values: dict[str, Any]) -> Case:
     """Returns the run that a YAML, as it was written, asks for, on one GPU.
 
     Raises:
-        ValueError: the model's config is not here, or its model cannot be made of shapes alone.
+        ValueError: the model's config is not here, its model cannot be made of shapes alone, or a setting of the block
+            has no such value.
     """
+    wrong = list(of_block(values.get("ba_lora"), "nlu" if is_classification(values) else "nlg"))
+    if wrong:
+        raise ValueError(str(wrong[0]))
     cfg = DictDefault(spelled_out(values))
     dtype = _precision(cfg)
     base = _base(cfg, dtype)
