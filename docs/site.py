@@ -54,6 +54,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _LINK.sub(pointed, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Takes the brackets off names that docstrings refer to as [`name`]."""
+    return re.sub(r"\[(<code>[^<]+</code>)\]", r"\1", html)
+
+
 def place_of(path: Path) -> str:
     """Where a file of the repository stands in the site, as mkdocs names sources: relative to docs/."""
     name = path.relative_to(ROOT).as_posix()
