@@ -29,8 +29,8 @@ def blocks(text, *languages):
 
 
 def commands(text):
-    """The command lines of a page's console blocks as words, continued lines joined, without comments."""
-    lines = "\n".join(blocks(text, "console")).replace("\\\n", " ").splitlines()
+    """The command lines of a page's shell blocks as words, continued lines joined, without comments."""
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
