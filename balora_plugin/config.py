@@ -63,7 +63,7 @@ class RegularizerConfig:
         ValueError: for a value out of range or an unknown choice; names the key, the value and what to write.
         TypeError: for a value of the wrong type.
 
-    Example:
+    Examples:
         >>> terms = RegularizerConfig(preset="iclr2026", lambda_svd=0.0)
         >>> terms.resolved("nlg").temperature
         2.0
