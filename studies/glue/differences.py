@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..common.bootstrap import Interval, Weights, intervals
+from ..common.bootstrap import Interval, Weights, intervals, mean_of
 from .outcomes import METRICS, Metric, Outcomes
 
 REFERENCES = ("lora", "pissa")
@@ -22,14 +22,6 @@ class Key:
     metric: Metric
     method: str
     reference: str
-
-
-def mean_of(values: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Means over seeds [methods] that count so often, of those without NaN; NaN where none is left."""
-    known = ~np.isnan(values) * times
-    total = known.sum(axis=-1)
-    sums = (np.nan_to_num(values) * known).sum(axis=-1)
-    return np.divide(sums, total, out=np.full(total.shape, np.nan), where=total > 0)
 
 
 def differences(
