@@ -9,7 +9,7 @@ from ..schedules import Lambdas
 from .observed import Observed
 from .smoothing import RunningMean
 
-GAIN = 3.0  # log weight per relative error
+GAIN = 2.0  # log weight per relative error
 LOOSER, TIGHTER = -0.5, 1.0  # bounds of the relative error
 LEAST, MOST = 1e-3, 10.0  # bounds of weight x budget, over the task's loss when training began
 RANGE = 1e6  # where that ratio means nothing the weight stays within this factor of its start, both ways
@@ -22,7 +22,7 @@ class HeldDrift:
 
     With D the running mean of the measured drift and e = D / target - 1, bounded to -0.5 ... 1, each measurement does
 
-        log weight += 3 (e - e_before) + (3 / n) e
+        log weight += 2 (e - e_before) + (2 / n) e
 
     The sum over e is dual ascent on the multiplier of the constraint drift <= target; the difference damps it, for a
     drift answers its weight late (an optimizer has momentum), and the sum is slower than that answer, or the two swing.

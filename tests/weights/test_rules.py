@@ -46,8 +46,8 @@ def reference_weight(drifts, task, target, start, steps):
     for i in range(len(drifts)):
         error = max(min(mean_of(drifts[: i + 1], horizon) / target - 1, 1.0), -0.5)
         below = below + 1 if error == -0.5 else 0
-        sum_of = 3 / pace * error if error > -0.5 else -25 / steps * min(below / 10, 1.0)
-        weight = min(max(min(max(weight, low), high) * math.exp(3 * (error - before) + sum_of), low), high)
+        sum_of = 2 / pace * error if error > -0.5 else -25 / steps * min(below / 10, 1.0)
+        weight = min(max(min(max(weight, low), high) * math.exp(2 * (error - before) + sum_of), low), high)
         before = error
     return weight
 
