@@ -70,3 +70,15 @@ def test_what_acts_or_does_nothing_is_not_accused():
 def test_layers_that_a_yaml_leaves_out_reach_the_adapter(written):
     """Axolotl reads `lora_exclude_modules`, which its own schema drops."""
     assert load_cfg(str(written(lora_exclude_modules=["v_proj"]))).lora_exclude_modules == ["v_proj"]
+
+
+def test_targets_that_the_base_does_not_have_are_found_by_its_config(written, workspace, caplog):
+    """Before its weights are read: all of them is an error of the YAML, one of several is said."""
+    sentence = r"^lora_target_modules: q_prj matches nothing in LlamaForCausalLM: did you mean q_proj\?$"
+    with pytest.raises(SettingError, match=sentence):
+        load_cfg(str(written(lora_target_linear=None, lora_target_modules=["q_prj"])))
+    caplog.clear()
+    load_cfg(str(written(lora_target_linear=None, lora_target_modules=["v_proj", "v_prj"])))
+    assert [r.getMessage() for r in caplog.records if "matches nothing" in r.getMessage()] == [
+        "BA-LoRA: target_modules: v_prj matches nothing in LlamaForCausalLM: did you mean v_proj?"
+    ]
