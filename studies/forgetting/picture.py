@@ -1,6 +1,7 @@
 """Draws docs/images/drift.svg from the runs of the study: `python -m studies.forgetting.picture`.
 
-A point is a method after so many steps: its loss on the task, and how far its predictions there have moved.
+A point is a method after so many steps: its loss on the task, and how far its predictions there have moved, means over
+the seeds that there are.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..common import records
+from ..common.fronts import front
 from .cells import METHODS
-from .points import AXES, COST, Point, Points
+from .points import AXES, COST, Points
 
 RUNS = Path(__file__).parent / "runs"
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "drift.svg"
@@ -36,13 +40,12 @@ def words(method: str) -> str:
     return f"{start} + " + ", ".join(f"{word} {terms[key]:g}" for key, word in named.items() if terms.get(key))
 
 
-def curves(points: Points) -> dict[str, list[tuple[Point, float, float]]]:
-    """By method its points as (point, drift on the task, task loss): unscaled by step, then scaled down."""
+def curves(points: Points) -> dict[str, list[tuple[float, float]]]:
+    """By method its points as (drift on the task, task loss), by step, then scaled down."""
     drift, loss = (points.means(axis) for axis in (AXES[0], COST))
-    found: dict[str, list[tuple[Point, float, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for place in sorted(range(len(points.points)), key=lambda p: (-points.points[p].scale, points.points[p].step)):
-        point = points.points[place]
-        found.setdefault(point.method, []).append((point, float(drift[place]), float(loss[place])))
+        found.setdefault(points.points[place].method, []).append((float(drift[place]), float(loss[place])))
     return {name: found[name] for name in METHODS if name in found}
 
 
@@ -62,32 +65,28 @@ def draw(points: Points, path: Path) -> None:
         figure = Figure(figsize=(7.6, 4.2), layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
-        start = (0.0, points.of_base(COST))
-        axes.annotate("pre-trained", start, (10, 4), textcoords="offset points")
+        found = curves(points)
+        _rivals(axes, [name for name in found if METHODS[name].is_rival], found)
         colours = cycle(COLOURS)
-        for method, found in curves(points).items():
-            _one(axes, start, method, found, INK if METHODS[method].is_rival else next(colours))
-        axes.plot(*start, "D", color=INK)
+        for method in (name for name in found if not METHODS[name].is_rival):
+            axes.plot(*zip(*found[method], strict=True), "-o", color=next(colours), label=words(method))
         axes.set_xlabel("drift on the task: nats per token from the pre-trained model")
-        axes.set_ylabel("task loss: nats per token")
-        axes.set_xlim(left=-0.02)
+        axes.set_ylabel(f"task loss: nats per token (pre-trained: {points.of_base(COST):.2f})")
+        axes.set_xlim(left=0)
         axes.legend(frameon=False, labelcolor="linecolor", fontsize=10)
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasSVG(figure)
         figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
 
 
-def _one(
-    axes: Any, start: tuple[float, float], method: str, found: list[tuple[Point, float, float]], colour: str
-) -> None:
-    """A method's line over its steps; of a rival hollow marks where its adapter was scaled down afterwards."""
-    whole = [start, *((drift, loss) for point, drift, loss in found if point.scale == 1)]
-    scaled = [(drift, loss) for point, drift, loss in found if point.scale != 1]
-    line = "--" if METHODS[method].is_rival else "-"
-    axes.plot(*zip(*whole, strict=True), line, marker="o", color=colour, label=words(method))
-    if scaled:
-        label = f"{words(method)}, scaled down"
-        axes.plot(*zip(*scaled, strict=True), "o", color=colour, fillstyle="none", label=label)
+def _rivals(axes: Any, methods: Sequence[str], found: dict[str, list[tuple[float, float]]]) -> None:
+    """What has no term: a colour for all of it, and the front that it reaches together."""
+    places = [place for method in methods for place in found[method]]
+    best = front(np.array([(loss, drift) for drift, loss in places]))
+    names = [words(method) for method in methods]
+    label = "without terms: " + ";\n".join("; ".join(names[at : at + 2]) for at in range(0, len(names), 2))
+    axes.plot(*zip(*places, strict=True), "o", color=INK, fillstyle="none", label=f"{label};\nfewer steps, scaled down")
+    axes.plot(best[:, 1], best[:, 0], "--", color=INK, label="the best of them")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
