@@ -41,15 +41,16 @@ class Loader(yaml.SafeLoader):
 Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
 
 
-def navigation():
-    """The pages of the site's navigation."""
+def navigation(*sections):
+    """The pages of the site's navigation, of these sections or all."""
 
     def leaves(entry):
         if isinstance(entry, dict):
             return [leaf for value in entry.values() for leaf in leaves(value)]
         return [leaf for one in entry for leaf in leaves(one)] if isinstance(entry, list) else [entry]
 
-    return leaves(yaml.load(text_of(ROOT / "mkdocs.yml"), Loader)["nav"])
+    nav = yaml.load(text_of(ROOT / "mkdocs.yml"), Loader)["nav"]
+    return leaves([entry for entry in nav if not sections or set(sections) & set(entry)])
 
 
 def test_every_page_is_in_the_navigation_once():
@@ -114,9 +115,14 @@ def paragraphs(text):
     return [part for part in parts if part and not re.match(r"#|\||- |\d\. |<|!", part[0])]
 
 
-def test_the_readme_is_a_screen_and_a_half_of_short_paragraphs():
+def test_the_readme_is_a_screen_and_a_half():
     assert len(README.splitlines()) <= 130
-    assert [part for part in paragraphs(README) if len(part) > 5] == []
+
+
+def test_paragraphs_of_what_is_read_first_are_short():
+    guides = [DOCS / name for name in navigation("Start", "Use") if not name.startswith("notebooks/")]
+    for page in (ROOT / "README.md", *guides):
+        assert [part[0] for part in paragraphs(text_of(page)) if len(part) > 5] == [], page.name
 
 
 def texts_of(path):
