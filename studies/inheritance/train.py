@@ -37,7 +37,7 @@ class Sizes:
     probes: int = 60
     biased_steps: int = 200
     biased_batch: int = 8
-    biased_rate: float = 3e-4
+    biased_rate: float = 1e-3
     large_steps: int = 24
     large_batch: int = 4
     large_longest: int = 80
