@@ -1,4 +1,4 @@
-"""Every YAML of example_configs/: Axolotl's validation as on a GPU, its keys, and two steps on a tiny model of its kind.
+"""Every YAML of example_configs/: Axolotl's validation as on a GPU, its keys, two steps on a tiny model of its kind.
 
 A sample runs in `make test`; all of them in `make test-configs`.
 """
@@ -14,7 +14,8 @@ import yaml
 
 pytest.importorskip("axolotl")
 pytest.importorskip("PIL")
-jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("jsonschema")
+import jsonschema
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from multimodal import FAMILIES
@@ -52,6 +53,7 @@ def no_plugins(monkeypatch):
     monkeypatch.setattr("sys.argv", ["axolotl"])
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", type(PluginManager.get_instance().plugins)())
 
+
 def test_every_base_model_has_its_shapes():
     assert {values["base_model"] for values in YAMLS.values()} == BASES.keys()
     for values in YAMLS.values():
@@ -67,7 +69,7 @@ class ByName(GenerateJsonSchema):
 
 @pytest.fixture(scope="module")
 def schema():
-    """Axolotl's own schema with that of `balora axolotl schema`, in which no object takes a key that it does not name."""
+    """Axolotl's own schema with `balora axolotl schema`; no object takes a key that it does not name."""
     known = AxolotlInputConfig.model_json_schema(schema_generator=ByName)
     for part in (known, *known["$defs"].values()):
         if "properties" in part:
