@@ -1,6 +1,6 @@
 """Learning rate, rank and lambda_consistency by the Trainer's own hyperparameter_search: pip install optuna, and
 
-    make quickstart   (once: the tiny model and its data; else --base, --data: JSON lines of prompt, completion)
+    make quickstart   (once: model and data; else --base, --data: JSON lines of prompt and completion)
     python example_configs/sweeps/with_optuna.py --trials 8
     python -m studies.sweeps outputs/optuna/run-* --x learning_rate --output outputs/sweep
 

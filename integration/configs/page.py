@@ -17,9 +17,9 @@ EXAMPLES = ROOT / "example_configs"
 PAGE = EXAMPLES / "README.md"
 _INTRODUCTION = """# Examples
 
-A YAML for Axolotl is one command: `axolotl train FILE`, or what its first lines say. Data come from the hub; a local
-copy takes its place with `path: FILE.jsonl` and `ds_type: json`. Every YAML here is held against Axolotl's own schema and
-validation, and trained for two steps with a tiny model of the same architecture over a few rows of the same columns
+One command each: `axolotl train FILE`, or what its first lines say. Data come from the hub; a local copy takes its
+place with `path: FILE.jsonl` and `ds_type: json`. Every YAML here is held against Axolotl's own schema and validation,
+and trained for two steps with a tiny model of the same architecture over a few rows of the same columns
 (`make test-configs`). None but the quickstart's has been run at full size.
 
 *Memory* is what tensors take on one GPU at the fullest moment of a step, counted from the model's shapes by
