@@ -25,6 +25,7 @@ from balora_plugin.hosts.axolotl import starter
 
 from . import yaml_survey
 from .axolotl_run import history, run
+from .configs import page
 from .configs.bases import BASES, config_of
 from .configs.tiny import FIRST, QUESTIONS, ROWS, script_of, swapped
 
@@ -65,6 +66,15 @@ class ByName(GenerateJsonSchema):
 
     def enum_schema(self, schema):
         return {"enum": [*(str(member.value) for member in schema["members"]), *schema["cls"].__members__]}
+
+
+def test_the_list_has_every_yaml_as_it_is():
+    """`python -m integration.configs` writes it; what was counted is not counted again here."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    for name, values in page.trainings().items():
+        assert page.row(name, values, None).removesuffix(" |") in text, name
+    for name, first in page.others().items():
+        assert f"| [`{name}`]({name}) | {first} |" in text, name
 
 
 @pytest.fixture(scope="module")
