@@ -18,7 +18,7 @@ NEWEST = .venv-newest/bin/python
 NEWEST_TORCH = .venv-newest-torch/bin/python
 DOCS = .venv-docs/bin/python
 
-.PHONY: quickstart quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models lint clean
+.PHONY: quickstart quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs lint clean
 
 quickstart: .venv-axolotl/.ready
 	$(PINS) -m studies.quickstart
@@ -43,19 +43,19 @@ lint: .venv-axolotl/.ready
 	$(PINS) -m mypy
 
 test-pins: .venv-axolotl/.ready
-	$(THREADS) $(PINS) $(PYTEST) -m "not models and not long" integration tests
+	$(THREADS) $(PINS) $(PYTEST) -m "not models and not configs and not long" integration tests
 
 # only what touches the hosts runs again (pure maths does not depend on them), the slow tests on the first set alone
 test-newest: .venv-newest/.ready
-	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow and not long and not models" integration tests
+	$(THREADS) $(NEWEST) $(PYTEST) -m "hosts and not slow and not long and not models and not configs" integration tests
 
 # before a release: the newest set on the newest torch (from PyPI, with CUDA)
 test-newest-torch: .venv-newest-torch/.ready
-	$(THREADS) $(NEWEST_TORCH) $(PYTEST) -m "hosts and not slow and not long and not models" integration tests
+	$(THREADS) $(NEWEST_TORCH) $(PYTEST) -m "hosts and not slow and not long and not models and not configs" integration tests
 
 # before a release: the lower bounds of pyproject.toml really are bounds (their torch comes from PyPI, with CUDA)
 test-lowest: .venv-lowest/.ready
-	$(THREADS) $(LOWEST) $(PYTEST) -m "hosts and not slow and not long and not models" tests
+	$(THREADS) $(LOWEST) $(PYTEST) -m "hosts and not slow and not long and not models and not configs" tests
 
 # before a release: what takes most of a minute and has a quicker test of its kind in `make test`
 test-long: .venv-axolotl/.ready
@@ -69,6 +69,10 @@ test-release: .venv-axolotl/.ready
 test-models: .venv-axolotl/.ready
 	$(THREADS) $(PINS) -m integration.models
 	$(THREADS) $(PINS) $(PYTEST) -m models -k axolotl integration/test_models.py
+
+# every YAML of example_configs/: validation as on a GPU, and two steps on a tiny model of its kind, in one process
+test-configs: .venv-axolotl/.ready
+	$(THREADS) $(PINS) -m pytest integration/test_configs.py integration/test_paper_scripts.py integration/test_sweeps.py
 
 .venv/.ready: requirements/quickstart.txt pyproject.toml
 	$(call environment,.venv,-r requirements/quickstart.txt)

@@ -1,4 +1,4 @@
-"""Every YAML of example_configs/: Axolotl's validation as on a GPU, its keys, and two steps on a tiny model of its kind.
+"""Every YAML of example_configs/: Axolotl's validation as on a GPU, its keys, two steps on a tiny model of its kind.
 
 A sample runs in `make test`; all of them in `make test-configs`.
 """
@@ -14,7 +14,8 @@ import yaml
 
 pytest.importorskip("axolotl")
 pytest.importorskip("PIL")
-jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("jsonschema")
+import jsonschema
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from multimodal import FAMILIES
@@ -24,6 +25,7 @@ from balora_plugin.hosts.axolotl import starter
 
 from . import yaml_survey
 from .axolotl_run import history, run
+from .configs import page
 from .configs.bases import BASES, config_of
 from .configs.tiny import FIRST, QUESTIONS, ROWS, script_of, swapped
 
@@ -52,6 +54,7 @@ def no_plugins(monkeypatch):
     monkeypatch.setattr("sys.argv", ["axolotl"])
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", type(PluginManager.get_instance().plugins)())
 
+
 def test_every_base_model_has_its_shapes():
     assert {values["base_model"] for values in YAMLS.values()} == BASES.keys()
     for values in YAMLS.values():
@@ -65,9 +68,18 @@ class ByName(GenerateJsonSchema):
         return {"enum": [*(str(member.value) for member in schema["members"]), *schema["cls"].__members__]}
 
 
+def test_the_list_has_every_yaml_as_it_is():
+    """`python -m integration.configs` writes it; what was counted is not counted again here."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    for name, values in page.trainings().items():
+        assert page.row(name, values, None).removesuffix(" |") in text, name
+    for name, first in page.others().items():
+        assert f"| [`{name}`]({name}) | {first} |" in text, name
+
+
 @pytest.fixture(scope="module")
 def schema():
-    """Axolotl's own schema with that of `balora axolotl schema`, in which no object takes a key that it does not name."""
+    """Axolotl's own schema with `balora axolotl schema`; no object takes a key that it does not name."""
     known = AxolotlInputConfig.model_json_schema(schema_generator=ByName)
     for part in (known, *known["$defs"].values()):
         if "properties" in part:

@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("axolotl")
 from balora_plugin import BaLoraConfig, RegularizerConfig, get_ba_lora_model
+from balora_plugin.memory.estimate import GIB
 
-from .configs.counted import base_head, flop_a_token, gpu_hours
+from .configs.bases import BASES, Base
+from .configs.counted import at_layers, base_head, counted, flop_a_token, gpu_hours
 from .models.families import VOCABULARY, tiny
 
 ROWS, LENGTH = 2, 24
@@ -47,6 +49,23 @@ def test_flop_are_pytorchs(family, teacher, checkpointing):
     assert flop_a_token(model, {}, work) == pytest.approx(
         flop_of(model, teacher=teacher, checkpointing=checkpointing), rel=0.05
     )
+
+
+def test_bytes_and_flop_are_linear_in_the_layers(monkeypatch):
+    """So that models of few layers say what one of many takes."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "vocab_size": 96}
+    base = Base("llama", {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2})
+    monkeypatch.setitem(BASES, "tiny", base)
+    values = {"base_model": "tiny", "adapter": "ba_lora", "lora_r": 4, "lora_alpha": 4, "lora_target_linear": True}
+    values |= {
+        "sequence_len": 32,
+        "micro_batch_size": 2,
+        "gradient_checkpointing": True,
+        "ba_lora": {"preset": "paper"},
+    }
+    found, whole = counted(values), at_layers(values, 7)
+    assert found.gib * GIB == pytest.approx(whole.held + max(whole.passing.values()), rel=0.01)
+    assert found.flop == pytest.approx(whole.flop, rel=1e-6)
 
 
 def test_hours():

@@ -56,7 +56,9 @@ def test_it_trains(method, tmp_path):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(kept))
     read = SCRIPT["read"](str(tmp_path / "small.yaml"), method, "all")
     data = SCRIPT["rows"](read)
-    assert len(data) == FIRST and data[0]["prompt"].endswith("\n\n### Instruction:\nWhat is 0 plus 0?\n\n### Response: ")
+    assert len(data) == FIRST and data[0]["prompt"].endswith(
+        "\n\n### Instruction:\nWhat is 0 plus 0?\n\n### Response: "
+    )
     trainer = BaLoraSFTTrainer(
         model=read["base_model"],
         args=SCRIPT["arguments"](read, use_cpu=True, report_to=[], save_strategy="no"),
@@ -120,5 +122,5 @@ def test_deepseek_moe_is_the_same_function_as_a_native_class(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(native(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
     other = {**sizes, **heads, **theirs, "scoring_func": "sigmoid"}
-    with pytest.raises(ValueError, match="scoring_func: 'sigmoid' in config.json"):
+    with pytest.raises(ValueError, match=r"scoring_func: 'sigmoid' in config.json"):
         script["as_ernie"](other)

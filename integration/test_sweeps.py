@@ -38,7 +38,7 @@ def test_every_run_of_the_papers_sweeps_is_valid(path, monkeypatch):
 
 
 def test_axolotls_sweep_and_the_table(written, tmp_path, capsys):
-    """The example's sweep over a small YAML: Axolotl writes the runs' YAMLs, each is trained as `axolotl train` does."""
+    """The example's sweep over a small YAML: Axolotl writes the runs' YAMLs, each is trained as by `axolotl train`."""
     pytest.importorskip("axolotl")
     from axolotl.cli.utils.train import generate_config_files
 
@@ -47,7 +47,9 @@ def test_axolotls_sweep_and_the_table(written, tmp_path, capsys):
     sweep = yaml.safe_load((EXAMPLES / "sweeps" / "quickstart.yaml").read_text(encoding="utf-8"))
     few = {"ba_lora": sweep["ba_lora"][1:], "_": sweep["_"][:2]}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(few))
-    path = written(max_steps=2, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, val_set_size=4)
+    path = written(
+        max_steps=2, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, val_set_size=4
+    )
     outputs = []
     for name, _ in generate_config_files(str(path), str(tmp_path / "sweep.yaml")):
         outputs.append(run(name).args.output_dir)
@@ -63,7 +65,7 @@ def test_axolotls_sweep_and_the_table(written, tmp_path, capsys):
     assert (tmp_path / "together" / "sweep.png").stat().st_size > 5000
     with pytest.raises(SystemExit):
         main([*outputs, "--published", "gsm8k"])
-    with pytest.raises(ValueError, match="does not say its lambda_consistency|has no accuracy"):
+    with pytest.raises(ValueError, match=r"does not say its lambda_consistency|has no accuracy"):
         points(read_runs(outputs), "rank", "accuracy")
 
 

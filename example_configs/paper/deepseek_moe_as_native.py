@@ -30,10 +30,10 @@ EXPECTED = {
     "rope_scaling": None,
 }
 SAME = (
-    "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps vocab_size tie_word_embeddings bos_token_id "
-    "eos_token_id"
-).split()
+    *("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+)
 
 
 def as_ernie(config: dict[str, Any]) -> dict[str, Any]:

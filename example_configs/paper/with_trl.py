@@ -1,7 +1,8 @@
 """The paper's YAMLs with TRL: python example_configs/paper/with_trl.py example_configs/paper/llama2-7b.yaml
 
---method full, lora, pissa or dora trains a baseline, --terms none, consistency, diversity or svd an ablation, as the keys
-of the `ba_lora:` block do in Axolotl. Several GPUs: accelerate launch --config_file example_configs/accelerate/fsdp2.yaml.
+--method full, lora, pissa or dora trains a baseline, --terms none, consistency, diversity or svd an ablation, as the
+keys of the `ba_lora:` block do in Axolotl. Several GPUs:
+accelerate launch --config_file example_configs/accelerate/fsdp2.yaml.
 """
 
 from __future__ import annotations

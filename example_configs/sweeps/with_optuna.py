@@ -1,11 +1,11 @@
 """Learning rate, rank and lambda_consistency by the Trainer's own hyperparameter_search: pip install optuna, and
 
-    make quickstart   (once: the tiny model and its data; or --base and --data, JSON lines of prompt and completion)
+    make quickstart   (once: model and data; else --base, --data: JSON lines of prompt and completion)
     python example_configs/sweeps/with_optuna.py --trials 8
     python -m studies.sweeps outputs/optuna/run-* --x learning_rate --output outputs/sweep
 
-Rank and weight are no TrainingArguments, so `model_init`, which gets the trial, asks it for them. With Ray Tune it gets a
-dictionary in the trial's place: backend="ray", and the same names in its hp_space.
+Rank and weight are no TrainingArguments, so `model_init`, which gets the trial, asks it for them. With Ray Tune it
+gets a dictionary in its place: backend="ray", and the same names in its hp_space.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Every YAML of example_configs/: the shapes of its base model, a tiny one in its place, and the pages that list them."""
+"""Every YAML of example_configs/: its base model's shapes, a tiny one in its place, the page that lists them."""

@@ -6,6 +6,7 @@ are the published ones from memory; `certain` is False where one may be another.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,9 @@ class Base:
     certain: bool = True
 
 
-def _decoder(hidden: int, inner: int, layers: int, heads: tuple[int, int], vocabulary: int, **more: Any) -> dict[str, Any]:
+def _decoder(
+    hidden: int, inner: int, layers: int, heads: tuple[int, int], vocabulary: int, **more: Any
+) -> dict[str, Any]:
     """The sizes of a decoder; `heads`: of queries, and of keys and values."""
     return {
         "hidden_size": hidden,
@@ -114,9 +117,7 @@ BASES: dict[str, Base] = {
         },
         certain=False,
     ),
-    "mistralai/Mistral-Small-24B-Base-2501": Base(
-        "mistral", _decoder(5120, 32768, 40, (32, 8), 131072, head_dim=128)
-    ),
+    "mistralai/Mistral-Small-24B-Base-2501": Base("mistral", _decoder(5120, 32768, 40, (32, 8), 131072, head_dim=128)),
     "openai/gpt-oss-20b": Base(
         "gpt_oss",
         _decoder(2880, 2880, 24, (64, 8), 201088, head_dim=64, num_local_experts=32, num_experts_per_tok=4),
@@ -124,14 +125,23 @@ BASES: dict[str, Base] = {
 }
 
 
-def config_of(cfg: Any) -> PretrainedConfig:
+def config_of(cfg: Any, layers: int | None = None) -> PretrainedConfig:
     """Returns the config of a YAML's base model, as `axolotl.loaders.utils.load_model_config` would.
+
+    Args:
+        cfg: The YAML.
+        layers: How many layers, in the place of all.
 
     Raises:
         KeyError: the base model stands in no table here.
     """
     base = BASES[str(cfg["base_model"])]
-    config = AutoConfig.for_model(base.kind, **base.values)
+    values = copy.deepcopy(base.values)
+    if layers is not None:
+        sizes = values.get("text_config", values)
+        sizes["n_layer" if "n_layer" in sizes else "num_hidden_layers"] = layers
+        sizes.pop("num_kv_shared_layers", None)
+    config = AutoConfig.for_model(base.kind, **values)
     if cfg.get("num_labels"):
         config.num_labels = cfg["num_labels"]
     for key, value in (cfg.get("overrides_of_model_config") or {}).items():

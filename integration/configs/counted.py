@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -32,26 +32,58 @@ class Counted:
     flop: float
 
 
+class _Size(NamedTuple):
+    """What a model with some number of layers takes: bytes held, bytes beside them by moment, one layer's, FLOP."""
+
+    held: float
+    passing: dict[str, float]
+    layer: int
+    flop: float
+
+
 def counted(values: dict[str, Any]) -> Counted:
-    """Returns what a YAML's training takes.
+    """Returns what a YAML's training takes, from two models of few layers: all of it is linear in their number.
 
     Raises:
         ValueError: its model cannot be made of shapes alone.
     """
     gpus = 8 if values.get("fsdp_config") or str(values.get("deepspeed")).endswith("zero3.json") else 1
+    layers, period = layers_of(values)
+    few, more = at_layers(values, 2 * period), at_layers(values, 3 * period)
+
+    def extended(low: float, high: float) -> float:
+        return low + (high - low) * (layers - 2 * period) / period
+
+    passing = max(extended(few.passing[moment], more.passing[moment]) for moment in few.passing)
+    if gpus > 1:  # a layer is whole while it computes, and the next one on its way
+        passing += 2 * few.layer
+    return Counted((extended(few.held, more.held) / gpus + passing) / GIB, gpus, extended(few.flop, more.flop))
+
+
+def layers_of(values: dict[str, Any]) -> tuple[int, int]:
+    """Returns how many layers the base model has, and after how many their kinds repeat."""
+    config = config_of(values).get_text_config()
+    kinds = list(getattr(config, "layer_types", None) or [])
+    period = next((n for n in range(1, 9) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False))), 1)
+    return config.num_hidden_layers, period
+
+
+def at_layers(values: dict[str, Any], layers: int) -> _Size:
+    """Returns what it takes with so many layers."""
     given = {**spelled_out(values), "gradient_checkpointing": _checkpoints(values)}
-    with mock.patch.object(workload, "load_model_config", config_of):
+    with mock.patch.object(workload, "load_model_config", lambda cfg: config_of(cfg, layers)):
         case = workload.case_of(given)
         found = case.estimate()
-    held = found.weights + found.frozen_factors + found.trained + found.optimizer + found.gradients
-    passing = found.activations + found.terms
-    if gpus > 1:  # a layer is whole while it computes, and the next one on its way
-        passing += 2 * _largest_layer(case.twin.base)
-    return Counted((held / gpus + passing) / GIB, gpus, flop_a_token(case.twin.model, given, case.work))
+    held = found.weights + found.frozen_factors + found.trained + found.optimizer
+    passing = {moment: float(total - held) for moment, total in found.by_moment.items()}
+    layer = _largest_layer(case.twin.base)
+    return _Size(held, passing, layer, flop_a_token(case.twin.model, given, case.work))
 
 
 def _checkpoints(values: dict[str, Any]) -> bool:
-    return bool(values.get("gradient_checkpointing") or (values.get("fsdp_config") or {}).get("activation_checkpointing"))
+    return bool(
+        values.get("gradient_checkpointing") or (values.get("fsdp_config") or {}).get("activation_checkpointing")
+    )
 
 
 def _largest_layer(base: nn.Module) -> int:

@@ -17,9 +17,9 @@ EXAMPLES = ROOT / "example_configs"
 PAGE = EXAMPLES / "README.md"
 _INTRODUCTION = """# Examples
 
-A YAML for Axolotl is one command: `axolotl train FILE`, or what its first lines say. Data come from the hub; a local copy
-takes its place with `path: FILE.jsonl` and `ds_type: json`. Every YAML here is held against Axolotl's own schema and
-validation, and trained for two steps with a tiny model of the same architecture over a few rows of the same columns
+One command each: `axolotl train FILE`, or what its first lines say. Data come from the hub; a local copy takes its
+place with `path: FILE.jsonl` and `ds_type: json`. Every YAML here is held against Axolotl's own schema and validation,
+and trained for two steps with a tiny model of the same architecture over a few rows of the same columns
 (`make test-configs`). None but the quickstart's has been run at full size.
 
 *Memory* is what tensors take on one GPU at the fullest moment of a step, counted from the model's shapes by
@@ -40,7 +40,7 @@ _REST = """
 | file | what |
 |---|---|
 | [`paper/with_trl.py`](paper/with_trl.py) | the paper's YAMLs with TRL, methods and ablations by an option |
-| [`paper/deepseek_moe_as_native.py`](paper/deepseek_moe_as_native.py) | DeepSeek-MoE-16B as a class that transformers has |
+| [`paper/deepseek_moe_as_native.py`](paper/deepseek_moe_as_native.py) | DeepSeek-MoE-16B as a native class |
 | [`trl_llama2_7b_metamath.py`](trl_llama2_7b_metamath.py) | LLaMA-2-7B with TRL, its settings in Python |
 """
 
@@ -73,7 +73,8 @@ def data_of(values: Mapping[str, Any]) -> str:
     words = []
     for entry in values["datasets"]:
         first = cut.search(str(entry.get("split")))
-        words.append(f"{entry['path']}{f' ({entry['name']})' if 'name' in entry else ''}{f', first {first[1]}' if first else ''}")
+        part = f" ({entry['name']})" if "name" in entry else ""
+        words.append(f"{entry['path']}{part}" + (f", first {first[1]}" if first else ""))
     return "; ".join(words)
 
 
@@ -98,7 +99,12 @@ def page(counts: Mapping[str, Counted | None]) -> str:
     """Returns the page; `counts`: by path, None where nothing was counted."""
     lines = [_INTRODUCTION]
     for folder, title in _SECTIONS.items():
-        lines += [f"## {title}", "", "| YAML | model | data | method | hardware | memory |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"## {title}",
+            "",
+            "| YAML | model | data | method | hardware | memory |",
+            "|---|---|---|---|---|---|",
+        ]
         for name, values in trainings().items():
             if (Path(name).parent.as_posix()) == folder:
                 lines.append(row(name, values, counts.get(name)))

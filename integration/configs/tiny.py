@@ -25,7 +25,7 @@ _PACKED = ("model_quantization_config", "model_quantization_config_kwargs")  # a
 PROCESSED = {"gemma3": "<start_of_image>"}  # kinds with a processor that needs no torchvision -> where its image goes
 QUESTIONS = {
     "latin": ("What is {0} plus {0}?", "It is {1}, of course."),
-    "chinese": ("{0} 加 {0} 等于多少？", "答案是 {1}。"),
+    "chinese": ("{0} 加 {0} 等于多少", "答案是 {1}。"),
 }
 
 
@@ -141,7 +141,9 @@ def _row(entry: dict[str, Any], values: dict[str, Any], i: int, folder: Path) ->
     else:
         said = [("user", question), ("assistant", answer)]
     names = entry.get("message_property_mappings") or {"role": "role", "content": "content"}
-    return {entry.get("field_messages", "messages"): [{names["role"]: who, names["content"]: what} for who, what in said]}
+    return {
+        entry.get("field_messages", "messages"): [{names["role"]: who, names["content"]: what} for who, what in said]
+    }
 
 
 def _picture(folder: Path) -> str:

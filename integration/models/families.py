@@ -130,7 +130,7 @@ PAPER = {
     "Mistral-7B-v0.1": "mistral",
     "Gemma-7B": "gemma",
     "Qwen1.5-7B": "qwen2",
-    "DeepSeek-MoE-16B (as the converted V2 class)": "deepseek_v2",
+    "DeepSeek-MoE-16B (as example_configs/paper/deepseek_moe_as_native.py writes it)": "ernie4_5_moe",
     "Mixtral-8x7B-v0.1": "mixtral",
     "GPT-2-XL": "gpt2",
     "BERT-large": "bert",
