@@ -59,7 +59,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
             `teacher_model`, or a `teacher_cache` filled before the first step). Overrides the adapter config's.
         teacher_model: An explicit second model as teacher, in eval mode. Not needed with an adapter.
 
-    Logs the keys of [`log_keys.LOG_KEYS`], with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone,
+    Logs the keys of `balora_plugin.training.log_keys`, with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone,
     in the form that label_smoothing_factor and loss_type ask for; evaluation measures every configured term, at its
     full weight whatever the schedule.
 
