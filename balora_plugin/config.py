@@ -16,9 +16,9 @@ PRESETS = ("paper", "iclr2026")
 TERMS = ("consistency", "diversity", "svd")
 
 # What the starter, a migrated YAML and docs/choose.md write for a language model: on SmolLM2-135M the consistency term
-# alone at 0.3 halves the drift on the task at nearly its loss, and the other two do not act at any published weight. A
-# later study may change it here.
+# alone at 0.3 halves the drift on the task at nearly its loss, and the other two do not act at any published weight.
 RECOMMENDED = {"lambda_consistency": 0.3, "lambda_diversity": 0.0, "lambda_svd": 0.0}
+SEARCHED = {"lambda_consistency": 1.0, "consistency": "kl"}  # with drift_target: a start, and the budget's own form
 RECOMMENDED_RATE = 1e-4  # of AdamW, for a PiSSA start with alpha = r; `python -m benchmarks.first_norms` measures it
 
 _OTHER_NAMES = {  # the paper's numbers and letters, and what a term is made of
@@ -63,7 +63,7 @@ class RegularizerConfig:
         ValueError: for a value out of range or an unknown choice; names the key, the value and what to write.
         TypeError: for a value of the wrong type.
 
-    Example:
+    Examples:
         >>> terms = RegularizerConfig(preset="iclr2026", lambda_svd=0.0)
         >>> terms.resolved("nlg").temperature
         2.0
@@ -201,7 +201,7 @@ class RegularizerConfig:
         minimum=0.0,
         exclusive=True,
         help="Hold the model at this distance from the pre-trained one, in nats per counted token (sample), KL(teacher "
-        "|| student) at T = 1: lambda_consistency is found while training, and is 1 at the start where it is left out.",
+        "|| student) at T = 1: lambda_consistency is found while training, from 1; `consistency` left out is `kl`.",
     )
     balance: Mapping[str, float] | None = setting(
         "numbers",
@@ -352,8 +352,8 @@ class RegularizerConfig:
             known.check_family(name, value, task)
             if value is None:
                 filled[name] = known.preset_value(self.preset, task)
-        if self.drift_target is not None and self.lambda_consistency is None:
-            filled["lambda_consistency"] = 1.0  # where the search begins: a preset's is for a weight that stays
+        if self.drift_target is not None:
+            filled |= {name: SEARCHED[name] for name in SEARCHED.keys() & filled.keys()}
         whole = dataclasses.replace(self, task=task, **filled)
         whole._check_cache_at_one()
         return whole

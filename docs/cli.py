@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -28,19 +28,23 @@ def help_of(*words: str) -> str:
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100"
     try:
-        with redirect_stdout(said), suppress(SystemExit):
+        with redirect_stdout(said):
             main([*words, "--help"])
     finally:
         os.environ.pop("COLUMNS") if before is None else os.environ.__setitem__("COLUMNS", before)
     return said.getvalue().strip()
 
 
+def names() -> list[str]:
+    """The subcommands."""
+    group = command_line()
+    return group.list_commands(click.Context(group))
+
+
 def page() -> str:
     """The whole text of docs/cli.md: a section a subcommand."""
-    group = command_line()
-    names = group.list_commands(click.Context(group))
     parts = [HEAD, f"```text\n{help_of()}\n```\n"]
-    parts += [f"## balora {name}\n\n```text\n{help_of(name)}\n```\n" for name in names]
+    parts += [f"## balora {name}\n\n```text\n{help_of(name)}\n```\n" for name in names()]
     return "\n".join(parts)
 
 

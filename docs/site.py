@@ -40,8 +40,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Points a page's relative links at where their files stand in the site."""
+    """Points relative links at where their files stand in the site; a column with nothing in it is left out."""
     source = source_of(page.file.src_uri)
+    empty = [name for name, is_so in (("navigation", page.is_homepage), ("toc", "\n## " not in markdown)) if is_so]
+    page.meta.setdefault("hide", empty)
 
     def pointed(link: re.Match[str]) -> str:
         target = Path(os.path.normpath(source.parent / link[2]))
@@ -52,6 +54,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return link[1] + place
 
     return _LINK.sub(pointed, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Takes the brackets off names that docstrings refer to as [`name`]."""
+    return re.sub(r"\[(<code>[^<]+</code>)\]", r"\1", html)
 
 
 def place_of(path: Path) -> str:
@@ -86,7 +93,7 @@ def page_of(notebook: Path) -> str:
         text = "".join(cell["source"])
         if cell["cell_type"] == "code":
             shell = text.startswith("!")
-            text = f"```{'console' if shell else 'python'}\n{re.sub('^!', '$ ', text, flags=re.M)}\n```"
+            text = f"```{'bash' if shell else 'python'}\n{re.sub('^!', '', text, flags=re.M)}\n```"
         parts.append(text)
     parts.insert(1, f"The notebook is `docs/notebooks/{notebook.name}` in the repository.")
     return "\n\n".join(parts) + "\n"

@@ -64,12 +64,12 @@ def history(trainer, key):
     return [row[key] for row in trainer.state.log_history if key in row and "loss" in row]
 
 
-def replayed(drifts, target, start, steps):
-    """The weight of each step, from the drifts of those before; None: a step that measured none."""
+def replayed(rows, target, start, steps):
+    """The weight of each step, from what those before have logged; a step that met no teacher has no drift."""
     rule, found = HeldDrift(target, start, steps), []
-    for value in drifts:
+    for row in rows:
         found.append(rule.weight)
-        rule.observe(Observed(drift=value))
+        rule.observe(Observed(drift=row.get("balora/drift"), task=row["balora/task"]))
     return found
 
 
@@ -88,7 +88,7 @@ def test_a_weight_follows_the_drift_of_the_steps_before(settings, tmp_path, toke
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     drifts = [row.get("balora/drift") for row in rows]  # None where no micro-batch of a step met the teacher
-    weights = replayed(drifts, 0.01, terms.lambda_consistency or 1.0, 6)
+    weights = replayed(rows, 0.01, terms.lambda_consistency or 1.0, 6)
     assert [row["balora/lambda_consistency"] for row in rows] == pytest.approx(weights, rel=1e-6)
     assert (None in drifts) == (terms.teacher_interval == 3)
     drifts = [value for value in drifts if value is not None]
@@ -223,8 +223,9 @@ def test_a_classifier(settings, tmp_path):
     assert weights[0] == weights[1] == (1.0 if terms.drift_target else 1e-4)  # the head alone at first: no teacher
     assert len(set(weights[1:])) == 4
     if terms.drift_target is not None:
-        drifts = history(trainer, "balora/drift")
-        assert weights[1:] == pytest.approx(replayed(drifts, 0.05, 1.0, 5), rel=1e-6)
+        rows = [row for row in trainer.state.log_history if "balora/drift" in row]
+        assert weights[1:] == pytest.approx(replayed(rows, 0.05, 1.0, 5), rel=1e-6)
+        assert trainer.ba_lora.consistency == "kl"
 
 
 def test_a_regression_has_no_entropy(tmp_path):

@@ -11,8 +11,9 @@ import torch
 from classifiers import classifier
 from models import character_tokenizer
 
+from studies.common import encoder
 from studies.encoder import __main__ as command
-from studies.encoder import data, encoder, table, train
+from studies.encoder import data, table, train
 from studies.encoder.data import CLASSES, Sample
 from studies.encoder.train import Seen, Sizes
 from studies.quickstart import corpus

@@ -250,3 +250,12 @@ def test_weights_that_set_themselves_replace_lambdas_alone():
     assert RegularizerConfig(drift_target=0.1, lambda_consistency=0.3).resolved("nlg").lambda_consistency == 0.3
     assert RegularizerConfig.from_dict(own.to_dict()) == own
     assert (own.holds("consistency"), own.holds("diversity")) == ("held at a drift of 0.1", None)
+
+
+def test_a_budget_in_nats_is_of_a_term_in_nats():
+    """A preset's squared difference of unit rows has none; what is written stays."""
+    assert RegularizerConfig().resolved("nlu").consistency == "mse"
+    found = RegularizerConfig(drift_target=0.1).resolved("nlu")
+    assert (found.consistency, found.temperature) == ("kl", 1.0)
+    assert RegularizerConfig(drift_target=0.1, consistency="mse").resolved("nlu").consistency == "mse"
+    assert RegularizerConfig(drift_target=0.1, preset="iclr2026").resolved("nlu").temperature == 2.0

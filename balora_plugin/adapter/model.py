@@ -31,6 +31,7 @@ from .saved.stock import stock_config, to_stock_state_dict
 from .saved.writing import check_finite, write_side_files
 from .start.full_precision import full_precision_of
 from .start.layers import start_layers
+from .target_names import check_names
 from .targets import check_targets, expert_dropout_explained, fill_targets, injected_config, injected_layers
 from .towers import leave_towers_out
 from .unasked import say_unasked_terms
@@ -275,6 +276,8 @@ class BaLoraModelMixin(_Base):
         start: bool,
     ) -> None:
         config = copy.deepcopy(config)
+        if start:
+            check_names(config, self.get_base_model())
         fill_targets(config, self.get_base_model())
         if start:
             leave_towers_out(config, self.get_base_model())
@@ -364,6 +367,8 @@ def build(
     """
     check_peft_version()
     config = copy.deepcopy(config)
+    if start:
+        check_names(config, model)
     fill_targets(config, model)
     if start:  # an adapter from a file says by itself what it stands on
         leave_towers_out(config, model)

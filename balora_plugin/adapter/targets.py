@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ..pretrained.classifier_head import DEFAULT_TARGETS, with_head
 from .config import BaLoraConfig
 from .delta import PEFT_PREFIX, is_supported_layer, refused_by_peft, split_name
+from .excluding import exclude
 
 
 def fill_targets(config: BaLoraConfig, model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def fill_targets(config: BaLoraConfig, model: nn.Module) -> None:
     """
     with_head(config, model)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        _exclude(config, beyond_all_linear(model))
+        exclude(config, beyond_all_linear(model))
         return
     if config.target_modules is not None or config.target_parameters:
         return
@@ -70,17 +70,6 @@ def gives_its_product(layer: nn.Module) -> bool:
     except RuntimeError:
         return False
     return isinstance(found, torch.Tensor) and found.shape == (1, layer.out_features)
-
-
-def _exclude(config: BaLoraConfig, leaves: list[str]) -> None:
-    """Adds modules, by their last names, to those that a config (in place) leaves out."""
-    given = config.exclude_modules
-    if not leaves:
-        return
-    if isinstance(given, str):  # a pattern of whole names
-        config.exclude_modules = rf"(?:{given})|(?:.*\.)?(?:{'|'.join(map(re.escape, leaves))})"
-    else:
-        config.exclude_modules = sorted({*(given or ()), *leaves})
 
 
 def injected_config(config: BaLoraConfig) -> LoraConfig:

@@ -12,6 +12,8 @@ from transformers.utils import logging
 
 from ..pretrained.backbone import beside_the_language_model, is_multimodal
 from .config import BaLoraConfig
+from .excluding import any_of, exclude, excluded_pattern
+from .target_names import takes
 
 logger = logging.get_logger(__name__)
 
@@ -29,21 +31,21 @@ def leave_towers_out(config: BaLoraConfig, model: Any) -> None:
     wanted = config.target_modules
     if not towers or (isinstance(wanted, str) and wanted.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND):
         return
-    own = _as_pattern(config.exclude_modules)
+    own = excluded_pattern(config.exclude_modules)
     modules = {name: module for name, module in model.named_modules() if not (own and re.fullmatch(own, name))}
     there = [name for name in modules if _is_inside(name, towers)]
     if isinstance(wanted, str):
         left_out = [name for name in there if isinstance(modules[name], nn.Linear)]
-        pattern = rf"(?:{_any_of(towers)})(?:\..*)?"
+        pattern = rf"(?:{any_of(towers)})(?:\..*)?"
     else:
         here = [name for name in modules if not _is_inside(name, towers)]
         asked = sorted(wanted or _defaults(model))
-        shared = [name for name in asked if any(_ends(full, name) for full in here)]
+        shared = [name for name in asked if any(takes(full, name) for full in here)]
         left_out, but = _left_out(there, shared, [name for name in asked if name not in shared])
-        pattern = rf"{but}(?:{_any_of(towers)})\.(?:.*\.)?(?:{_any_of(shared)})"
+        pattern = rf"{but}(?:{any_of(towers)})\.(?:.*\.)?(?:{any_of(shared)})"
     if not left_out:
         return
-    config.exclude_modules = f"{pattern}|{own}" if own else pattern
+    exclude(config, pattern)
     logger.warning(
         f"BA-LoRA: of {type(model).__name__} the language model is adapted; {len(left_out)} layers of "
         f"{', '.join(towers)} that target_modules matches too, and that PEFT's own LoRA would adapt, stay as they "
@@ -56,36 +58,17 @@ def _left_out(there: list[str], shared: list[str], own: list[str]) -> tuple[list
 
     `shared`: the names that the language model has too; `own`: those that it has not, which ask for what they match.
     """
-    matched = [full for full in there if any(_ends(full, name) for name in shared)]
-    asked = [name for name in own if any(_ends(full, name) for full in matched)]
-    left_out = [full for full in matched if not any(_ends(full, name) for name in asked)]
-    return left_out, rf"(?!(?:.*\.)?(?:{_any_of(asked)})$)" if asked else ""
+    matched = [full for full in there if any(takes(full, name) for name in shared)]
+    asked = [name for name in own if any(takes(full, name) for full in matched)]
+    left_out = [full for full in matched if not any(takes(full, name) for name in asked)]
+    return left_out, rf"(?!(?:.*\.)?(?:{any_of(asked)})$)" if asked else ""
 
 
 def _is_inside(name: str, towers: Iterable[str]) -> bool:
     return any(name == tower or name.startswith(f"{tower}.") for tower in towers)
 
 
-def _ends(full: str, name: str) -> bool:
-    """Whether PEFT takes `name`, of a list of target modules, for this module."""
-    return full == name or full.endswith(f".{name}")
-
-
 def _defaults(model: nn.Module) -> list[str]:
     """What PEFT adapts of this type of model where no targets are given."""
     config: Any = model.config
     return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.model_type, []))
-
-
-def _as_pattern(excluded: list[str] | str | None) -> str:
-    """A user's own exclude_modules, as PEFT reads them, as a regular expression for whole names; empty for none."""
-    if not excluded:
-        return ""
-    if isinstance(excluded, str):
-        return excluded
-    return rf"(?:.*\.)?(?:{_any_of(sorted(excluded))})"
-
-
-def _any_of(names: Iterable[str]) -> str:
-    """These names, as the alternatives of a regular expression."""
-    return "|".join(map(re.escape, names))

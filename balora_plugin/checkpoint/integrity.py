@@ -269,6 +269,12 @@ def trained_terms(directory: str) -> dict[str, Any] | None:
     return None if settings is None else settings.get("regularizers_in_force")
 
 
+def trained_rows(directory: str) -> dict[str, int]:
+    """Returns the numbers whose product is how many rows a step of a checkpoint's run took; empty: not recorded."""
+    manifest = read_manifest(directory)
+    return {} if manifest is None or manifest.rows is None else manifest.rows
+
+
 def _remedy(directory: str, adapters: Sequence[str] = _DEFAULT) -> str:
     path = Path(os.path.abspath(directory))
     if is_checkpoint(path.parent):  # the directory of an adapter of another name

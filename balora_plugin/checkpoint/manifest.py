@@ -38,6 +38,7 @@ class Manifest:
         save_only_model: The run leaves optimizer, scheduler and random states out.
         largest: The largest magnitude of all values that trained.
         terms: The settings of the run's terms, every one resolved; None of an earlier release, or a run without terms.
+        rows: The numbers whose product is how many rows an optimizer step takes; None of an earlier release.
     """
 
     sha256: dict[str, str] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Manifest:
     save_only_model: bool = False
     largest: float | None = None
     terms: dict[str, Any] | None = None
+    rows: dict[str, int] | None = None
 
     def required(self, adapters: Sequence[str], *, sharded: bool) -> list[str]:
         """Returns the files that have to be listed; `sharded`: an engine keeps weights and optimizer in its own."""
@@ -80,6 +82,7 @@ def seal(
     largest: float | None,
     save_only_model: bool,
     terms: dict[str, Any] | None = None,
+    rows: dict[str, int] | None = None,
 ) -> None:
     """Writes the hashes of everything that training is resumed from, once all of it is there.
 
@@ -91,7 +94,7 @@ def seal(
         found = sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")])
         names += [file.relative_to(path).as_posix() for file in found if not _is_left_over(file)]
     hashes = {name: file_digest(path / name) for name in names if (path / name).is_file()}
-    _write(directory, Manifest(hashes, ranks, save_only_model, largest, terms))
+    _write(directory, Manifest(hashes, ranks, save_only_model, largest, terms, rows))
 
 
 def _is_left_over(weights: Path) -> bool:
@@ -110,16 +113,21 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         needed = {key: content[key] for key in ("sha256", "ranks", "save_only_model", "largest")}
-        found = Manifest(**needed, terms=content.get("terms"))
+        found = Manifest(**needed, terms=content.get("terms"), rows=content.get("rows"))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{MANIFEST_FILE} is cut short or damaged") from None
     hashed = isinstance(found.sha256, dict) and all(isinstance(value, str) for value in found.sha256.values())
     typed = isinstance(found.largest, (int, float, type(None))) and isinstance(found.terms, (dict, type(None)))
+    typed = typed and (found.rows is None or _are_numbers(found.rows))
     if not (hashed and typed and isinstance(found.ranks, list)):
         raise ValueError(f"{MANIFEST_FILE} is damaged")
     return found
+
+
+def _are_numbers(rows: Any) -> bool:
+    return isinstance(rows, dict) and all(type(value) is int and value > 0 for value in rows.values())
 
 
 def manifest_flaw(

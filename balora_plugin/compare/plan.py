@@ -11,9 +11,9 @@ from typing import Any
 from ..config import RECOMMENDED, RegularizerConfig, as_regularizers
 from ..samples.jsonl import Samples
 from ..samples.split import digest_of
+from ..weights.off import without_terms
 
 METHODS = ("lora", "pissa", "ba_lora", "full")
-_OFF = {"lambda_consistency": 0.0, "lambda_diversity": 0.0, "lambda_svd": 0.0}
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class GridSettings:
 
     def terms_of(self, method: str) -> RegularizerConfig:
         """Returns a method's terms, all of them measured in evaluation."""
-        off: dict[str, Any] = {} if method == "ba_lora" else {**_OFF, "head_warmup_steps": 0, "teacher_cache": None}
+        terms = self.terms if method == "ba_lora" else without_terms(self.terms)
         often = min(self.terms.share_interval, max(1, self.steps // 10))  # 0: never
-        return dataclasses.replace(self.terms, **off, share_interval=often, monitor=True)
+        return dataclasses.replace(terms, share_interval=often, monitor=True)
 
 
 @dataclass(frozen=True)

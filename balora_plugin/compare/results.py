@@ -56,6 +56,8 @@ class BestDifference:
     @property
     def verdict(self) -> str:
         """Returns what can be said of it."""
+        if not np.isfinite(self.interval.difference):
+            return "no number"
         if not self.interval.told_apart:
             return "not told apart"
         return "lower" if self.interval.difference < 0 else "higher"

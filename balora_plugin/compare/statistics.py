@@ -36,8 +36,8 @@ class Interval:
 
     @property
     def told_apart(self) -> bool:
-        """Returns whether the interval leaves 0 out."""
-        return not self.low <= 0.0 <= self.high
+        """Returns whether the interval leaves 0 out; one that is no number does not."""
+        return self.low > 0.0 or self.high < 0.0
 
 
 def paired_difference(one: RowSums, other: RowSums, *, seed: int = 0) -> Interval:
@@ -84,7 +84,10 @@ def limits(held_out: int, seeds: int, intervals: Sequence[Interval]) -> list[str
         said.append("One seed: intervals are over held-out rows alone; how far another seed moves them is not known.")
     elif seeds < 5:
         said.append(f"{seeds} seeds: what they move is known roughly; a bootstrap of so few is on the narrow side.")
-    if intervals:
-        widest = max((each.high - each.low) / 2 for each in intervals)
+    widths = [(each.high - each.low) / 2 for each in intervals if np.isfinite(each.difference)]
+    if len(widths) < len(intervals):
+        said.append("A run diverged: its loss is no number, and nothing is said of its differences.")
+    if widths:
+        widest = max(widths)
         said.append(f"Differences of held-out loss below about {widest:.2g} are not told apart here.")
     return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def read_rows(path: str, option: str) -> list[dict[str, Any]]:
     except UnicodeDecodeError:
         raise ValueError(f"{option}: {path} is no UTF-8 text.") from None
     if path.endswith(".csv"):
-        rows: list[Any] = list(csv.DictReader(text.splitlines(keepends=True)))
+        rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
     elif path.endswith(".json"):
         rows = _parsed(text, f"{option}: {path}")
         if not isinstance(rows, list):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from ..adapter.config import BaLoraConfig
 from ..classification.data import columns_of, tokenised
 from ..training.checks.arguments import check_arguments
+from ..weights.off import without_terms
 from .data import SampleTable, read_jsonl, read_split
 from .job import Job
 from .metrics import score
@@ -148,17 +148,8 @@ def _adapter(job: Job) -> BaLoraConfig | None:
     """Returns the method as a config: its terms are zero in the baselines, whose loss is normalised alike."""
     if job.method == "full":
         return None
-    settings, terms = job.settings, job.regularizers
-    if job.method != "ba_lora":
-        terms = dataclasses.replace(
-            terms,
-            lambda_consistency=0.0,
-            lambda_diversity=0.0,
-            lambda_svd=0.0,
-            head_warmup_steps=0,
-            drift_target=None,
-            balance=None,
-        )
+    settings = job.settings
+    terms = job.regularizers if job.method == "ba_lora" else without_terms(job.regularizers)
     return BaLoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,

@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 from trl import SFTConfig, SFTTrainer, clone_chat_template
 from trl.trainer.utils import create_model_from_path
 
 from ..adapter.build import get_ba_lora_model
 from ..adapter.config import BaLoraConfig
+from ..adapter.target_names import check_names
 from ..anchors.reading import check_anchors
 from ..config import RegularizerConfig, as_regularizers
 from ..fused.loss import PLAIN_TASK
+from ..memory.twin import hollow
 from ..objective.batches import main_input
 from ..objective.request import StepOutput
 from ..pretrained.attention import check_attention, check_flash
@@ -62,6 +64,7 @@ class BaLoraSFTTrainer(BaLoraTrainerMixin, SFTTrainer):
             check_anchors(regularizers.anchor_data, kwargs.get("processing_class", "the model's own"))
         self._wrap: _Wrap | None = None
         if isinstance(peft_config, BaLoraConfig):
+            _check_names(model, peft_config)
             model, args = _with_template(*_load(model, args, kwargs), kwargs)
             self._wrap = _Wrap(peft_config, as_regularizers(regularizers), args)
             model = self.wrap_ba_lora_model(model)
@@ -150,6 +153,17 @@ def _check_settings(
                 "processor: write it to a .jinja file, and name that."
             )
         _check_template(template, model, kwargs.get("processing_class"))
+
+
+def _check_names(model: Any, adapter: BaLoraConfig) -> None:
+    """Looks the adapter's names up in the model that a name stands for, by its config, before its weights are read."""
+    if not isinstance(model, str):
+        return
+    try:
+        base = hollow(AutoModelForCausalLM.from_config, AutoConfig.from_pretrained(model))
+    except Exception:  # of another kind, with code of its own, or not there: the model itself is looked at
+        return
+    check_names(adapter, base)
 
 
 def _tokenizer_of_template(args: Any) -> str | None:

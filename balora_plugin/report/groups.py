@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,8 @@ class GroupDifference:
     @property
     def verdict(self) -> str:
         """Returns what can be said of it, in words."""
+        if not math.isfinite(self.mean):
+            return "no number"
         if self.low is None or self.high is None:
             return "one seed: no interval"
         if self.low <= 0.0 <= self.high:

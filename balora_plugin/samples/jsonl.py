@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"--data {path} is no UTF-8 text: name a JSONL file.") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -144,6 +145,8 @@ def _classification(path: str, rows: list[tuple[int, dict[str, Any]]], label: st
             raise ValueError(f"{where} has no {missing[0]!r}, which the first row has: write all rows in one format.")
         if isinstance(row[label], bool) or not isinstance(row[label], (str, int, float)):
             raise ValueError(f"{where}: {label!r} is {row[label]!r:.40}: write a class, by name or number, or a score.")
+        if isinstance(row[label], float) and not math.isfinite(row[label]):
+            raise ValueError(f"{where}: {label!r} is {row[label]!r}, no finite number: leave the row out.")
         values.append(row[label])
     classes = _classes(values, path)
     numbers = [classes.index(value) for value in values] if classes else [float(value) for value in values]

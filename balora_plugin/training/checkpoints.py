@@ -104,7 +104,17 @@ class Sealing(TrainerCallback):
                 largest=self._largest,
                 save_only_model=args.save_only_model,
                 terms=None if terms is None else terms.to_dict(),
+                rows=step_rows(args),
             )
+
+
+def step_rows(args: Any) -> dict[str, int]:
+    """Returns what is multiplied to the rows of an optimizer step, by the names of the host's arguments."""
+    return {
+        "per_device_train_batch_size": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+    }
 
 
 @contextmanager

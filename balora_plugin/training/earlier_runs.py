@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ..checkpoint.integrity import checkpoints_in, trained_terms
+from ..checkpoint.integrity import checkpoints_in, trained_rows, trained_terms
 from ..checkpoint.names import STATE_FILE
 from ..config import RegularizerConfig
+from .checkpoints import step_rows
 from .run_state import RunState
 
 # what changes nothing of what is trained: where outputs are kept, how often shares are measured
@@ -38,6 +40,15 @@ class EarlierRuns(TrainerCallback):
                 f"{run.resumed} was trained with other terms than this run has: {listed}. From here on the new ones "
                 "count; write the old ones to have the run that was begun.",
             )
+        resized = {} if run.resumed is None else changed_rows(run.resumed, step_rows(args))
+        if resized:
+            listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in resized.items())
+            run.warn(
+                "other_rows",
+                f"{run.resumed} was trained with steps of another size: {listed}. The host counts the rows that were "
+                "seen in steps of the new size: some come twice in this pass, or not at all, and a schedule by epochs "
+                "moves. Write the old ones (or others of the same product) to have the run that was begun.",
+            )
 
 
 def others_checkpoints(output_dir: str, resumed: str | None) -> list[str]:
@@ -63,6 +74,17 @@ def _earlier(output_dir: str, others: list[str], resumed: str | None) -> str:
         f"own, and a later resume_from_checkpoint=True (Axolotl: auto_resume_from_checkpoints) takes the highest "
         f"number, {names[-1]} for now. Give each run an output_dir of its own, or remove them."
     )
+
+
+def changed_rows(checkpoint: str, now: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Returns {argument: (then, now)} where a step takes another number of rows than in a checkpoint's run.
+
+    Nothing where the checkpoint does not say, or where the product is the same.
+    """
+    before = trained_rows(checkpoint)
+    if before.keys() != now.keys() or math.prod(before.values()) == math.prod(now.values()):
+        return {}
+    return {key: (before[key], now[key]) for key in now if before[key] != now[key]}
 
 
 def changed_terms(checkpoint: str, config: RegularizerConfig) -> dict[str, tuple[Any, Any]]:

@@ -71,8 +71,10 @@ class OwnWeights:
         assert out.loss is not None and out.count is not None
         zero = torch.zeros((), dtype=torch.float32 if out.loss.device.type == "mps" else torch.float64)
         zero = zero.to(out.loss.device)
-        measured = [zero if value is None else value.detach().to(zero) for value in (out.drift, out.teacher_entropy)]
         met = out.drift is not None or out.teacher_entropy is not None
+        task = out.task if met else None
+        found = (out.drift, task, out.teacher_entropy)
+        measured = [zero if value is None else value.detach().to(zero) for value in found]
         shares = torch.zeros(len(TERMS)) if out.shares is None else out.shares
         self._shares_taken |= out.shares is not None
         row = [*measured, out.count.to(zero) if met else zero, *shares.to(zero), zero + (out.shares is not None)]
@@ -86,10 +88,11 @@ class OwnWeights:
         self._shares_taken = False
         if sums is None or not due:
             return Observed()
-        drift, entropy, count, *shares, taken = reduce(sums, "sum").tolist()
+        drift, task, entropy, count, *shares, taken = reduce(sums, "sum").tolist()
         acted = zip(TERMS, shares, self.in_force, strict=True)
         measured = Observed(
             drift=drift / count if count and self.measures.drift else None,
+            task=task / count if count else None,
             teacher_entropy=entropy / count if count and self.measures.entropy else None,
             shares={name: share / taken / weight for name, share, weight in acted if weight} if taken else None,
         )

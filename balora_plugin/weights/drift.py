@@ -9,11 +9,11 @@ from ..schedules import Lambdas
 from .observed import Observed
 from .smoothing import RunningMean
 
-RANGE = 1000.0  # the weight stays within this factor of its start, both ways
 GAIN = 2.0  # log weight per relative error
 LOOSER, TIGHTER = -0.5, 1.0  # bounds of the relative error
-APPROACH = 5.0  # log weight that is lost over a whole run in which the drift never comes near its budget
-UNUSED = 20.0  # a term that lost so much of its weight, and still is below its budget, does not hold the model back
+LEAST, MOST = 1e-3, 10.0  # bounds of weight x budget, over the task's loss when training began
+RANGE = 1e6  # where that ratio means nothing the weight stays within this factor of its start, both ways
+FALL, IDLE = 25.0, 10.0  # log weight lost over a run that never comes near its budget; measurements until it falls so
 _HELD = 1.1  # within 10 %
 
 
@@ -24,38 +24,61 @@ class HeldDrift:
 
         log weight += 2 (e - e_before) + (2 / n) e
 
-    and keeps the weight within `start` / 1000 ... `start` * 1000. The sum over e is dual ascent on the multiplier of
-    the constraint drift <= target; the difference damps it, for a drift answers its weight late (an optimizer has
-    momentum). A fixed point is D = target alone, and what the sum leaves over a long time is the mean's distance from
-    it. Until D first reaches half the target an error says nothing: the model is on its way, and the weight falls by
-    5 / steps of its logarithm a measurement, so that one that keeps the model from the budget is left in the end.
+    The sum over e is dual ascent on the multiplier of the constraint drift <= target; the difference damps it, for a
+    drift answers its weight late (an optimizer has momentum), and the sum is slower than that answer, or the two swing.
+    A fixed point is D = target alone, and what the sum leaves over a long time is the mean's distance from it.
+
+    Below half the target an error says only that the weight is too high, or that the model is on its way: the weight
+    falls by 25 / steps of its logarithm, the first ten such measurements in a row by less.
+
+    No fall is without bound, and no start is far off: the weight stays within 0.001 ... 10 of L / target, where L is
+    the task's loss when training began. Where the least task loss at a drift D is convex in D, its slope at the target,
+    which is the multiplier, is at most L / target. And a term that weighs less than a thousandth of
+    the task's loss when the budget is spent holds nothing.
 
     Args:
         target: The budget, nats per counted token (sample).
         start: The weight before anything was measured.
-        steps: Optimizer steps of the run, which set the pace: n = steps / 20, from 10 to 200; the running mean is over
-            steps / 60, from 3 to 50.
+        steps: Optimizer steps of the run, which set the pace: n = steps / 12, from 20 to 400; the running mean is over
+            steps / 100, from 2 to 50.
+        in_nats: The term is one of probabilities, so that its weight has a scale; else it stays within a factor of 1e6
+            of its start.
     """
 
-    def __init__(self, target: float, start: float, steps: int) -> None:
-        self.target, self.start = target, start
-        self.pace = min(max(steps / 20.0, 10.0), 200.0)
-        self.smoothed = RunningMean(min(max(steps / 60.0, 3.0), 50.0))
-        self.loosening = APPROACH / max(steps, 1)
-        self.weight, self._error, self._near = start, LOOSER, False
-        self._at_most = 0  # measurements in a row at the upper bound, above the budget
+    def __init__(self, target: float, start: float, steps: int, *, in_nats: bool = True) -> None:
+        self.target, self.start, self.in_nats = target, start, in_nats
+        self.pace = min(max(steps / 12.0, 20.0), 400.0)
+        self.smoothed = RunningMean(min(max(steps / 100.0, 2.0), 50.0))
+        self.fall = FALL / max(steps, 1)
+        self.bounds = (start / RANGE, start * RANGE)
+        self.weight, self._error = start, LOOSER
+        self._unit: float | None = None  # the task's loss when training began, over the budget
+        self._below = 0  # measurements in a row below half the budget
+        self._at_most = 0  # those at the upper bound, above the budget
 
     def observe(self, measured: Observed) -> None:
-        """Takes one step's drift."""
-        if measured.drift is None:
+        """Takes one step's drift, and the first step's task loss."""
+        if measured.drift is None or not math.isfinite(measured.drift):
             return
+        if self._unit is None and self.in_nats and measured.task and math.isfinite(measured.task):
+            self._scale(measured.task / self.target)
         mean = self.smoothed.add(measured.drift)
         error = min(max(mean / self.target - 1.0, LOOSER), TIGHTER)
-        self._near = self._near or error > LOOSER
-        change = GAIN * (error - self._error) + GAIN / self.pace * error if self._near else -self.loosening
-        low, high = self.start / RANGE, self.start * RANGE
-        self.weight, self._error = min(max(self.weight * math.exp(change), low), high), error
-        self._at_most = self._at_most + 1 if self.weight == high and mean > _HELD * self.target else 0
+        self._below = self._below + 1 if error == LOOSER else 0
+        pull = -self.fall * min(self._below / IDLE, 1.0) if self._below else GAIN / self.pace * error
+        change = GAIN * (error - self._error) + pull
+        self.weight, self._error = self._bounded(self.weight * math.exp(change)), error
+        self._at_most = self._at_most + 1 if self.weight == self.bounds[1] and mean > _HELD * self.target else 0
+
+    def _scale(self, unit: float) -> None:
+        """Bounds the weight by what one unit of it is."""
+        self._unit = unit
+        self.bounds = (LEAST * unit, MOST * unit)
+        self.weight = self._bounded(self.weight)
+
+    def _bounded(self, weight: float) -> float:
+        low, high = self.bounds
+        return min(max(weight, low), high)
 
     def weights(self, scheduled: Lambdas, full: Lambdas) -> Lambdas:
         """The schedule's weights with this one in its place: a budget leaves a schedule nothing to say."""
@@ -70,11 +93,9 @@ class HeldDrift:
         if self._at_most > self.pace:
             return (
                 f"drift_target={target:g} cannot be held: the drift is {mean:.2g} with lambda_consistency at its upper "
-                f"bound, {self.weight:g}. Write drift_target={_two_digits(mean)} or more, a smaller learning rate, or "
-                "a larger lambda_consistency, which is where the weight starts."
+                f"bound, {self.weight:.2g}. Write drift_target={_two_digits(mean)} or more, or a smaller learning rate."
             )
-        unused = not self._near or self.weight < self.start / UNUSED
-        if ended and unused and mean * _HELD < target:
+        if ended and self.weight < 2.0 * self.bounds[0] and mean * _HELD < target:
             return (
                 f"drift_target={target:g} is above what this run reaches: the drift is {mean:.2g} with "
                 f"lambda_consistency at {self.weight:.2g}, so the term hardly acts. Write less than "
@@ -94,12 +115,14 @@ class HeldDrift:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        kept = {"weight": self.weight, "error": self._error, "near": self._near, "at_most": self._at_most}
-        return {**kept, "smoothed": self.smoothed.state()}
+        kept = {"weight": self.weight, "error": self._error, "below": self._below, "at_most": self._at_most}
+        return {**kept, "unit": self._unit, "smoothed": self.smoothed.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
-        self.weight, self._error, self._near = state["weight"], state["error"], state["near"]
+        if state["unit"] is not None:
+            self._scale(state["unit"])
+        self.weight, self._error, self._below = state["weight"], state["error"], state["below"]
         self._at_most = state["at_most"]
         self.smoothed.load(state["smoothed"])
 

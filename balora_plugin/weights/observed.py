@@ -13,11 +13,13 @@ class Observed(NamedTuple):
 
     Attributes:
         drift: Mean KL(teacher || student) at T = 1 of a counted token (sample), in nats.
+        task: Mean task loss of the same tokens (samples).
         teacher_entropy: Mean entropy of the teacher over its largest possible one, from 0 to 1.
         shares: {term: its gradient's norm over the task's, at a weight of 1}, of terms that acted.
     """
 
     drift: float | None = None
+    task: float | None = None
     teacher_entropy: float | None = None
     shares: Mapping[str, float] | None = None
 

@@ -15,7 +15,9 @@ def rules_of(config: RegularizerConfig, steps: int) -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     full = lambdas_at(config, 0.0, scheduled=False)
     if config.drift_target is not None:
-        rules["drift_target"] = HeldDrift(config.drift_target, full.consistency, steps)
+        rules["drift_target"] = HeldDrift(
+            config.drift_target, full.consistency, steps, in_nats=config.consistency != "mse"
+        )
     if config.balance:
         rules["balance"] = HeldShares(config.balance, full)
     if config.schedule == "adaptive":

@@ -134,6 +134,8 @@ def config_of(cfg: Any) -> PretrainedConfig:
     config = AutoConfig.for_model(base.kind, **base.values)
     if cfg.get("num_labels"):
         config.num_labels = cfg["num_labels"]
+    for key, value in (cfg.get("overrides_of_model_config") or {}).items():
+        setattr(config, key, value)
     if cfg.get("model_quantization_config"):
         config.quantization_config = {"quant_method": "mxfp4"}
     return config

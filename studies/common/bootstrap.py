@@ -65,3 +65,11 @@ def paired_mean(differences: np.ndarray, repeats: int = REPEATS) -> Interval:
     values = np.asarray(differences, dtype=float)
     found = intervals(lambda w: np.array([np.average(values, weights=w["items"])]), {"items": len(values)}, repeats)
     return found[0]
+
+
+def mean_of(values: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Means over seeds [methods] that count so often, of those without NaN; NaN where none is left."""
+    known = ~np.isnan(values) * times
+    total = known.sum(axis=-1)
+    sums = (np.nan_to_num(values) * known).sum(axis=-1)
+    return np.divide(sums, total, out=np.full(total.shape, np.nan), where=total > 0)

@@ -125,9 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import gc
     import sysconfig
 
+    from ..common.encoder import PACKAGE, encoder_path
     from ..quickstart.corpus import collect_docstrings, source_files
     from .data import SETTINGS, build, samples
-    from .encoder import PACKAGE, encoder_path
     from .table import REFERENCE, at_one_rate, markdown
     from .train import METHODS, run
 

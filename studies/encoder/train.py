@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
 
+from ..common.classifying import Seen, accuracy, feature_drift, look, macro_f1, per_class
 from ..quickstart.measure import effective_rank, token_divergences
 from .data import CLASSES, Sample, Study
 
@@ -40,15 +40,6 @@ class Sizes:
     warmup: float = 0.1
     per_class: int = 60
     test_per_class: int = 20
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Outputs on the held-out texts: logits (N, classes), final hidden states of [CLS] (N, d), labels (N,)."""
-
-    logits: Tensor
-    features: Tensor
-    labels: Tensor
 
 
 def run(model_path: Path, method: str, study: Study, seed: int, rate: float, sizes: Sizes) -> dict[str, float]:
@@ -129,52 +120,16 @@ def encoded(tokenizer: Any, found: Sequence[Sample], text: str, max_length: int)
     ]
 
 
-@torch.no_grad()
-def look(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], batch: int = 32) -> Seen:
-    """What a classifier makes of the rows, in evaluation mode, in the order of their length."""
-    model.eval()
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # little padding
-    logits, features = [], []
-    for start in range(0, len(ordered), batch):
-        inputs = [{k: v for k, v in row.items() if k != "labels"} for row in ordered[start : start + batch]]
-        out = model(**tokenizer.pad(inputs, return_tensors="pt"), output_hidden_states=True)
-        logits.append(out.logits.float())
-        features.append(out.hidden_states[-1][:, 0].float())
-    return Seen(torch.cat(logits), torch.cat(features), torch.tensor([row["labels"] for row in ordered]))
-
-
 def measures(before: Seen, after: Seen, minority: Sequence[int]) -> dict[str, float]:
     """Scores on the held-out bodies, and how far the model went from the one it started as (docs/study.md)."""
     recalls = per_class(after)[0]
     centred = after.features - after.features.mean(dim=0)
     reference, log_probs = (seen.logits.double().log_softmax(dim=-1) for seen in (before, after))
-    moved = (after.features - before.features).norm(dim=1) / before.features.norm(dim=1)
     return {
         "accuracy": accuracy(after),
         "macro_f1": macro_f1(after),
         "minority_recall": float(np.nanmean(recalls[list(minority)])),
         "drift": token_divergences(reference, log_probs).mean().item(),
-        "feature_drift": moved.mean().item(),
+        "feature_drift": feature_drift(before, after),
         "effective_rank": effective_rank(centred),
     }
-
-
-def accuracy(seen: Seen) -> float:
-    """Share of samples whose class has the largest logit."""
-    return (seen.logits.argmax(dim=1) == seen.labels).double().mean().item()
-
-
-def macro_f1(seen: Seen) -> float:
-    """Mean of the classes' F1; a class that is in neither labels nor predictions does not count."""
-    return float(np.nanmean(per_class(seen)[1]))
-
-
-def per_class(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-    """(recall, F1) of each class, NaN where it is undefined."""
-    said, label = seen.logits.argmax(dim=1).numpy(), seen.labels.numpy()
-    classes = np.arange(seen.logits.shape[1])
-    hits = np.array([np.sum((said == c) & (label == c)) for c in classes], dtype=float)
-    labelled = np.array([np.sum(label == c) for c in classes])
-    predicted = np.array([np.sum(said == c) for c in classes])
-    with np.errstate(invalid="ignore"):
-        return hits / labelled, 2 * hits / (labelled + predicted)

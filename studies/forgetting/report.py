@@ -10,7 +10,7 @@ import numpy as np
 from ..common.bootstrap import REPEATS, Interval, Weights, intervals
 from ..common.fronts import front, price_at
 from ..common.records import Record
-from ..common.tables import mean_and_spread, page, table
+from ..common.tables import commands, mean_and_spread, page, shares, table
 from .cells import METHODS
 from .points import AXES, COST, Axis, Points
 
@@ -95,25 +95,6 @@ def verdict(points: Points, repeats: int) -> str:
     return table(["", "below the rivals' front", "within chance", "above it"], rows)
 
 
-def shares(records: Sequence[Record]) -> str:
-    """The largest logged share of the gradient of each term, by method."""
-    rows = []
-    for name in METHODS:
-        logged = [entry for record in records if record["setting"]["method"] == name for entry in record["history"]]
-        keys = ("consistency", "diversity", "svd")
-        found = [[entry[k] for entry in logged if (k := f"balora/share_{key}") in entry] for key in keys]
-        if any(found):
-            rows.append([name, *(f"{max(values):.2g}" if values else "-" for values in found)])
-    return table(["largest share of the task's gradient", "consistency", "diversity", "svd"], rows) if rows else ""
-
-
-def commands(records: Sequence[Record], command: str) -> str:
-    """How each cell is repeated."""
-    names = [record["cell"] for record in records]
-    lines = [f"{command} --cells {name}" for name in names]
-    return "```\n" + "\n".join(lines) + "\n```"
-
-
 def report(records: Sequence[Record], base: Record, about: Mapping[str, str], repeats: int = REPEATS) -> str:
     """The whole page. `about`: `command`, `what` (sizes in words)."""
     points = Points(records, base)
@@ -145,7 +126,7 @@ def report(records: Sequence[Record], base: Record, about: Mapping[str, str], re
         all_points(points),
         *(rivals_front(points, axis) for axis in AXES[:3]),
         "## How strong the terms were",
-        shares(records),
+        shares(records, METHODS),
         "## Repeating a cell",
         "A cell whose file exists is not run again: remove it, or write to another `--output`.",
         commands(records, about["command"]),

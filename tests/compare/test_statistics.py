@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from balora_plugin.compare.results import results_of
+from balora_plugin.compare.plan import GridSettings
+from balora_plugin.compare.results import BestDifference, results_of
 from balora_plugin.compare.statistics import DRAWS, Interval, RowSums, limits, paired_difference
+from balora_plugin.config import TERMS, RegularizerConfig
+from balora_plugin.weights.rules import rules_of
 
 
 def rows(seeds=2, count=6, shift=0.0, seed=3):
@@ -81,3 +84,35 @@ def test_each_method_is_taken_at_its_best_rate():
     assert found.differences[0].interval.difference == pytest.approx(-0.1) and found.differences[0].verdict == "lower"
     assert any("chosen by the same held-out rows" in each for each in found.limits)
     assert "| lora * | 0.001 | 2 | 1.5 ± 0 |" in found.markdown()
+
+
+def test_a_diverged_run_is_neither_better_nor_worse():
+    one = rows()
+    diverged = RowSums(one.sums * np.nan, one.counts)
+    found = paired_difference(one, diverged)
+    assert not found.told_apart
+    assert BestDifference("pissa", "lora", "loss", found).verdict == "no number"
+    said = " ".join(limits(50, 5, [found, Interval(0.1, 0.0, 0.2)]))
+    assert "nan" not in said
+    assert "diverged" in said and "below about 0.1" in said
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"drift_target": 0.1},
+        {"balance": {"consistency": 0.3}},
+        {"schedule": "adaptive"},
+        {"anchor_data": "rows.jsonl"},
+        {"teacher_cache": "cache", "teacher_cache_top_k": 8},
+    ],
+    ids=str,
+)
+def test_a_baseline_has_nothing_that_sets_or_serves_a_weight(asked):
+    terms = RegularizerConfig(**asked)
+    recipe = GridSettings("model", steps=20, rank=4, batch=2, max_length=8, terms=terms, data="")
+    assert recipe.terms_of("ba_lora").drift_target == terms.drift_target
+    found = recipe.terms_of("lora").resolved("nlg")
+    assert rules_of(found, 20) == {}
+    assert not any(getattr(found, f"lambda_{name}") for name in TERMS)
+    assert (found.anchor_data, found.teacher_cache, found.monitor) == (None, None, True)

@@ -124,6 +124,13 @@ def test_intervals_are_students_over_pairs_of_seeds(tmp_path):
     assert alone.low is None and alone.verdict == "one seed: no interval"
 
 
+def test_a_diverged_group_is_neither_better_nor_worse(tmp_path):
+    fine = [run(tmp_path / f"a{seed}", seed=seed) for seed in (0, 1)]
+    gone = [run(tmp_path / f"b{seed}", seed=seed, loss=float("nan"), rate=0.5) for seed in (0, 1)]
+    found = differences(grouped(read_runs([str(each) for each in (*fine, *gone)])))
+    assert {each.verdict for each in found if each.measure == "held-out task loss"} == {"no number"}
+
+
 def test_only_what_was_logged_is_drawn(tmp_path):
     plain, ours = read_runs([run(tmp_path / "a"), run(tmp_path / "b", method="ba_lora")])
     assert [*term_curves(grouped([plain]))] == []

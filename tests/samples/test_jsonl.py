@@ -134,3 +134,17 @@ def test_too_few_rows_are_said(written):
     assert (len(train.rows), len(held.rows)) == (1, 1)
     with pytest.raises(ValueError, match="one distinct row"):
         split(read_samples(written({"text": "a"}, {"text": "a"})), 0.2)
+
+
+def test_only_a_line_feed_ends_a_row(tmp_path):
+    """JSON may hold what Unicode calls a line's end as it is."""
+    path, text = tmp_path / "rows.jsonl", "a\u2028b\x85c"
+    path.write_text(f"{json.dumps({'text': text}, ensure_ascii=False)}\r\n" * 2, encoding="utf-8", newline="")
+    assert [row["text"] for row in read_samples(str(path)).rows] == [text] * 2
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_a_score_that_is_no_number_is_refused_by_its_line(value, written):
+    path = written('{"text": "a", "label": 0.5}', f'{{"text": "b", "label": {value}}}')
+    with pytest.raises(ValueError, match=r"line 3: 'label' is (nan|inf), no finite number"):
+        read_samples(path)

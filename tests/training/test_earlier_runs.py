@@ -14,7 +14,7 @@ from test_acting import arguments, tokens
 
 from balora_plugin import BaLoraConfig, BaLoraModel, BaLoraTrainer, RegularizerConfig
 from balora_plugin.checkpoint.names import MANIFEST_FILE
-from balora_plugin.training.earlier_runs import others_checkpoints
+from balora_plugin.training.earlier_runs import changed_rows, others_checkpoints
 
 pytestmark = pytest.mark.hosts
 
@@ -103,3 +103,21 @@ def test_a_directory_of_checkpoints_alone_names_the_newest_whole_one(tmp_path):
     BaLoraConfig(r=2, lora_alpha=2).save_pretrained(out)  # as a host does before the first step
     with pytest.raises(ValueError, match=r"before any weights were.*last whole checkpoint of that run: .*checkpoint-1"):
         BaLoraModel.from_pretrained(tiny_llama(), out)
+
+
+def test_steps_of_another_size_are_said_with_old_and_new_and_a_step_cut_otherwise_is_not(tmp_path, said):
+    """For data of any kind: the host skips as many rows as so many steps of the new size have."""
+    size = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer(tmp_path, **size).train()
+    last = str(tmp_path / "out" / "checkpoint-2")
+    halved = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer(tmp_path, max_steps=3, **halved).train(resume_from_checkpoint=last)
+    assert not any("another size" in line for line in said())
+    other = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    trainer(tmp_path, max_steps=3, **other).train(resume_from_checkpoint=last)
+    (line,) = [line for line in said() if "another size" in line]
+    assert f"{last} was trained with steps of another size: gradient_accumulation_steps 2 -> 1." in line
+    (manifest := tmp_path / "out" / "checkpoint-2" / MANIFEST_FILE).write_text(
+        json.dumps({key: value for key, value in json.loads(manifest.read_text()).items() if key != "rows"})
+    )
+    assert changed_rows(last, {"gradient_accumulation_steps": 1}) == {}  # of an earlier release

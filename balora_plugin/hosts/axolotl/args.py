@@ -25,6 +25,11 @@ class BaLoraArgs(BaseModel):
         description="With BA-LoRA's terms: the part of each target that goes to the whole vocabulary, as in "
         "transformers' TrainingArguments (Axolotl itself does not read it).",
     )
+    lora_exclude_modules: str | list[str] | None = Field(
+        default=None,
+        description="Names, or a regular expression of whole names, of layers that the adapter leaves out (Axolotl "
+        "reads this key, but its own schema drops it).",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from ...findings import Finding
 from ...settings import settings_of
 from ...training.checks.teacher import MUTATING_STARTS
 from ...training.task_form import LOSS_TYPES, task_form
+from .adapter_keys import of_adapter_keys
 from .block import ADAPTER, HOST_KEYS, nearest_field
 from .classification import is_classification, of_classification
 from .engine import of_engine
@@ -92,6 +93,7 @@ def findings_of(data: dict[str, Any], *, model: bool = True) -> Iterator[Finding
     data = {key: value for key, value in data.items() if key not in wrong}
     yield from refused(data)
     yield from of_classification(data, block)
+    yield from of_adapter_keys(data)
     yield from _adapter(data)
     yield from of_quantisation(data, block)
     yield from _terms(data, block)

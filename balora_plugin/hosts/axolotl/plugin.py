@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from peft import TaskType
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,20 +20,21 @@ from ...checkpoint.location import AdapterFiles
 from ...checkpoint.lock import only_run
 from ...checkpoint.names import STATE_FILE
 from ...checkpoint.settings import read_settings
-from ...config import RegularizerConfig
 from ...findings import Finding
 from ...pretrained.classifier_head import is_classifier
 from ...pretrained.lm_head import check_head
 from ...pretrained.quantised import as_floats
 from ...training.checks.model import resolve
 from . import classification, fsdp, kbit
+from .adapter import adapter_config, regularizers_of
 from .asked import check_expert_kernel, options_of_plugins
-from .block import ADAPTER, BaLoraBlock, of_block
+from .block import ADAPTER, of_block
 from .checks import active, findings_of, of_command_line
 from .engine import attention_here, attention_setting, compiles_whole, flash_at_once, reentrant_of
 from .errors import SettingError, as_setting_errors, one_line_errors, refuse
-from .injection import patch_peft, target_modules
+from .injection import patch_peft
 from .method import spell_out
+from .names import of_names
 from .refusals import other_trainers, refused
 from .superseded import still_on, switch_off
 
@@ -74,6 +74,7 @@ class BaLoraPlugin(BasePlugin):
         """Finds what a YAML as it was written would train otherwise than it says; needs no weights and no data."""
         yield from findings_of(values)
         yield from of_block(values.get("ba_lora"), "nlu" if classification.is_classification(values) else "nlg")
+        yield from of_names(values)
 
     def get_input_args(self) -> str:
         return "balora_plugin.hosts.axolotl.args.BaLoraArgs"
@@ -196,12 +197,6 @@ def classifies(cfg: Any) -> bool:
     return active(cfg) and classification.is_classification(cfg)
 
 
-def regularizers_of(cfg: Any) -> RegularizerConfig:
-    """The block's settings (all defaults if there is none)."""
-    block = cfg.get("ba_lora") or {}
-    return BaLoraBlock(**dict(block)).regularizers()
-
-
 def keep_on_cpu(cfg: Any) -> None:
     """Of several processes Axolotl sends each to the accelerator of its rank, also where there is none (gloo ranks)."""
     if cfg.world_size not in (None, 1) and not torch.accelerator.is_available():
@@ -307,37 +302,3 @@ def check_continued(cfg: Any, config: BaLoraConfig) -> None:
                 f"{key}: {cfg[key]} contradicts the adapter in lora_model_dir: {cfg.lora_model_dir}, which has "
                 f"{value}: write {key}: {value}, or remove the line."
             )
-
-
-def adapter_config(cfg: Any, model: PreTrainedModel) -> BaLoraConfig:
-    """Axolotl's `lora_*` and `peft_*` keys, and what other plug-ins ask, as a BaLoraConfig."""
-    optional = {
-        "r": cfg.lora_r,
-        "lora_alpha": cfg.lora_alpha,
-        "target_parameters": cfg.lora_target_parameters,
-        "modules_to_save": cfg.lora_modules_to_save,
-        "exclude_modules": cfg.lora_exclude_modules,
-        "layers_to_transform": cfg.peft_layers_to_transform,
-        "layers_pattern": cfg.peft_layers_pattern,
-        "rank_pattern": cfg.lora_rank_pattern,
-        "alpha_pattern": cfg.lora_alpha_pattern,
-        "use_rslora": cfg.peft_use_rslora,
-        "lora_dropout": cfg.lora_dropout,
-        "fan_in_fan_out": cfg.lora_fan_in_fan_out,
-    }
-    start, block = cfg.peft_init_lora_weights, cfg.get("ba_lora") or {}
-    given = {
-        "target_modules": target_modules(cfg, model),
-        "init_lora_weights": "pissa" if start is None else start,
-        "task_type": TaskType.SEQ_CLS if is_classifier(model) else TaskType.CAUSAL_LM,
-        "regularizers": regularizers_of(cfg),
-        "compile": block.get("compile") or False,
-        "start_from": block.get("start_from"),
-        **{key: _plain(value) for key, value in optional.items() if value},
-    }
-    return BaLoraConfig(**{**given, **options_of_plugins(cfg)})
-
-
-def _plain(value: Any) -> Any:
-    """Axolotl's dict class is no plain dict, which PEFT writes to JSON."""
-    return dict(value) if isinstance(value, dict) else value

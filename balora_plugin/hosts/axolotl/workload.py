@@ -6,23 +6,21 @@ import math
 from typing import Any
 
 import torch
-from axolotl.loaders.constants import MULTIMODAL_AUTO_MODEL_MAPPING
-from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
 from ...adapter.config import BaLoraConfig
 from ...config import RegularizerConfig
 from ...memory.estimate import Workload
 from ...memory.remedies import Case
-from ...memory.twin import Twin, hollow
+from ...memory.twin import Twin
 from ...training.checks.model import resolve
+from .adapter import adapter_config, regularizers_of
 from .block import ADAPTER, of_block
 from .checks import active
 from .classification import is_classification
 from .method import spelled_out
-from .plugin import adapter_config, regularizers_of
 from .quantisation import LOAD_IN
+from .shapes import base_as_shapes, precision_loaded
 
 _OPTIMIZER = "adamw_torch_fused"  # what Axolotl takes where nothing is said
 _LENGTH = 512
@@ -40,8 +38,8 @@ def case_of(values: dict[str, Any]) -> Case:
     if wrong:
         raise ValueError(str(wrong[0]))
     cfg = DictDefault(spelled_out(values))
-    dtype = _precision(cfg)
-    base = _base(cfg, dtype)
+    dtype = precision_loaded(cfg)
+    base = base_as_shapes(cfg, dtype)
     adapter = _adapter(cfg, base)
     twin = Twin(base, adapter)
     bits = None if adapter is None else next((bits for bits, key in LOAD_IN.items() if cfg.get(key)), None)
@@ -62,30 +60,8 @@ def case_of(values: dict[str, Any]) -> Case:
     return Case(twin, work, twin.held(optimizer, bits), bits, adapts=adapter is not None)
 
 
-def _base(cfg: Any, dtype: torch.dtype) -> Any:
-    """The base model's shapes, in the precision that Axolotl loads it in."""
-    try:
-        config = load_model_config(cfg)
-    except (OSError, ValueError):
-        raise ValueError(
-            f"base_model: {cfg.base_model} has no config here, in its directory or in the cache: download it once"
-        ) from None
-    auto: Any = AutoModelForSequenceClassification
-    if not is_classification(cfg):
-        several = config.model_type in MULTIMODAL_AUTO_MODEL_MAPPING
-        auto = AutoModelForImageTextToText if several else AutoModelForCausalLM
-    return hollow(lambda config: auto.from_config(config, dtype=dtype), config)
-
-
 def _adapter(cfg: Any, base: Any) -> BaLoraConfig | None:
     """The adapter that the YAML asks for; another one than ours is counted as a plain LoRA of its rank."""
     if not cfg.adapter:
         return None
     return adapter_config(cfg if cfg.adapter == ADAPTER else cfg | {"peft_init_lora_weights": True}, base)
-
-
-def _precision(cfg: Any) -> torch.dtype:
-    """bf16: auto is taken as a GPU's; where it becomes fp16, bytes are the same."""
-    if cfg.bf16 or cfg.bfloat16 or cfg.get("bf16") is None:
-        return torch.bfloat16
-    return torch.float16 if cfg.fp16 or cfg.float16 else torch.float32
