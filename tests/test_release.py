@@ -120,7 +120,7 @@ def test_the_workflow_runs_what_ci_runs():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(wheel, source distribution), built from a copy of the tree."""
+    """(wheel, source distribution, the copy of the tree that they are built from)."""
     place = tmp_path_factory.mktemp("build")
     ignored = shutil.ignore_patterns(
         ".git", ".venv*", ".cache", "outputs", "__pycache__", "*.egg-info", "build", "dist"
@@ -132,14 +132,14 @@ def built(tmp_path_factory):
     )
     subprocess.run([sys.executable, "-c", code], cwd=place / "tree", check=True, capture_output=True)
     (wheel,), (source,) = place.glob("*.whl"), place.glob("*.tar.gz")
-    return wheel, source
+    return wheel, source, place / "tree"
 
 
 def test_the_wheel_holds_the_package_and_its_data(built):
     names = set(zipfile.ZipFile(built[0]).namelist())
-    inside = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
-    missing = {name for name in inside - names if "__pycache__" not in name}
-    assert missing == set()
+    tree = built[2]
+    inside = {path.relative_to(tree).as_posix() for path in (tree / "balora_plugin").rglob("*") if path.is_file()}
+    assert inside - names == set()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"balora_plugin"}
 
 
@@ -148,7 +148,7 @@ def test_the_source_distribution_holds_what_is_in_the_repository(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     if (ROOT / ".git").exists():
         listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-        there = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+        there = {name for name in listed.stdout.splitlines() if (built[2] / name).is_file()}
         assert there - names == set()
     assert {"Makefile", "conftest.py", "tests/test_release.py", "requirements/dev.txt", "docs/method.md"} <= names
 

@@ -59,9 +59,9 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
             `teacher_model`, or a `teacher_cache` filled before the first step). Overrides the adapter config's.
         teacher_model: An explicit second model as teacher, in eval mode. Not needed with an adapter.
 
-    Logs the keys of [`log_keys.LOG_KEYS`], with the `eval_` prefix in evaluation. `eval_loss` is the task loss alone,
-    in the form that label_smoothing_factor and loss_type ask for; evaluation measures every configured term, at its
-    full weight whatever the schedule.
+    Logs what `balora_plugin.training.log_keys` lists, with the `eval_` prefix in evaluation. `eval_loss` is the task
+    loss alone, in the form that label_smoothing_factor and loss_type ask for; evaluation measures every configured
+    term, at its full weight whatever the schedule.
 
     A subclass may override the hooks [`wrap_ba_lora_model`], [`check_ba_lora_task`], [`extend_ba_lora_inputs`],
     [`weigh_ba_lora_task`] and [`record_ba_lora_metrics`]. `ba_lora_run` holds the state of the run; None without terms.
