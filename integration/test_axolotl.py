@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, get_ba_lora_model
+from balora_plugin.config import RECOMMENDED
 from balora_plugin.hosts.axolotl import checks
 from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin, adapter_config
 from balora_plugin.hosts.axolotl.trainer import AxolotlBaLoraTrainer
@@ -657,6 +658,7 @@ def test_the_quickstart_runs_axolotls_command_line(tmp_path, monkeypatch):
     found = measure.measure(trained.model, batches, measure.reference_logits(base.load_model(), batches))
     assert found.drift > 1e-4
     assert trained.largest_share() > 0
+    assert trained.seconds_per_step > 0
     checked = check_reload(base, trained, batches[0], found)
     assert checked["reloaded"] < 1e-5
     assert checked["switched_off"] == 0
@@ -673,13 +675,15 @@ def quickstart_base(tmp_path):
 def test_the_quickstarts_yaml_is_its_settings(written, tmp_path, monkeypatch):
     """`make quickstart` runs example_configs/quickstart.yaml as it stands; its variants are the baselines."""
     monkeypatch.chdir(ROOT)
-    standard = settings.FinetuningSettings()
-    path = with_axolotl.config_file(METHODS["ba-lora-paper"], standard, Path("outputs/quickstart"))
+    standard = settings.REAL
+    path = with_axolotl.config_file(METHODS["ba-lora"], standard, Path("outputs/quickstart"))
     assert path == with_axolotl.TEMPLATE
-    for key, start in (("lora", True), ("pissa", "pissa")):
+    for key, start, rate in (("lora", True, 4e-4), ("pissa", "pissa", 1e-4)):
         values = with_axolotl.config(METHODS[key], standard, tmp_path)
+        assert values["learning_rate"] == rate
         assert (values["adapter"], values["peft_init_lora_weights"]) == ("lora", start)
         assert "ba_lora" not in values
+    assert with_axolotl.config(METHODS["pissa-fast"], standard, tmp_path)["ba_lora"] == dict.fromkeys(RECOMMENDED, 0.0)
     assert with_axolotl.config(METHODS["ba-lora-visible"], standard, tmp_path)["ba_lora"]["lambda_svd"] == 0.02
 
 

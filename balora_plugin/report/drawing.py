@@ -57,8 +57,8 @@ def check_drawing() -> None:
         raise ImportError(f"{error.name} is needed for the report: pip install 'balora-plugin[report]'") from None
 
 
-def png(picture: Picture, scheme: str) -> bytes:
-    """Returns a picture as PNG, transparent, in the colours of `scheme`."""
+def png(picture: Picture, scheme: str, transparent: bool = True) -> bytes:
+    """Returns a picture as PNG in the colours of `scheme`, transparent unless it is to stand alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def png(picture: Picture, scheme: str) -> bytes:
         FigureCanvasAgg(figure)
         picture.draw(figure, look)
         found = io.BytesIO()
-        figure.savefig(found, format="png", dpi=DPI, transparent=True, metadata={"Software": None})
+        figure.savefig(found, format="png", dpi=DPI, transparent=transparent, metadata={"Software": None})
     return found.getvalue()
 
 

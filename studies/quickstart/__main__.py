@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 
+from .progress import Phase
 from .settings import Options, parse_options
 
 HOSTS = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchao", "transformers", "trl")
@@ -17,14 +18,16 @@ def prepare_environment(options: Options) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve others where cores are shared
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the default of the hosts' bars; the quickstart's own say what they do
     warnings.filterwarnings("ignore", module=rf"({'|'.join(HOSTS)})(\.|$)")
     for host in HOSTS:
         logging.getLogger(host).setLevel(logging.ERROR)
 
 
 def silence_progress_bars() -> None:
-    """Turns off the hosts' progress bars; the quickstart shows one of its own per phase."""
+    """Turns off the hosts' progress bars; the quickstart says itself how far it is."""
     import datasets
     import torch.utils._pytree
 
@@ -39,9 +42,9 @@ def main() -> int:
     """Runs the quickstart; the exit status is 1 if a saved adapter does not give back its model."""
     options = parse_options()
     prepare_environment(options)
-    print("loading PyTorch, Transformers and PEFT ...", flush=True)
-    silence_progress_bars()
-    from .run import run
+    with Phase("loading PyTorch, Transformers and PEFT"):
+        silence_progress_bars()
+        from .run import run
 
     return run(options)
 

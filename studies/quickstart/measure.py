@@ -6,7 +6,7 @@ from float32 models and are normalised in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -135,10 +135,17 @@ def reference_logits(model: nn.Module, batches: Sequence[HeldOutBatch]) -> list[
 
 def measure(model: nn.Module, batches: Sequence[HeldOutBatch], reference: Sequence[Tensor]) -> Measurement:
     """Measures `model` against the pre-trained model's `reference` logits on the same batches."""
+    return measure_logits(iterate_logits(model, batches), batches, reference)
+
+
+def measure_logits(
+    found: Iterable[Tensor], batches: Sequence[HeldOutBatch], reference: Sequence[Tensor]
+) -> Measurement:
+    """Measures a model by its counted logits, one [tokens, vocabulary] per batch."""
     sums = {"task_loss": 0.0, "drift": 0.0, "entropy": 0.0}
     tokens = 0
     head: list[Tensor] = []
-    for batch, before, logits in zip(batches, reference, iterate_logits(model, batches), strict=True):
+    for batch, before, logits in zip(batches, reference, found, strict=True):
         log_probs = logits.double().log_softmax(dim=-1)
         sums["task_loss"] += token_losses(log_probs, batch.targets()).sum().item()
         sums["drift"] += token_divergences(before.double().log_softmax(dim=-1), log_probs).sum().item()

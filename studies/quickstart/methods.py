@@ -9,6 +9,8 @@ from typing import Any
 
 from peft import PeftModel
 
+from balora_plugin.config import RECOMMENDED
+
 RANK = 16  # and alpha
 TERM_PREFIX = "balora/"
 SHARE_INTERVAL = 10  # steps between two measurements of the terms' gradients
@@ -27,6 +29,11 @@ class Method:
     terms: Mapping[str, Any] | None = None
 
     @property
+    def has_terms(self) -> bool:
+        """Whether a term acts: BA-LoRA's adapter alone, without one, is PiSSA's start in a plain LoRA's file."""
+        return any(value for key, value in (self.terms or {}).items() if key.startswith(("lambda_", "preset")))
+
+    @property
     def is_ba_lora(self) -> bool:
         """Whether it has BA-LoRA's adapter and terms."""
         return self.terms is not None
@@ -42,6 +49,8 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("lora", "LoRA", True),
         Method("pissa", "PiSSA", "pissa"),
+        Method("pissa-fast", "PiSSA", "pissa_fast", dict.fromkeys(RECOMMENDED, 0.0)),
+        Method("ba-lora", "BA-LoRA", "pissa_fast", RECOMMENDED),
         Method("ba-lora-paper", "BA-LoRA (paper)", "pissa", {"preset": "paper"}),
         Method("ba-lora-iclr2026", "BA-LoRA (iclr2026)", "pissa", {"preset": "iclr2026"}),
         Method(
@@ -69,6 +78,7 @@ class TrainedRun:
     seconds: float
     logged_terms: dict[str, float]
     host_task_loss: float | None = None
+    seconds_per_step: float | None = None
 
     def largest_share(self) -> float | None:
         """The strongest regulariser's gradient relative to the task's, None without regularisers."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from .measure import Measurement
 
-COLUMNS = ("model", "task loss", "drift", "entropy", "eff. rank", "seconds")
+COLUMNS = ("model", "task loss", "drift, task", "drift, other", "s/step", "seconds")
 LINE = 100  # characters, for prose
 
 
@@ -19,8 +19,9 @@ LINE = 100  # characters, for prose
 class Row:
     """One line of the table.
 
-    `seconds` of fine-tuning is None for the pre-trained model; `largest_share`, the strongest regulariser's gradient
-    relative to the task's, is None without regularisers.
+    `measured` is of the held-out pairs, `other_drift` of text of another kind. `seconds` of fine-tuning and those of
+    one step are None for the pre-trained model; `largest_share`, the strongest regulariser's gradient relative to the
+    task's, is None without regularisers.
     """
 
     key: str
@@ -28,18 +29,19 @@ class Row:
     measured: Measurement
     seconds: float | None = None
     largest_share: float | None = None
+    other_drift: float = 0.0
+    seconds_per_step: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The line as text, in the order of `COLUMNS`."""
         found = self.measured
-        seconds = "-" if self.seconds is None else f"{self.seconds:.1f}"
         return (
             self.label,
             f"{found.task_loss:.3f}",
             f"{found.drift:.3f}",
-            f"{found.entropy:.3f}",
-            f"{found.effective_rank:.1f}",
-            seconds,
+            f"{self.other_drift:.3f}",
+            "-" if self.seconds_per_step is None else f"{self.seconds_per_step:.2f}",
+            "-" if self.seconds is None else f"{self.seconds:.1f}",
         )
 
 
@@ -58,18 +60,24 @@ def format_table(rows: Sequence[Row]) -> str:
 def reading(rows: Sequence[Row]) -> str:
     """What the table does and does not show, with the differences to PiSSA as measured; empty without PiSSA."""
     found = {row.key: row for row in rows}
-    if "pissa" not in found:
+    pissa = found.get("pissa-fast") or found.get("pissa")
+    if pissa is None:
         return ""
     sentences = []
+    if recommended := found.get("ba-lora"):
+        sentences.append(
+            f"BA-LoRA at the recommended setting {_difference(recommended, pissa)}. It starts where PiSSA does and "
+            "adds the consistency term: raise lambda_consistency to stay closer, lower it to learn more."
+        )
     if paper := found.get("ba-lora-paper"):
         sentences.append(
-            f"At the paper's weights BA-LoRA {_difference(paper, found['pissa'])}: expect no more than PiSSA there, "
+            f"At the paper's weights BA-LoRA {_difference(paper, pissa)}: expect no more than PiSSA there, "
             "since these weights are tiny."
         )
     if visible := found.get("ba-lora-visible"):
         sentences.append(
             "What the terms do shows with larger weights, 0.5 / 0.02 / 0.02: the visible setting "
-            f"{_difference(visible, found['pissa'])}."
+            f"{_difference(visible, pissa)}."
         )
     return "\n".join(textwrap.fill(sentence, LINE) for sentence in sentences)
 

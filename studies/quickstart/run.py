@@ -1,28 +1,35 @@
-"""Runs the whole comparison: corpus, base model, fine-tuning by every method, measurements, table, reload check."""
+"""Runs the whole comparison: corpus, base model, fine-tuning by every method, measurements, and what is printed."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
+from .answers import side_by_side
+from .base import BaseModel
 from .cache import environment
 from .corpus import Corpus, build_corpus, collect_docstrings
-from .measure import HeldOutBatch, Measurement, held_out_batches, max_logit_difference, measure, reference_logits
+from .finished import digest, once
+from .measure import HeldOutBatch, Measurement, max_logit_difference
 from .methods import METHODS, Method, TrainedRun
+from .progress import Phase
 from .report import Row, format_table, loading_snippet, reading, write_results
 from .settings import Options
-from .tiny_model import BaseModel, base_model
+from .task import Task, task_of
+from .yardstick import Yardstick
 
 RELOAD_TOLERANCE = 1e-4  # float32 rounding on logits of size 10, and on a mean loss, with room
 FEWEST_DOCSTRINGS = 500
+MEASURED_AT_ONCE = {"smollm2": 4, "tiny": 32}  # rows: logits of a large vocabulary take room
 
 
 class Clock:
@@ -43,33 +50,39 @@ class Clock:
 
 def load_corpus() -> Corpus:
     """The corpus of this interpreter; refuses installations that ship the library without its sources."""
-    docstrings = collect_docstrings(progress=True)
+    with Phase("reading the standard library's docstrings"):
+        docstrings = collect_docstrings()
     if len(docstrings) < FEWEST_DOCSTRINGS:
         raise SystemExit(
             f"found {len(docstrings)} docstrings in the standard library; "
             "this Python seems to come without the library's source files"
         )
-    corpus = build_corpus(docstrings)
-    print(
-        f"{len(docstrings):,} docstrings: {len(corpus.pretraining):,} to pre-train on, {len(corpus.train):,} of them "
-        f"with a training pair; {len(corpus.held_out):,} held-out pairs from the rest"
-    )
-    return corpus
+    return build_corpus(docstrings)
 
 
 def load_base(options: Options, corpus: Corpus) -> BaseModel:
-    """The pre-trained model, trained now or taken from the cache, and a line that says which."""
-    base = base_model(options.cache_dir, corpus.pretraining, corpus.fingerprint(), options.pretraining)
-    print(f"pre-trained model {'taken from the cache' if base.was_cached else 'stored'} in {base.folder.as_posix()}")
+    """The pre-trained model, made now or taken from the cache, and a line that says which."""
+    if options.model == "smollm2":
+        from . import smollm2
+
+        base = smollm2.base_model(options.cache_dir)
+        name = "SmolLM2-135M-Instruct (dequantised from 4 bits)"
+    else:
+        from . import tiny_model
+
+        texts, fingerprint = corpus.pretraining, corpus.fingerprint()
+        base = tiny_model.base_model(options.cache_dir, texts, fingerprint, options.pretraining)
+        name = "a 1.1M-parameter Llama, pre-trained on docstrings"
+    print(f"model: {name}, {'from the cache' if base.was_cached else 'stored'} in {base.folder.as_posix()}")
     return base
 
 
-def trainer_of(options: Options, base: BaseModel, corpus: Corpus) -> Callable[[Method], TrainedRun]:
+def trainer_of(options: Options, base: BaseModel, task: Task) -> Callable[[Method], TrainedRun]:
     """What fine-tunes by one method: Axolotl's command line, or TRL in this process."""
     if options.host == "axolotl":
         from . import with_axolotl
 
-        with_axolotl.prepare(base, corpus, options.output_dir)
+        with_axolotl.prepare(base, task, options.output_dir)
         return lambda method: with_axolotl.finetune(
             method, base, options.finetuning, options.output_dir, options.threads
         )
@@ -77,7 +90,7 @@ def trainer_of(options: Options, base: BaseModel, corpus: Corpus) -> Callable[[M
 
     tokenizer = base.load_tokenizer()
     return lambda method: with_trl.finetune(
-        method, base, tokenizer, corpus.train, options.finetuning, options.output_dir / method.key
+        method, base, tokenizer, task.train, options.finetuning, options.output_dir / method.key
     )
 
 
@@ -103,49 +116,90 @@ def check_reload(
     return found
 
 
-def compare(
-    options: Options, base: BaseModel, corpus: Corpus, clock: Clock
-) -> tuple[list[Row], dict[str, dict[str, Any]]]:
-    """(table rows, details of every run by method key); one model is in memory at a time beside the reference."""
-    batches = held_out_batches(corpus.held_out, base.load_tokenizer(), options.finetuning.max_length)
-    with clock.phase("measuring"):
-        before = base.load_model()
-        reference: Sequence[Tensor] = reference_logits(before, batches)
-        rows = [Row("before", "pre-trained (before)", measure(before, batches, reference))]
-    train = trainer_of(options, base, corpus)
-    details: dict[str, dict[str, Any]] = {}
-    for method in (METHODS[key] for key in options.methods):
-        with clock.phase("fine-tuning"):
-            trained = train(method)
-        with clock.phase("measuring"):
-            measured = measure(trained.model, batches, reference)
-            rows.append(Row(method.key, method.label, measured, trained.seconds, trained.largest_share()))
-            details[method.key] = {
-                "adapter": trained.adapter.as_posix(),
-                "fits_untouched_base": method.fits_untouched_base,
-                "difference": check_reload(base, trained, batches[0], measured),
-                "last_logged_terms": trained.logged_terms,
-            }
-    return rows, details
+class Comparison:
+    """Every model's row, answers and details, from finished runs where nothing that decides them has changed."""
+
+    def __init__(self, options: Options, base: BaseModel, task: Task) -> None:
+        self.options, self.base, self.task = options, base, task
+        self.clock = Clock()
+        self.rows: list[Row] = []
+        self.answers: dict[str, list[str]] = {}
+        self.details: dict[str, dict[str, Any]] = {}
+        self._yardstick = Yardstick(base, task, options.finetuning.max_length, MEASURED_AT_ONCE[options.model])
+        self._train: Callable[[Method], TrainedRun] | None = None
+
+    def run(self) -> None:
+        """Measures the model before, then trains and measures by each method; one trained model is held at a time."""
+        self._add("before", "before", lambda: self._found("before", "before", self._yardstick.before))
+        for method in (METHODS[key] for key in self.options.methods):
+            self._add(method.key, method.label, partial(self._by, method), asdict(method))
+
+    def _add(
+        self, key: str, label: str, make: Callable[[], Mapping[str, Any]], method: Mapping[str, Any] | None = None
+    ) -> None:
+        decides = digest(
+            model=self.base.folder.name,
+            task=self.task.digest(),
+            settings=asdict(self.options.finetuning),
+            host=self.options.host,
+            versions=libraries(self.options.host),
+            method=method,
+        )
+        adapter = self.options.output_dir / key / "adapter_config.json"
+        lost = method is not None and not adapter.is_file()
+        path = self.options.output_dir / f"{key}.json"
+        found, was_there = once(path, decides, make, self.options.again or lost)
+        if was_there:
+            print(f"{label}: finished before ({path.as_posix()})")
+        row = found["row"]
+        self.rows.append(Row(**row | {"measured": Measurement(**row["measured"])}))
+        self.answers[label] = found["answers"]
+        if method is not None:
+            self.details[key] = found["details"]
+
+    def _found(self, key: str, label: str, model: Any) -> dict[str, Any]:
+        with self.clock.phase("measuring"):
+            measured, other, answers = self._yardstick.measure(model, label)
+        return {"row": asdict(Row(key, label, measured, other_drift=other)), "answers": answers}
+
+    def _by(self, method: Method) -> dict[str, Any]:
+        if self._train is None:
+            self._train = trainer_of(self.options, self.base, self.task)
+        with self.clock.phase("fine-tuning"):
+            trained = self._train(method)
+        found = self._found(method.key, method.label, trained.model)
+        measured = Measurement(**found["row"]["measured"])
+        with self.clock.phase("measuring"), Phase(f"{method.label}: loading the adapter on a fresh base"):
+            difference = check_reload(self.base, trained, self._yardstick.first_batch, measured)
+        found["row"] |= {
+            "seconds": trained.seconds,
+            "seconds_per_step": trained.seconds_per_step,
+            "largest_share": trained.largest_share(),
+        }
+        details = {
+            "adapter": trained.adapter.as_posix(),
+            "fits_untouched_base": method.fits_untouched_base,
+            "compared": self.options.host == "trl" or trained.host_task_loss is not None,
+            "difference": difference,
+            "last_logged_terms": trained.logged_terms,
+        }
+        return found | {"details": details}
+
+
+def libraries(host: str) -> dict[str, str]:
+    """Versions of all that decides a result."""
+    return environment() | {name: version(name) for name in ("peft", host, "accelerate", "datasets")}
 
 
 def print_adapters(options: Options, base: BaseModel, details: dict[str, dict[str, Any]]) -> bool:
-    """Prints where the adapters lie and how they load; whether every reload gave back its trained model."""
-    print(f"\nAdapters, one folder each, in {options.output_dir.as_posix()}. Loaded with plain PEFT on a fresh base:")
-    if options.host == "trl":
-        print("the largest logit difference to the trained model, and, with the adapter switched off, to the base:\n")
-    else:
-        print(
-            "for BA-LoRA the difference in held-out task loss to what Axolotl measured on the model it had trained,\n"
-            "and for all, with the adapter switched off, the largest logit difference to the base:\n"
-        )
-    print(f"  {'':18s}{'reloaded':>10s}{'off':>10s}")
-    for key, detail in details.items():
+    """Prints where the adapters lie and how one is loaded; whether every reload gave back its trained model."""
+    print("\nAdapters (the first number: how far the adapter, loaded by plain PEFT on a fresh base, is from the model")
+    print("that was trained; the second: how far from the base when it is switched off):\n")
+    for detail in details.values():
         found = detail["difference"]
         note = "" if detail["fits_untouched_base"] else "  (its loading rewrites the base weights)"
-        compared = options.host == "trl" or METHODS[key].is_ba_lora
-        reloaded = f"{found['reloaded']:10.1e}" if compared else f"{'-':>10s}"
-        print(f"  {key:18s}{reloaded}{found['switched_off']:10.1e}{note}")
+        reloaded = f"{found['reloaded']:10.1e}" if detail["compared"] else f"{'-':>10s}"
+        print(f"  {detail['adapter']:36s}{reloaded}{found['switched_off']:10.1e}{note}")
     print("\nTo load one:\n")
     shown = options.output_dir / "base" if options.host == "axolotl" else base.folder
     print(loading_snippet(shown, options.output_dir / example_key(list(details))))
@@ -157,49 +211,66 @@ def print_adapters(options: Options, base: BaseModel, details: dict[str, dict[st
 
 
 def example_key(keys: Sequence[str]) -> str:
-    """The adapter that the loading snippet names: BA-LoRA at the paper's weights if it was trained."""
-    return next((key for key in keys if METHODS[key].is_ba_lora), keys[0])
+    """The adapter that the loading snippet names: BA-LoRA's if it was trained."""
+    return next((key for key in keys if METHODS[key].has_terms), keys[0])
+
+
+def print_table(options: Options, rows: Sequence[Row]) -> None:
+    """Prints the table, what its columns are, what it shows, and where the picture of it is."""
+    from .picture import write_picture
+
+    tokens = rows[0].measured.tokens
+    print(f"\n\nHeld-out questions of the same kind, {tokens:,} counted tokens; loss and drift in nats per token:\n")
+    print(format_table(rows))
+    start = " with the start of Axolotl" if options.host == "axolotl" else ""
+    print(
+        "\ndrift: KL from the predictions before to those after, on the task and on other text (short instructions):\n"
+        f"lower = changed less. seconds: of the fine-tuning{start}. Entropy and effective rank are in results.json."
+    )
+    if text := reading(rows):
+        print(f"\n{text}")
+    picture = options.output_dir / "drift_against_loss.png"
+    write_picture(picture, rows)
+    print(f"\nPicture: {picture.as_posix()} (drift against task loss, a point per method)")
 
 
 def run(options: Options) -> int:
     """Runs everything and prints the report; returns the exit status."""
-    clock = Clock()
     torch.set_num_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)
+    settings, began = options.finetuning, time.perf_counter()
     print(
-        "BA-LoRA is LoRA that starts at a weight's leading singular directions (PiSSA) and adds three terms to the\n"
-        "loss: stay consistent with the pre-trained model, keep outputs diverse, concentrate their singular values.\n"
-        "Here a tiny model is pre-trained, then fine-tuned by LoRA, PiSSA and BA-LoRA on the same questions,\n"
-        f"with {'Axolotl' if options.host == 'axolotl' else 'TRL'}.\n"
+        "\nBA-LoRA is LoRA that starts at a weight's leading singular directions (PiSSA) and adds terms to the loss;\n"
+        "the one that matters here keeps the model close to the pre-trained one. Below, a model is fine-tuned to\n"
+        f"answer as Python's docstrings do, by each method, with {'Axolotl' if options.host == 'axolotl' else 'TRL'}.\n"
     )
-    with clock.phase("corpus"):
-        corpus = load_corpus()
-    with clock.phase("pre-training"):
-        base = load_base(options, corpus)
-    rows, details = compare(options, base, corpus, clock)
-    print(f"\nHeld-out pairs, {rows[0].measured.tokens:,} counted tokens; all but the rank in nats per token:\n")
-    print(format_table(rows))
-    print(
-        "\ndrift: KL from the pre-trained model's predictions to the fine-tuned ones, lower = closer to it; entropy,\n"
-        "effective rank: higher = more diverse; seconds: of this run, on a machine that may do other things too"
-        + (" (the start-up of Axolotl's process included)" if options.host == "axolotl" else "")
-    )
-    if text := reading(rows):
-        print(f"\n{text}")
-    loaded = print_adapters(options, base, details)
+    corpus = load_corpus()
+    base = load_base(options, corpus)
+    task = task_of(corpus, settings, base.load_tokenizer())
+    print(f"{len(task.train):,} questions to train on, {settings.steps} steps of {settings.batch} for each method;")
+    print(f"{len(task.held_out):,} held-out ones; {options.threads} thread(s)")
+    comparison = Comparison(options, base, task)
+    comparison.run()
+    print("\n\nWhat the model says before, and after fine-tuning by each method:")
+    print(side_by_side(task.questions, comparison.answers))
+    print_table(options, comparison.rows)
+    loaded = print_adapters(options, base, comparison.details)
     results = options.output_dir / "results.json"
-    libraries = {name: version(name) for name in ("peft", options.host, "accelerate", "datasets")}
+    seconds = comparison.clock.seconds | {"all": time.perf_counter() - began}
     write_results(
         results,
-        rows,
+        comparison.rows,
         {
-            "environment": environment() | libraries | {"threads": options.threads},
-            "pretraining": asdict(options.pretraining) | {"cached": base.was_cached, "folder": base.folder.as_posix()},
-            "finetuning": asdict(options.finetuning),
-            "seconds": {name: round(seconds, 1) for name, seconds in clock.seconds.items()},
-            "runs": details,
+            "environment": libraries(options.host) | {"threads": options.threads},
+            "model": {"name": options.model, "cached": base.was_cached, "folder": base.folder.as_posix()},
+            "pretraining": asdict(options.pretraining) if options.model == "tiny" else None,
+            "finetuning": asdict(settings),
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "cpu_seconds": round(sum(os.times()[:4]), 1),
+            "answers": comparison.answers,
+            "runs": comparison.details,
         },
     )
-    phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items())
-    print(f"\n{phases} with {options.threads} thread(s); all numbers are in {results.as_posix()}")
+    print(f"\n{seconds['all']:.0f} s in all, {sum(os.times()[:4]):.0f} s of processor time. Finished runs are kept:")
+    print(f"--again runs them once more. All numbers are in {results.as_posix()}")
     return 0 if loaded else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,28 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .base import BaseModel
 from .cache import cached_folder
 from .settings import PretrainingSettings
 
 PAD_TOKEN = "<pad>"
 EOS_TOKEN = "<eos>"
 RECIPE = 1  # raise it when the code below changes what a given setting produces
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Where the pre-trained model and its tokenizer lie; every run loads a fresh copy."""
-
-    folder: Path
-    was_cached: bool
-
-    def load_model(self) -> LlamaForCausalLM:
-        """A fresh float32 copy of the pre-trained model in evaluation mode."""
-        return LlamaForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
-
-    def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer trained with the model."""
-        return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from .base import BaseModel
 from .corpus import Instruction
 from .methods import RANK, SHARE_INTERVAL, TERM_PREFIX, Method, TrainedRun, last_logged
 from .settings import FinetuningSettings
-from .tiny_model import BaseModel
 
 
 def peft_config(method: Method) -> LoraConfig:
@@ -59,13 +59,13 @@ class BarCallback(TrainerCallback):
         self.bar.close()
 
 
-def trainer_arguments(settings: FinetuningSettings, folder: Path) -> SFTConfig:
+def trainer_arguments(settings: FinetuningSettings, folder: Path, start: str | bool = True) -> SFTConfig:
     """TRL's configuration: float32 on the CPU, nothing reported or saved along the way."""
     return SFTConfig(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.rate_of(start),
         lr_scheduler_type="cosine",
         max_length=settings.max_length,
         seed=settings.seed,
@@ -97,7 +97,7 @@ def finetune(
     set_seed(settings.seed)
     trainer = trainer_class(method)(
         model=base.load_model(),
-        args=trainer_arguments(settings, adapter),
+        args=trainer_arguments(settings, adapter, method.start),
         train_dataset=Dataset.from_list([pair.as_row() for pair in pairs]),
         processing_class=tokenizer,
         peft_config=peft_config(method),
@@ -108,4 +108,5 @@ def finetune(
     trainer.train()
     seconds = time.perf_counter() - start
     trainer.save_model(str(adapter))
-    return TrainedRun(trainer.model, adapter, seconds, last_logged(trainer.state.log_history, TERM_PREFIX))
+    terms = last_logged(trainer.state.log_history, TERM_PREFIX)
+    return TrainedRun(trainer.model, adapter, seconds, terms, seconds_per_step=seconds / settings.steps)

@@ -272,9 +272,15 @@ def test_options() -> None:
     options = settings.parse_options(["--methods", "pissa", "lora", "--steps", "5", "--pretrain-steps", "7"])
     assert options.methods == ("lora", "pissa")
     assert (options.finetuning.steps, options.pretraining.steps) == (5, 7)
-    assert settings.parse_options(["--host", "trl"]).methods == settings.METHOD_KEYS
-    axolotl = settings.parse_options([])
-    assert axolotl.host == "axolotl" and {"lora", "pissa", "ba-lora-paper"} <= set(axolotl.methods)
+    assert (options.model, options.finetuning.train_pairs) == ("smollm2", 20)
+    real = settings.parse_options([])
+    assert (real.host, real.finetuning) == ("axolotl", settings.REAL)
+    assert real.methods == ("lora", "pissa-fast", "ba-lora")
+    assert (real.finetuning.rate_of("pissa_fast"), real.finetuning.rate_of(True)) == (1e-4, 4e-4)
+    tiny = settings.parse_options(["--tiny", "--host", "trl"])
+    assert (tiny.finetuning, tiny.threads) == (settings.FinetuningSettings(), 1)
+    assert {"lora", "pissa", "ba-lora-paper"} <= set(tiny.methods)
+    assert tiny.output_dir == Path("outputs/quickstart-tiny-trl")
     for wrong in (["--steps", "0"], ["--methods", "full"]):
         with pytest.raises(SystemExit):
             settings.parse_options(wrong)
