@@ -21,6 +21,7 @@ from .switch import TeacherSwitch
 
 logger = logging.get_logger(__name__)
 _AMPLIFIED = 1000.0
+_PROBED = 64  # tokens: a scale that begins at a later position than the first few is seen
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose parameters were not there for check_head
 
@@ -103,7 +104,7 @@ def _softcap(config: Any) -> float | None:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Runs the model on four tokens and compares its logits with ours, so that no architecture is silently wrong.
+    """Runs the model on 64 tokens and compares its logits with ours, so that no architecture is silently wrong.
 
     Where that cannot be done yet (ZeRO-3, meta device, an 8-bit base on a CPU), [`check_head_now`] does it in the first
     forward pass.
@@ -143,7 +144,9 @@ def check_head_now(model: PreTrainedModel, device: torch.device) -> None:
 def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
     # at rest: dropout would draw random numbers, in the first step of a resumed run too
     with TeacherSwitch(model).off(), quantised_layers_stay_in_training_mode(model):
-        ids = torch.arange(1, 5, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+        config = model.config.get_text_config()
+        length = min(_PROBED, getattr(config, "max_position_embeddings", None) or _PROBED)
+        ids = torch.arange(1, length + 1, device=device).unsqueeze(0) % config.vocab_size
         seen = _pass(model, ids, possible_backbones(model))
         head = read_head(model)
         _check_finite(model, seen.logits)
@@ -158,7 +161,7 @@ def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
 
 
 class _Pass(NamedTuple):
-    """One forward pass: the module whose output the head read, that output (1, 4, d), and the model's logits."""
+    """One forward pass: the module whose output the head read, that output (1, T, d), and the model's logits."""
 
     backbone: nn.Module
     hidden: Tensor
@@ -179,10 +182,16 @@ def _pass(model: PreTrainedModel, ids: Tensor, backbones: list[nn.Module], facto
 
     handles = [backbone.register_forward_hook(capture) for backbone in backbones]
     try:
-        logits = model.forward(input_ids=ids, use_cache=False).logits  # past hooks: it may be inside a call of it
+        output = model.forward(input_ids=ids, use_cache=False)  # past hooks: it may be inside a call of it
     finally:
         for handle in handles:
             handle.remove()
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"{type(model).__name__} gives no logits ({type(output).__name__}): BA-LoRA needs a causal LM "
+            "(AutoModelForCausalLM) or a classifier (AutoModelForSequenceClassification)."
+        )
     if not captured:
         raise ValueError(
             f"{type(model).__name__} does not call its backbone ({type(backbones[0]).__name__}) where it computes its "

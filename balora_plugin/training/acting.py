@@ -118,8 +118,7 @@ def warn_at_set_up(run: RunState, args: Any) -> None:
     """Says once what of a model and of its arguments makes the terms something else than they seem."""
     warn_of_dropout(run)
     warn_of_noise(run, args)
-    if run.config.task == "nlg":
-        warn_of_the_task(run)
+    warn_of_the_task(run)
 
 
 def warn_of_noise(run: RunState, args: Any) -> None:

@@ -28,6 +28,7 @@ from ..checkpoint.names import HEAD_FILE, INIT_FILE
 from ..pretrained.classifier_head import wrapped_heads
 from ..pretrained.quantised_experts import left_out_of_state_dicts
 from .host import HostTrainer
+from .several_adapters import kept_active
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -47,12 +48,14 @@ class LoadsAdapterItself(_Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the model of a checkpoint as the host does, but no sharded adapter of ours."""
         if not self._restores_adapter():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with kept_active(model or self.model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         """Loads the best checkpoint's model as the host does, but no sharded adapter of ours."""
         if not self._restores_adapter():
-            super()._load_best_model()
+            with kept_active(self.model, self.state.best_model_checkpoint):
+                super()._load_best_model()
 
 
 class RestoreAdapter(TrainerCallback):

@@ -123,6 +123,7 @@ CHANGES = {
     "a cap of 100": lambda logits: 100.0 * torch.tanh(logits / 100.0),
     "a scale of 1.02": lambda logits: logits * 1.02,
     "a scale of 0.5": lambda logits: logits * 0.5,
+    "a scale from position 40 on": lambda logits: torch.cat([logits[:, :40], logits[:, 40:] * 0.5], dim=1),
     "a cap of 30, float": lambda logits: (30.0 * torch.tanh(logits / 30.0)).float(),
 }
 
@@ -153,3 +154,11 @@ def test_a_masked_language_model_is_refused_by_name(prefix):
     model = getattr(transformers, f"{prefix}ForMaskedLM")(config)
     with pytest.raises(ValueError, match=rf"{prefix}ForMaskedLM is a masked language model.*AutoModelForCausalLM"):
         task_of(model, RegularizerConfig())
+
+
+def test_a_model_without_logits_is_named_in_one_line():
+    from transformers import BertConfig, BertForPreTraining
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match=r"^BertForPreTraining gives no logits .* needs a causal LM"):
+        check_head(BertForPreTraining(BertConfig(**sizes, num_attention_heads=4)))
