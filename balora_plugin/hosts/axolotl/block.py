@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, create_model, model_validator
 
@@ -12,8 +12,10 @@ from ...findings import Finding
 from ...settings import Setting, settings_of
 
 ADAPTER = "ba_lora"
-METHODS = ("full", "lora", "pissa", "dora", "ba_lora")
-TERMS = ("none", "all", "consistency", "diversity", "svd")
+Method = Literal["full", "lora", "pissa", "dora", "ba_lora"]
+Terms = Literal["none", "all", "consistency", "diversity", "svd"]
+METHODS: tuple[str, ...] = get_args(Method)
+TERMS: tuple[str, ...] = get_args(Terms)
 # of the block, beside the fields of RegularizerConfig
 HOST_KEYS = ("compile", "start_from", "apply_to", "loss_type", "text_columns", "label_column", "method", "terms")
 
@@ -87,12 +89,12 @@ class BaLoraBlock(_Settings):
     label_column: str | None = Field(
         default=None, min_length=1, description="Classification: the column of the label; null: label or labels."
     )
-    method: Literal[METHODS] | None = Field(
+    method: Method | None = Field(
         default=None,
         description="What is trained, by one key: ba_lora (null), its starts without terms (pissa, lora), PEFT's DoRA "
         "(dora) or every weight (full).",
     )
-    terms: Literal[TERMS] | None = Field(
+    terms: Terms | None = Field(
         default=None,
         description="Which terms are on: all as they are weighted (null for ba_lora), none (null for the other "
         "methods), or one alone.",

@@ -61,9 +61,9 @@ def spell_out(cfg: Any, values: dict[str, Any]) -> dict[str, Any]:
 def of_method(values: dict[str, Any]) -> Iterator[Finding]:
     """Finds a `method` beside what it would write itself."""
     block = values.get("ba_lora")
-    method = block.get("method") if isinstance(block, dict) else None
-    if method is None:
+    if not isinstance(block, dict) or block.get("method") is None:
         return
+    method = block["method"]
     if block.get("apply_to") is not None:
         yield Finding("ba_lora.apply_to", block["apply_to"], f"beside method: {method}", "remove one of the two")
     elif values.get("adapter") != ADAPTER:
