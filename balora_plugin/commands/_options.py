@@ -17,7 +17,21 @@ class Values(SimpleNamespace):
     """The values of a subcommand's arguments and options, by their names in Python; of several values a list."""
 
 
-class Argument(click.Argument):
+class _NotEmpty(click.Parameter):
+    """A value that is written: `--output ""`, as of a shell variable that is not set, names nothing."""
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Returns what click makes of a value.
+
+        Raises:
+            click.BadParameter: it is empty, or one of several is.
+        """
+        if value == "" or (isinstance(value, (tuple, list)) and "" in value):
+            raise click.BadParameter("is empty: write a value, or leave the option out", ctx=ctx, param=self)
+        return super().type_cast_value(ctx, value)
+
+
+class Argument(_NotEmpty, click.Argument):
     """A positional argument that is explained in the help, as options are; with `nargs=-1` one or more."""
 
     def __init__(self, name: str, *, metavar: str, help: str, **settings: Any) -> None:
@@ -29,7 +43,7 @@ class Argument(click.Argument):
         return self._explained
 
 
-class Option(click.Option):
+class Option(_NotEmpty, click.Option):
     """An option of one value, or a flag."""
 
     def __init__(self, name: str, **settings: Any) -> None:

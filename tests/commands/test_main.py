@@ -73,6 +73,9 @@ def test_help_comes_at_once():
         (["glue", "--task", "rte", "x"], "Error: Invalid value for '--task': 'x' is not one of "),
         (["eval", "--limit", "x"], "Error: Invalid value for '--limit': 'x' is not a valid integer (see balora eval"),
         (["doctor", "--jsom"], "Error: No such option '--jsom'. Did you mean"),
+        (["export", "x", "--output", ""], "Error: Invalid value for '--output': is empty: write a value, or leave"),
+        (["verify", "", "--base", "y"], "Error: Invalid value for 'ADAPTER': is empty: write a value"),
+        (["compare", "--model", "m", "--methods", "lora", "", "--data", "d"], "Error: Invalid value for '--methods': "),
         (["verify", "x", "--base", "y", "z"], "Error: Got unexpected extra argument (z) (see balora verify --help)"),
     ],
 )
@@ -193,7 +196,7 @@ def test_a_damaged_adapter_is_one_line(damage, command, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["not/there/at/all", "/not/there", "", "a b"])
+@pytest.mark.parametrize("name", ["not/there/at/all", "/not/there", "a b"])
 @pytest.mark.parametrize("which", ["adapter", "base"])
 def test_a_path_that_is_not_there_is_called_so(which, name, capsys):
     adapter, base = (name, str(EARLIER / "base")) if which == "adapter" else (str(EARLIER / "checkpoint-4"), name)
