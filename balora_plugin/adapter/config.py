@@ -117,7 +117,7 @@ class BaLoraConfig(LoraConfig):
         if self.start_from is not None and not self.delta:
             raise ValueError(
                 f"start_from={self.start_from!r} with init_lora_weights={self.init_lora_weights!r}, which has no A0 "
-                "and B0: write init_lora_weights='pissa' or 'pissa_fast', or leave start_from out."
+                "and B0: write init_lora_weights='pissa', or leave start_from out."
             )
         if self.delta:
             self.init_lora_weights = _DeltaStart(self.init_lora_weights)

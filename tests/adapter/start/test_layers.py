@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from pathlib import Path
@@ -12,8 +13,9 @@ from forked import on_two_ranks
 from helpers import ba_lora, logits
 from models import tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
-from balora_plugin.adapter.start import disk_cache
+from balora_plugin.adapter.start import disk_cache, layers
 from balora_plugin.adapter.start.disk_cache import StartCache, cache_directory
 
 pytestmark = pytest.mark.hosts
@@ -53,6 +55,23 @@ def test_a_second_run_factorises_nothing_and_starts_alike(build, start, store, i
     expected = factors(first)
     assert all(torch.equal(p, expected[name]) for name, p in factors(second).items())
     assert torch.equal(logits(first.eval(), ids), logits(build().eval(), ids))
+
+
+def test_the_bar_names_the_layer_and_its_time_left_goes_by_entries(store, monkeypatch):
+    shown = io.StringIO()
+
+    def bar(**given):
+        return tqdm(**{**given, "disable": False, "file": shown, "mininterval": 0})
+
+    monkeypatch.setattr(layers, "tqdm", bar)
+    base = tiny_llama()
+    model = ba_lora(base, targets=["q_proj", "down_proj"])
+    entries = sum(layer.weight.numel() for name, layer in model.named_modules() if name.endswith("base_layer"))
+    lines = shown.getvalue().split("\r")
+    assert "BA-LoRA start (pissa)" in lines[-1] and "layers.1.mlp.down_proj" in lines[-1]
+    assert any("layers.0.self_attn.q_proj" in line for line in lines)
+    said = tqdm.format_sizeof(entries)
+    assert f"{said}/{said}" in lines[-1]
 
 
 def test_what_the_factors_depend_on_is_in_the_key(store):
