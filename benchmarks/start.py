@@ -1,59 +1,150 @@
-"""The randomised PiSSA start against the exact one, time and energy: `python -m benchmarks.start`"""
+"""The start: time, products and energy of one layer of each shape, of experts, and of a whole model.
+
+python -m benchmarks.start                      # 4096 x 4096, 4096 x 11008 and the whole of a 7B model
+python -m benchmarks.start --exact              # the exact SVD too: minutes a matrix
+python -m benchmarks.start --shapes 1024x1024 --experts 8x352x512 --rank 32
+"""
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from balora_plugin.adapter.start.pissa import pissa_factors
+from balora_plugin.adapter.start.pissa import TOLERANCES, pissa_factors
+from balora_plugin.adapter.start.subspace import block_of, leading_triples
+
+from .measuring import machine, table
+
+# shape -> how many of a Llama of 7B parameters
+SEVEN_BILLION = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
+CPU = torch.device("cpu")
 
 
-def falling_spectrum(size: int) -> Tensor:
-    """A (size, size) float32 matrix whose singular values fall like i^-0.5."""
-    generator = torch.Generator().manual_seed(0)
-    u, v = (torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q for _ in range(2))
-    return (u * torch.arange(1, size + 1, dtype=torch.float64).rsqrt() @ v.T).float()
+def timed(function: Callable[[], object]) -> float:
+    """Processor seconds of one call, of all threads together: other load on the machine does not count."""
+    began = time.process_time()
+    function()
+    return time.process_time() - began
 
 
-def timed(function: Callable[[], tuple[Tensor, Tensor]], repeats: int) -> tuple[float, tuple[Tensor, Tensor]]:
-    """Median seconds and the last result."""
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds), result
+def like_power(*shape: int) -> Tensor:
+    """Float32 matrices whose singular values are i^-0.5, along Hartley's basis with random signs: no product, no QR."""
+    size = min(shape[-2:])
+    weight = torch.zeros(shape)
+    weight.diagonal(dim1=-2, dim2=-1).copy_(torch.arange(1, size + 1).rsqrt())
+    for dim in (-1, -2):
+        transformed = torch.fft.fft(weight, dim=dim, norm="ortho")
+        weight = transformed.real - transformed.imag
+    rows, columns = (torch.randint(0, 2, (side,)) * 2 - 1 for side in shape[-2:])
+    return weight * rows[:, None] * columns
 
 
-def energy(factors: tuple[Tensor, Tensor]) -> float:
-    """Squared Frobenius norm of B @ A."""
-    a, b = (x.double() for x in factors)
-    return torch.trace(b.T @ b @ a @ a.T).item()
+def gaussian(*shape: int) -> Tensor:
+    """Independent entries: the slowest spectrum that a weight may have, that of no training at all."""
+    return torch.randn(*shape)
+
+
+SPECTRA: dict[str, Callable[..., Tensor]] = {"i^-0.5": like_power, "random": gaussian}
+
+
+def energy(weight: Tensor, factors: tuple[Tensor, Tensor]) -> float:
+    """What B @ A takes of the weight's squared norm."""
+    a, b = factors
+    return (weight.double().square().sum() - (weight - b @ a).double().square().sum()).item()
+
+
+def products(weight: Tensor, columns: int, rank: int) -> None:
+    """As many columns from either side as the iteration takes, in blocks of its size, and nothing else."""
+    block = block_of(rank)
+    right, left = torch.randn(weight.shape[-1], block), torch.randn(weight.shape[-2], block)
+    for _ in range(columns // (2 * block)):
+        weight @ right
+        weight.mT @ left
+
+
+def rows_of(weight: Tensor, rank: int, methods: list[str]) -> Iterator[tuple[str, float, int, float]]:
+    """Gives (method, seconds, columns multiplied, energy), and the products alone of the first method."""
+    for method in methods:
+        found: list[tuple[Tensor, Tensor]] = []
+        tolerance = TOLERANCES[method]
+
+        def work(method: str = method, found: list[tuple[Tensor, Tensor]] = found) -> None:
+            found.append(pissa_factors(weight, rank, 1.0, method=method))
+
+        seconds = timed(work)
+        columns = 0 if tolerance is None else leading_triples(weight, rank, tolerance).columns  # a second run, untimed
+        yield method, seconds, columns, energy(weight, found[0])
+        if method == "pissa":
+            alone = timed(functools.partial(products, weight, columns, rank))
+            yield "its products alone", alone, columns, float("nan")
+
+
+def matrices(
+    shapes: list[tuple[int, ...]], spectra: list[str], rank: int, methods: list[str]
+) -> dict[tuple[str, tuple[int, ...]], float]:
+    """Prints a table of each shape and spectrum; returns the seconds of `pissa`."""
+    seconds = {}
+    for shape in shapes:
+        for spectrum in spectra:
+            measured = list(rows_of(SPECTRA[spectrum](*shape), rank, methods))
+            best = max(e for *_, e in measured if e == e)
+            took = seconds[spectrum, shape] = measured[0][1]
+            print(f"\n**{' x '.join(map(str, shape))}, rank {rank}, singular values: {spectrum}**\n")
+            print(
+                table(
+                    ["", "seconds", "to pissa", "columns multiplied", "energy below the best here"],
+                    [
+                        [name, f"{s:.2f}", f"{s / took:.2f}", str(c or "-"), f"{1 - e / best:.1e}" if e == e else "-"]
+                        for name, s, c, e in measured
+                    ],
+                ),
+                flush=True,
+            )
+    return seconds
+
+
+def experts(shape: tuple[int, ...], rank: int) -> None:
+    """Prints one call for all experts against one by one, exactly and to the tolerance."""
+    weight = like_power(*shape)
+    together = timed(lambda: pissa_factors(weight, rank, 1.0))
+    rows = [["pissa, one call", together]]
+    for method, name in (("pissa", "pissa, one by one"), ("pissa_exact", "exact, one by one")):
+        share = timed(lambda method=method: [pissa_factors(w, rank, 1.0, method=method) for w in weight[:4]])
+        rows.append([f"{name} (4 of them, scaled)", share * len(weight) / 4])
+    print(f"\n**{len(weight)} experts of {shape[1]} x {shape[2]}, rank {rank}**\n")
+    print(table(["", "seconds", "to one call"], [[n, f"{s:.2f}", f"{s / together:.2f}"] for n, s in rows]))
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("x"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=2048)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=shape_of, nargs="*", default=list(SEVEN_BILLION))
+    parser.add_argument("--spectra", nargs="*", choices=SPECTRA, default=list(SPECTRA))
+    parser.add_argument("--experts", type=shape_of, help="for example 64x1408x2048")
     parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--exact", action="store_true", help="measure the exact SVD as well")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    weight = falling_spectrum(options.size)
-    exact_s, exact = timed(lambda: pissa_factors(weight, options.rank, 1.0), options.repeats)
-    fast_s, fast = timed(lambda: pissa_factors(weight, options.rank, 1.0, fast=True), options.repeats)
-    optimal = sum(1 / i for i in range(1, options.rank + 1))
-    machine = f"{platform.machine()}, {options.threads} threads"
-    print(f"{options.size} x {options.size}, rank {options.rank}, torch {torch.__version__}, {machine}")
-    print(f"exact (pissa)      {exact_s:7.2f} s   energy {energy(exact) / optimal:.6f} of optimal")
-    print(f"fast (pissa_fast)  {fast_s:7.2f} s   energy {energy(fast) / optimal:.6f} of optimal")
-    print(f"ratio              {exact_s / fast_s:7.2f} x")
+    torch.manual_seed(0)
+    print(f"`python -m benchmarks.start` on {machine(CPU)}, float32, processor seconds")
+    methods = ["pissa", "pissa_fast", *(["pissa_exact"] if options.exact else [])]
+    seconds = matrices(options.shapes, options.spectra, options.rank, methods)
+    if options.experts:
+        experts(options.experts, options.rank)
+    if set(options.shapes) >= set(SEVEN_BILLION):
+        whole = {
+            spectrum: sum(count * seconds[spectrum, shape] for shape, count in SEVEN_BILLION.items())
+            for spectrum in options.spectra
+        }
+        said = ", ".join(f"{total / 60:.0f} min with {spectrum} spectra" for spectrum, total in whole.items())
+        print(f"\nThe whole start of a 7B model (224 matrices) by these: {said}.")
 
 
 if __name__ == "__main__":

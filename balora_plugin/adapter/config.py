@@ -27,10 +27,11 @@ from ..settings import as_path, names_checked, settings_of
 from ..teacher.files import HEADER
 from .delta import not_linears_own
 from .options import NEUTRAL_OPTIONS, OTHER_STARTS, check_options
+from .start.pissa import TOLERANCES
 
 logger = logging.getLogger(__name__)
 
-DELTA_STARTS = ("pissa", "pissa_fast")
+DELTA_STARTS = tuple(TOLERANCES)
 
 _REFUSAL = (
     "BaLoraConfig was given to PEFT's own get_peft_model (or a stock trainer), which would change the base weights. "
@@ -75,9 +76,10 @@ class BaLoraConfig(LoraConfig):
         regularizers: The three terms, see [`RegularizerConfig`]; a dict of its fields works too.
         compile: Compile teacher, student and terms with the backend `ba_lora` (not beside the trainer's torch_compile):
             True: one graph each; "layers": each kind of decoder layer once.
-        init_lora_weights: `"pissa"` (default: exact SVD), `"pissa_fast"` (randomised SVD, fixed seed; PEFT's
-            `"pissa_niter_N"` means this one), both in delta form, so that the base weights stay as they are; `True`:
-            the ordinary LoRA start with the regularisers; `False`: random factors, for tests.
+        init_lora_weights: `"pissa"` (default: the leading singular triples to within 1e-6 of their energy, by an
+            iteration with a fixed seed), `"pissa_fast"` (the same to 1e-4; PEFT's `"pissa_niter_N"` means this one),
+            `"pissa_exact"` (LAPACK's SVD), all in delta form, so that the base weights stay as they are; `True`: the
+            ordinary LoRA start with the regularisers; `False`: random factors, for tests.
         start_from: Over a quantised (bitsandbytes) base: where A0 and B0 come from. None: the dequantised weights. A
             directory, .safetensors file or hub id of the full-precision model: its weights, read one at a time. Not
             part of a saved adapter. Base and teacher are the quantised weights either way.
@@ -115,7 +117,7 @@ class BaLoraConfig(LoraConfig):
         if self.start_from is not None and not self.delta:
             raise ValueError(
                 f"start_from={self.start_from!r} with init_lora_weights={self.init_lora_weights!r}, which has no A0 "
-                "and B0: write init_lora_weights='pissa' or 'pissa_fast', or leave start_from out."
+                "and B0: write init_lora_weights='pissa', or leave start_from out."
             )
         if self.delta:
             self.init_lora_weights = _DeltaStart(self.init_lora_weights)
@@ -146,7 +148,7 @@ class BaLoraConfig(LoraConfig):
         """`pissa_niter_N` of PEFT's is a randomised SVD too."""
         if isinstance(self.init_lora_weights, str) and re.fullmatch(r"pissa_niter_\d+", self.init_lora_weights):
             _say_once(
-                f"init_lora_weights={self.init_lora_weights!r} is 'pissa_fast' here, whose iterations are fixed: "
+                f"init_lora_weights={self.init_lora_weights!r} is 'pissa_fast' here, which iterates to a tolerance: "
                 "write that."
             )
             self.init_lora_weights = "pissa_fast"
@@ -161,8 +163,8 @@ class BaLoraConfig(LoraConfig):
                 + (
                     f"{why}."
                     if why
-                    else "write 'pissa', 'pissa_fast' (faster, same step-0 model), True (ordinary LoRA) or False "
-                    "(random, for tests)."
+                    else "write 'pissa', 'pissa_fast' (a little faster) or 'pissa_exact' (an SVD), all with the same "
+                    "step-0 model, True (ordinary LoRA) or False (random, for tests)."
                 )
             )
         for key, neutral in NEUTRAL_OPTIONS.items():

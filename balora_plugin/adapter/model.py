@@ -73,8 +73,8 @@ class BaLoraModelMixin(_Base):
         self.peft_config[adapter_name] = config
         if config.delta and start:
             source = full_precision_of(config, self.get_base_model(), layers)
-            fast = config.init_lora_weights == "pissa_fast"
-            start_layers(layers, adapter_name, fast=fast, read=None if source is None else source.read)
+            method = str(config.init_lora_weights)
+            start_layers(layers, adapter_name, method=method, read=None if source is None else source.read)
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode as PyTorch does, and says once if the model trains where nothing asks for its terms."""

@@ -123,7 +123,7 @@ def _adapter(cell: Cell, recipe: GridSettings, task_type: str) -> BaLoraConfig |
         lora_alpha=recipe.rank,
         target_modules="all-linear",
         task_type=task_type,
-        init_lora_weights=True if cell.method == "lora" else "pissa_fast",
+        init_lora_weights=True if cell.method == "lora" else "pissa",
         regularizers=recipe.terms_of(cell.method),
     )
 

@@ -47,7 +47,7 @@ def test_the_starter_has_the_recommended_setting_and_names_its_schema(tmp_path, 
     block = BaLoraBlock.model_validate(values["ba_lora"])
     assert {key: getattr(block, key) for key in RECOMMENDED} == RECOMMENDED
     assert values["learning_rate"] == RECOMMENDED_RATE and values["lora_alpha"] == values["lora_r"]
-    assert values["peft_init_lora_weights"] == "pissa_fast"
+    assert values["peft_init_lora_weights"] == "pissa"
     assert first == "# yaml-language-server: $schema=run.schema.json"
     schema = json.loads((tmp_path / "run.schema.json").read_text())
     assert schema["properties"]["ba_lora"]["properties"].keys() == BaLoraBlock.model_fields.keys()

@@ -5,27 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .pissa import TOLERANCES
+
 TOLERANCE = 1e-3  # of the weight's norm and of a triple's own length
-EXACT, RANDOMISED = 1.01, 1.25  # how far what is left may rise above the last triple
+ABOVE = 1.01  # how far what is left may rise above the last triple: both are found to some digits
 _PROBES = 8
 _STEPS = 4
 
 
 @torch.no_grad()
-def are_leading_triples(weight: Tensor, a: Tensor, b: Tensor, scaling: float, *, fast: bool) -> bool:
-    """Returns whether A0 (r, in) and B0 (out, r) are what `pissa_factors` makes of `weight` (out, in).
+def are_leading_triples(weight: Tensor, a: Tensor, b: Tensor, scaling: float, *, method: str) -> bool:
+    """Returns whether A0 (r, in) and B0 (out, r) are what `pissa_factors` makes of `weight` (out, in) by `method`.
 
     With W = U S V^T and D = S / scaling they are B0 = U sqrt(D) and A0 = sqrt(D) V^T. So
 
     1. B0^T B0 = A0 A0^T = D, a diagonal matrix: entry i, j within TOLERANCE of sqrt(D_i D_j);
     2. B0^T W = scaling D A0: row i within TOLERANCE of |W| sqrt(D_i), |.| the Frobenius norm;
-    3. what is left, W - scaling B0 A0, stretches no vector by more than S_r.
+    3. what is left, W - scaling B0 A0, stretches no vector by more than S_r, or by what the method's tolerance allows:
+       with t of the sum E of the S_i^2 missing, the triple in S_r's place has at most S_r^2 + t E.
 
-    In float32 1 and 2 hold to 1e-5 whatever the spectrum, for the randomised SVD too (its V and S are those of U^T W);
+    In float32 1 and 2 hold to 1e-5 whatever the spectrum, of an iteration too (its V and S are those of U^T W);
     the factors of another matrix of n rows miss 2 by about 1 / sqrt(n). For 3 a few random vectors are stretched a few
-    times, which can only underestimate: it is refused where they say more than EXACT times S_r or, of the randomised
-    SVD, whose last triple may lie below the true one, RANDOMISED times. Leading dimensions (experts) are taken one by
-    one. Costs r + 2 * _STEPS * _PROBES products of W with a vector.
+    times, which can only underestimate. Leading dimensions (experts) are taken one by one. Costs r + 2 * _STEPS *
+    _PROBES products of W with a vector.
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w, a, b = weight.detach().to(wide), a.to(weight.device, wide), b.to(weight.device, wide)
@@ -45,8 +47,9 @@ def are_leading_triples(weight: Tensor, a: Tensor, b: Tensor, scaling: float, *,
     apart = (b.mT @ w - scaling * d[..., :, None].to(wide) * a).double().norm(dim=-1)
     if bool((apart > TOLERANCE * size.double() * root).any()):
         return False
-    last = scaling * d.amin(dim=-1)
-    allowed = (RANDOMISED if fast else EXACT) * last + TOLERANCE * scaling * d.amax(dim=-1)
+    s = scaling * d
+    missing = (TOLERANCES[method] or 0.0) * s.square().sum(dim=-1)
+    allowed = ((ABOVE * s.amin(dim=-1)).square() + missing).sqrt() + TOLERANCE * s.amax(dim=-1)
     return bool((_stretch(w, a, b, scaling).double() <= allowed).all())
 
 

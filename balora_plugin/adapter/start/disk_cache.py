@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ...atomic import replacing
 from .agreement import are_leading_triples
-from .pissa import FAST_ITERATIONS, FAST_SEED, pissa_factors, started_rank
+from .pissa import TOLERANCES, pissa_factors, started_rank
+from .subspace import SEED, VERSION
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "BALORA_CACHE"  # a directory; "off" keeps nothing
-SMALLEST = 2**20  # entries of a matrix: below, its SVD takes a fraction of a second
+SMALLEST = 2**14  # entries of a matrix: below, its SVD takes no longer than a file
 ABANDONED = 24 * 3600  # seconds after which nobody writes a temporary file any more
 LARGEST = 32 * 2**30  # bytes of all files; the least recently used go first
 
@@ -57,7 +58,7 @@ def _warn_once(why: str) -> None:
 
 
 class StartCache:
-    """pissa_factors, whose results for large matrices are kept in `directory` and found again by the weight's bytes.
+    """pissa_factors, whose results (but of tiny matrices) are kept in `directory` and found by the weight's bytes.
 
     Attributes:
         computed, found: How many matrices were factorised, and how many read.
@@ -67,17 +68,17 @@ class StartCache:
         self.directory = directory
         self.computed = self.found = 0
 
-    def factors(self, weight: Tensor, rank: int, scaling: float, *, fast: bool) -> tuple[Tensor, Tensor]:
+    def factors(self, weight: Tensor, rank: int, scaling: float, *, method: str) -> tuple[Tensor, Tensor]:
         """Returns A0 (k, in) and B0 (out, k) as [`pissa_factors`], on the weight's device."""
         name = None
         rank = started_rank(rank, *weight.shape[-2:])
         if self.directory is not None and weight.numel() >= SMALLEST:
-            name = f"{_key(weight, rank, scaling, fast)}.safetensors"
+            name = f"{_key(weight, rank, scaling, method)}.safetensors"
             kept = self._read(name, weight, rank)
-            if kept is not None and are_leading_triples(weight, *kept, scaling, fast=fast):
+            if kept is not None and are_leading_triples(weight, *kept, scaling, method=method):
                 self.found += 1
                 return kept
-        a, b = pissa_factors(weight, rank, scaling, fast=fast)
+        a, b = pissa_factors(weight, rank, scaling, method=method)
         self.computed += 1
         if name is not None and self.directory is not None:
             self._write(self.directory / name, a, b)
@@ -145,8 +146,9 @@ class StartCache:
                 total -= stat.st_size
 
 
-def _key(weight: Tensor, rank: int, scaling: float, fast: bool) -> str:
-    how = ("fast", FAST_SEED, FAST_ITERATIONS) if fast else ("exact",)
+def _key(weight: Tensor, rank: int, scaling: float, method: str) -> str:
+    tolerance = TOLERANCES[method]
+    how = ("exact",) if tolerance is None else ("subspace", VERSION, SEED, tolerance)
     digest = hashlib.sha256(repr((1, str(weight.dtype), tuple(weight.shape), rank, scaling, how)).encode())
     digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -21,7 +21,7 @@ from ...distributed import (
     raise_on_every_process,
     world_size,
 )
-from ..delta import base_matrix, base_parameter
+from ..delta import base_matrix, base_parameter, num_experts
 from ..kinds import counted, kind_of
 from .disk_cache import StartCache, cache_directory
 
@@ -31,11 +31,12 @@ Read = Callable[[str], Tensor | None]
 
 @torch.no_grad()
 def start_layers(
-    layers: list[tuple[str, LoraLayer]], adapter_name: str, *, fast: bool, read: Read | None = None
+    layers: list[tuple[str, LoraLayer]], adapter_name: str, *, method: str, read: Read | None = None
 ) -> None:
     """Fills A0, B0 of every (name, layer) from its base weight (dequantised), or from what `read(name)` gives instead.
 
-    A matrix with fewer than r singular triples gives all that it has; the rest of A0 and B0 stays zero, which is said.
+    `method` is a name of `pissa.TOLERANCES`. A matrix with fewer than r singular triples gives all that it has; the
+    rest of A0 and B0 stays zero, which is said.
 
     On several ranks layer i is factorised by one of them and sent to all: by rank i modulo the number of ranks, or by
     those ranks alone whose base weights are loaded. All ranks must call this, with the same layers.
@@ -49,8 +50,10 @@ def start_layers(
     owners = [able[i % len(able)] for i in range(len(layers))]
     cache = StartCache(cache_directory())
     bar = tqdm(
-        total=owners.count(rank),
-        desc=f"BA-LoRA start ({'pissa_fast' if fast else 'pissa'})",
+        total=sum(_entries(layer) for (_, layer), owner in zip(layers, owners, strict=True) if owner == rank),
+        desc=f"BA-LoRA start ({method})",
+        unit=" weights",  # not layers: the time left goes by the products with a matrix
+        unit_scale=True,
         disable=True if rank else None,  # None: no bar into a file
     )
     waiting: dict[int, Tensor] = {}
@@ -58,12 +61,13 @@ def start_layers(
 
     def factorise(i: int, weight: Tensor) -> str | None:
         name, layer = layers[i]
+        bar.set_postfix_str(name)
         try:
-            a, b = cache.factors(weight, layer.r[adapter_name], layer.scaling[adapter_name], fast=fast)
+            a, b = cache.factors(weight, layer.r[adapter_name], layer.scaling[adapter_name], method=method)
         except ValueError as problem:
             return f"{name}: {problem}"
         _fill(layer, adapter_name, a, b)
-        bar.update()
+        bar.update(_entries(layer))
         return None
 
     for i, (name, layer) in enumerate(layers):
@@ -90,6 +94,11 @@ def start_layers(
         _send(layers, adapter_name, owners)
     cache.prune()
     _say(cache)
+
+
+def _entries(layer: LoraLayer) -> int:
+    """Returns how many entries a base weight has, those of all experts together, sharded and quantised ones too."""
+    return int(num_experts(layer) * layer.out_features * layer.in_features)
 
 
 def _fill(layer: LoraLayer, adapter_name: str, a: Tensor, b: Tensor) -> None:

@@ -1,12 +1,17 @@
-"""The PiSSA start: the r leading singular triples of a weight, exactly or by a randomised SVD. Imports torch alone."""
+"""The PiSSA start: the r leading singular triples of a weight, to a tolerance or exactly. Imports torch alone."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-FAST_SEED = 20240808  # fixed: two builds of the same weight give the same factors on one machine
-FAST_ITERATIONS = 4
+from .subspace import is_worth_it, leading_triples
+
+# the name of a start -> which share of the energy of the r leading triples may be missing; None: an SVD
+TOLERANCES: Mapping[str, float | None] = MappingProxyType({"pissa": 1e-6, "pissa_fast": 1e-4, "pissa_exact": None})
 
 
 def started_rank(rank: int, out_features: int, in_features: int) -> int:
@@ -14,13 +19,16 @@ def started_rank(rank: int, out_features: int, in_features: int) -> int:
     return min(rank, out_features, in_features)
 
 
-def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = False) -> tuple[Tensor, Tensor]:
+def pissa_factors(weight: Tensor, rank: int, scaling: float, *, method: str = "pissa") -> tuple[Tensor, Tensor]:
     """Returns A0 (k, in), B0 (out, k): scaling * B0 @ A0 is the best rank-r part of weight (out, in).
 
-    PiSSA, eq. 2-3. k is [`started_rank`]: r, or all of a matrix that has fewer singular triples.
+    PiSSA, eq. 2-3. k is [`started_rank`]: r, or all of a matrix that has fewer singular triples. The best part is the
+    one of the largest energy, the sum of its squared singular values; `method` says how near to it: "pissa" holds at
+    least 1 - 1e-6 of it, "pissa_fast" 1 - 1e-4, "pissa_exact" is LAPACK's SVD. A matrix that is small beside the rank,
+    or whose iteration does not converge, gets the SVD whatever the method.
 
     Works in float32 (float64 for a float64 weight), whatever the weight's dtype. `weight` may carry leading batch
-    dimensions (experts).
+    dimensions (experts), which are worked on together.
 
     Raises:
         ValueError: rank < 1, NaN or inf in the weight, scaling not positive.
@@ -34,27 +42,25 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, *, fast: bool = Fal
     if not bool(torch.isfinite(w).all()):
         raise ValueError("the base weight holds NaN or inf: check the base model's files.")
     rank = started_rank(rank, *w.shape[-2:])
-    u, s, vh = _leading_triples(w, rank) if fast else torch.linalg.svd(w, full_matrices=False)
-    root = (s[..., :rank] / scaling).sqrt()
-    a = root[..., :, None] * vh[..., :rank, :]
-    b = u[..., :, :rank] * root[..., None, :]
+    u, s, vh = _triples(w, rank, TOLERANCES[method])
+    root = (s / scaling).sqrt()
+    a = root[..., :, None] * vh
+    b = u * root[..., None, :]
     return a.contiguous(), b.contiguous()
 
 
-def _leading_triples(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs a subspace iteration oversampled by half the rank (at least 16): (out, in) -> U, S, V^T.
+def _triples(w: Tensor, rank: int, tolerance: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns U (..., out, r), S (..., r), V^T (..., r, in) of (..., out, in)."""
+    if tolerance is None or not is_worth_it(rank, *w.shape[-2:]):
+        return _exact(w, rank)
+    found = leading_triples(w, rank, tolerance)
+    u, s, vh = found.u, found.s, found.vh
+    missed = ~found.converged
+    if bool(missed.any()):
+        u[missed], s[missed], vh[missed] = _exact(w[missed], rank)
+    return u, s, vh
 
-    torch.svd_lowrank has no oversampling: 2.4 % off in the singular values after 16 iterations.
-    """
-    out_features, in_features = w.shape[-2:]
-    size = rank + max(rank // 2, 16)
-    if 3 * size > min(out_features, in_features):  # no longer cheaper than exact
-        return torch.linalg.svd(w, full_matrices=False)
-    generator = torch.Generator(device="cpu").manual_seed(FAST_SEED)
-    probe = torch.randn(*w.shape[:-2], in_features, size, generator=generator, dtype=w.dtype).to(w.device)
-    q = torch.linalg.qr(w @ probe).Q
-    for _ in range(FAST_ITERATIONS):
-        q = torch.linalg.qr(w.mT @ q).Q
-        q = torch.linalg.qr(w @ q).Q
-    u, s, vh = torch.linalg.svd(q.mT @ w, full_matrices=False)
-    return q @ u, s, vh
+
+def _exact(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    return u[..., :rank], s[..., :rank], vh[..., :rank, :]

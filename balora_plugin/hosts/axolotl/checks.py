@@ -24,7 +24,7 @@ from .model_config import of_model
 from .quantisation import of_quantisation
 from .refusals import refused
 
-STARTS = ("pissa", "pissa_fast", True, None)
+STARTS = ("pissa", "pissa_fast", "pissa_exact", True, None)
 
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
 _OURS = [
@@ -202,7 +202,7 @@ def _adapter(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _targets(data)
     start = data.get("peft_init_lora_weights")
     if start not in STARTS:
-        remedy = "write pissa, pissa_fast or true"
+        remedy = "write pissa, pissa_fast, pissa_exact or true"
         yield Finding("peft_init_lora_weights", start, "is not a start of BA-LoRA", remedy, True)
 
 

@@ -13,8 +13,8 @@ from .superseded import CUT_CROSS_ENTROPY, asked
 from .yaml_lines import YamlLines
 
 PLUGIN = "balora_plugin.BaLoraPlugin"
-START = "pissa_fast"
-_STARTS = ("pissa", "pissa_fast", True)
+START = "pissa"
+_STARTS = (START, "pissa_fast", "pissa_exact", True)
 
 
 class Change(NamedTuple):
@@ -134,7 +134,7 @@ def _start(yaml: YamlLines) -> list[Change]:
         yaml.replace("peft_init_lora_weights", START)
     else:
         yaml.add([f"peft_init_lora_weights: {START}"], after="lora_alpha" if "lora_alpha" in yaml.values else "adapter")
-    why = "starts at the leading singular directions, by a randomised SVD: seconds to minutes"
+    why = "starts at the leading singular directions, found by an iteration: minutes on large models"
     return [Change("peft_init_lora_weights", old, START, why)]
 
 

@@ -44,7 +44,7 @@ REFUSED: dict[str, Refusal] = {
     "peft_trainable_token_indices": _BASE,
     "unfrozen_parameters": _BASE,
 }
-_STARTS = "write peft_init_lora_weights: pissa, pissa_fast or true (over a quantised base too: load_in_4bit: true)"
+_STARTS = "write peft_init_lora_weights: pissa or true (over a quantised base too: load_in_4bit: true)"
 # sizes of which 1 is none
 SPLITS = ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size", "expert_parallel_size")
 # Axolotl's plug-ins that bring a trainer of their own; one of another origin is found before the model loads

@@ -26,7 +26,7 @@ adapter: ba_lora
 lora_r: 16
 lora_alpha: 16                       # alpha = r, as in the paper
 lora_target_linear: true
-peft_init_lora_weights: {start}   # or pissa: the exact SVD, an hour instead of minutes on large models
+peft_init_lora_weights: {start}   # minutes on large models; pissa_exact, the SVD, is many times slower
 
 ba_lora:                             # docs/choose.md says when to write what
 {terms}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from balora_plugin.adapter.start.agreement import are_leading_triples
-from balora_plugin.adapter.start.pissa import pissa_factors
+from balora_plugin.adapter.start.pissa import TOLERANCES, pissa_factors
 
 SHAPES = [(48, 40), (40, 150)]
 
@@ -42,15 +42,15 @@ def weights():
     return found
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
+@pytest.mark.parametrize("method", list(TOLERANCES))
 @pytest.mark.parametrize("rank", [1, 2, 8])
 @pytest.mark.parametrize(("name", "weight"), weights())
-def test_the_right_ones_are_believed_and_wrong_ones_are_not(name, weight, rank, fast):
+def test_the_right_ones_are_believed_and_wrong_ones_are_not(name, weight, rank, method):
     for scaling in (1.0, 0.25, 8.0):
-        a, b = pissa_factors(weight, rank, scaling, fast=fast)
+        a, b = pissa_factors(weight, rank, scaling, method=method)
 
         def believed(a, b, scaling=scaling):
-            return are_leading_triples(weight, a, b, scaling, fast=fast)
+            return are_leading_triples(weight, a, b, scaling, method=method)
 
         assert believed(a, b)
         if name.startswith("zero"):
@@ -71,12 +71,12 @@ def test_the_right_ones_are_believed_and_wrong_ones_are_not(name, weight, rank, 
             assert not believed(a2.to(a.dtype), b2.to(b.dtype)), what
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
-def test_singular_triples_that_are_not_the_leading_ones_are_not_believed(fast):
+@pytest.mark.parametrize("method", list(TOLERANCES))
+def test_singular_triples_that_are_not_the_leading_ones_are_not_believed(method):
     for name, weight in weights():
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
         if s.ndim > 1 or s[0] <= 1.3 * s[2]:
             continue
         root = s[2:4].sqrt()
         factors = root[:, None] * vh[2:4], u[:, 2:4] * root
-        assert not are_leading_triples(weight.float(), *factors, 1.0, fast=fast), name
+        assert not are_leading_triples(weight.float(), *factors, 1.0, method=method), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from pathlib import Path
@@ -12,8 +13,9 @@ from forked import on_two_ranks
 from helpers import ba_lora, logits
 from models import tiny_llama, tiny_mixtral
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
-from balora_plugin.adapter.start import disk_cache
+from balora_plugin.adapter.start import disk_cache, layers
 from balora_plugin.adapter.start.disk_cache import StartCache, cache_directory
 
 pytestmark = pytest.mark.hosts
@@ -42,7 +44,7 @@ def factors(model):
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral])
-@pytest.mark.parametrize("start", ["pissa", "pissa_fast"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_fast", "pissa_exact"])
 def test_a_second_run_factorises_nothing_and_starts_alike(build, start, store, ids):
     directory, count = store
     first = ba_lora(build(), init_lora_weights=start)
@@ -55,25 +57,44 @@ def test_a_second_run_factorises_nothing_and_starts_alike(build, start, store, i
     assert torch.equal(logits(first.eval(), ids), logits(build().eval(), ids))
 
 
+def test_the_bar_names_the_layer_and_its_time_left_goes_by_entries(store, monkeypatch):
+    shown = io.StringIO()
+
+    def bar(**given):
+        return tqdm(**{**given, "disable": False, "file": shown, "mininterval": 0})
+
+    monkeypatch.setattr(layers, "tqdm", bar)
+    base = tiny_llama()
+    model = ba_lora(base, targets=["q_proj", "down_proj"])
+    entries = sum(layer.weight.numel() for name, layer in model.named_modules() if name.endswith("base_layer"))
+    lines = shown.getvalue().split("\r")
+    assert "BA-LoRA start (pissa)" in lines[-1] and "layers.1.mlp.down_proj" in lines[-1]
+    assert any("layers.0.self_attn.q_proj" in line for line in lines)
+    said = tqdm.format_sizeof(entries)
+    assert f"{said}/{said}" in lines[-1]
+
+
 def test_what_the_factors_depend_on_is_in_the_key(store):
     directory, count = store
     weight = torch.randn(12, 8)
     cases = [
-        (weight, 2, 1.0, False),
-        (weight, 3, 1.0, False),
-        (weight, 2, 0.5, False),
-        (weight, 2, 1.0, True),
-        (weight.bfloat16(), 2, 1.0, False),
-        (weight.T.contiguous(), 2, 1.0, False),
-        (weight + 1e-6, 2, 1.0, False),
-        (weight.reshape(8, 12), 2, 1.0, False),  # the same bytes
+        (weight, 2, 1.0, "pissa_exact"),
+        (weight, 3, 1.0, "pissa_exact"),
+        (weight, 2, 0.5, "pissa_exact"),
+        (weight, 2, 1.0, "pissa"),
+        (weight, 2, 1.0, "pissa_fast"),
+        (weight.bfloat16(), 2, 1.0, "pissa_exact"),
+        (weight.T.contiguous(), 2, 1.0, "pissa_exact"),
+        (weight + 1e-6, 2, 1.0, "pissa_exact"),
+        (weight.reshape(8, 12), 2, 1.0, "pissa_exact"),  # the same bytes
     ]
-    for case, rank, scaling, fast in cases:
-        StartCache(directory).factors(case, rank, scaling, fast=fast)
+    for case, rank, scaling, method in cases:
+        StartCache(directory).factors(case, rank, scaling, method=method)
     assert len(count) == len(list(directory.iterdir())) == len(cases)
-    transposed = StartCache(directory).factors(weight.T.contiguous().T, 2, 1.0, fast=False)  # the same matrix in memory
+    in_memory = weight.T.contiguous().T  # the same matrix
+    transposed = StartCache(directory).factors(in_memory, 2, 1.0, method="pissa_exact")
     assert len(count) == len(cases)
-    assert torch.equal(transposed[0], StartCache(directory).factors(weight, 2, 1.0, fast=False)[0])
+    assert torch.equal(transposed[0], StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")[0])
 
 
 def damage_half(path):
@@ -94,13 +115,13 @@ def damage_shape(path):
 def test_a_damaged_file_is_made_anew(damage, store):
     directory, count = store
     weight = torch.randn(12, 8)
-    expected = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    expected = StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")
     (path,) = directory.iterdir()
     damage(path)
-    again = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    again = StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
     assert len(count) == 2
-    StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")
     assert len(count) == 2
 
 
@@ -171,7 +192,7 @@ def test_files_are_believed_only_if_they_are_this_weights_triples(store):
     directory, count = store
     torch.manual_seed(0)
     weight, other = torch.randn(12, 8), torch.randn(12, 8)
-    expected = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    expected = StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")
     (path,) = directory.iterdir()
     foreign = disk_cache.pissa_factors(other, 2, 1.0)
     wrong = {
@@ -184,28 +205,30 @@ def test_files_are_believed_only_if_they_are_this_weights_triples(store):
         tensors = {"A0": a.contiguous(), "B0": b.contiguous()}
         save_file(tensors, path, {"sha256": disk_cache._digest(tensors)})
         made = len(count)
-        again = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+        again = StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")
         assert all(torch.equal(x, y) for x, y in zip(again, expected, strict=True)), what
         assert len(count) == made + 1, what
-        StartCache(directory).factors(weight, 2, 1.0, fast=False)  # written anew
+        StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")  # written anew
         assert len(count) == made + 1, what
 
 
-def test_small_matrices_are_not_kept(store, monkeypatch):
+def test_tiny_matrices_are_not_kept_and_those_of_small_models_are(store, monkeypatch):
     directory, _ = store
-    monkeypatch.setattr(disk_cache, "SMALLEST", 2**20)
+    monkeypatch.setattr(disk_cache, "SMALLEST", 2**14)  # as it is
     ba_lora(tiny_llama())
     assert not directory.exists()
+    StartCache(directory).factors(torch.randn(192, 576), 4, 1.0, method="pissa")  # of a model of 135M parameters
+    assert len(list(directory.iterdir())) == 1
 
 
 def test_the_least_recently_used_go_first(store, monkeypatch):
     directory, count = store
     weights = [torch.full((6, 6), float(i)) + torch.eye(6) for i in range(3)]
     for i, weight in enumerate(weights):
-        StartCache(directory).factors(weight, 2, 1.0, fast=False)
+        StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")
         newest = max(directory.iterdir(), key=lambda path: path.stat().st_ctime_ns)
         os.utime(newest, (i + 1, i + 1))
-    StartCache(directory).factors(weights[0], 2, 1.0, fast=False)  # read: now the youngest
+    StartCache(directory).factors(weights[0], 2, 1.0, method="pissa_exact")  # read: now the youngest
     size = next(directory.iterdir()).stat().st_size
     monkeypatch.setattr(disk_cache, "LARGEST", 2 * size)
     cache = StartCache(directory)
@@ -213,23 +236,23 @@ def test_the_least_recently_used_go_first(store, monkeypatch):
     cache.prune()
     assert len(list(directory.iterdir())) == 2
     made = len(count)
-    StartCache(directory).factors(weights[0], 2, 1.0, fast=False)
+    StartCache(directory).factors(weights[0], 2, 1.0, method="pissa_exact")
     assert len(count) == made
-    StartCache(directory).factors(weights[1], 2, 1.0, fast=False)
+    StartCache(directory).factors(weights[1], 2, 1.0, method="pissa_exact")
     assert len(count) == made + 1
 
 
 def test_a_directory_that_belongs_to_another_user_is_read_and_left_alone(store, monkeypatch):
     directory, count = store
     weight = torch.randn(12, 8)
-    expected = StartCache(directory).factors(weight, 2, 1.0, fast=False)
+    expected = StartCache(directory).factors(weight, 2, 1.0, method="pissa_exact")
 
     def refuse(*args, **kwargs):
         raise PermissionError(1, "not the owner")
 
     monkeypatch.setattr(os, "utime", refuse)
     cache = StartCache(directory)
-    found = cache.factors(weight, 2, 1.0, fast=False)
+    found = cache.factors(weight, 2, 1.0, method="pissa_exact")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert (cache.found, len(count)) == (1, 1)
     monkeypatch.setattr(disk_cache, "LARGEST", 0)
@@ -242,7 +265,7 @@ def test_a_directory_that_belongs_to_another_user_is_read_and_left_alone(store, 
 def test_what_a_killed_run_left_half_written_goes_with_time(store):
     directory, _ = store
     cache = StartCache(directory)
-    cache.factors(torch.randn(12, 8), 2, 1.0, fast=False)
+    cache.factors(torch.randn(12, 8), 2, 1.0, method="pissa_exact")
     for name in ("old.1.tmp", "young.2.tmp"):
         (directory / name).write_bytes(b"half")
     os.utime(directory / "old.1.tmp", (1, 1))

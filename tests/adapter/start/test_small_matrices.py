@@ -49,7 +49,7 @@ def layers(draw):
         nn.init.normal_(parameter)
     targets = {"target_parameters": ["layer.weight"]} if kind == "experts" else {"target_modules": ["layer"]}
     rank = draw(st.integers(1, 12))
-    start = draw(st.sampled_from(["pissa", "pissa_fast"]))
+    start = draw(st.sampled_from(["pissa", "pissa_fast", "pissa_exact"]))
     values = {"r": rank, "lora_alpha": draw(st.integers(1, 20)), "use_rslora": draw(st.booleans())}
     return base, {**targets, **values, "init_lora_weights": start, "fan_in_fan_out": kind == "conv1d"}
 
@@ -115,7 +115,7 @@ def test_the_part_that_trains_is_the_whole_matrix_and_the_rest_stays_zero(case):
     torch.testing.assert_close(here(x), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_fast"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_fast", "pissa_exact"])
 def test_a_mixture_of_experts_at_a_rank_beyond_its_matrices(start, ids, tmp_path, caplog):
     base = tiny_mixtral().eval()
     with caplog.at_level(logging.WARNING):
@@ -145,14 +145,14 @@ def test_nothing_is_said_where_every_matrix_has_the_rank(caplog):
     assert "singular values" not in caplog.text
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_factors_of_a_small_matrix_are_kept_on_disk_and_believed(fast, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["pissa", "pissa_fast", "pissa_exact"])
+def test_factors_of_a_small_matrix_are_kept_on_disk_and_believed(method, tmp_path, monkeypatch):
     monkeypatch.setattr(disk_cache, "SMALLEST", 0)
     weight = torch.randn(2, 6, 9)
     made = disk_cache.StartCache(tmp_path)
-    first = made.factors(weight, 20, 0.5, fast=fast)
+    first = made.factors(weight, 20, 0.5, method=method)
     assert [tuple(x.shape) for x in first] == [(2, 6, 9), (2, 6, 6)]
     found = disk_cache.StartCache(tmp_path)
-    again = found.factors(weight, 40, 0.5, fast=fast)  # every rank beyond the matrix is the same start
+    again = found.factors(weight, 40, 0.5, method=method)  # every rank beyond the matrix is the same start
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert (found.found, found.computed) == (1, 0)
