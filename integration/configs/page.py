@@ -26,7 +26,7 @@ and trained for two steps with a tiny model of the same architecture over a few 
 `balora doctor --config FILE --gpu NAME`'s own estimator (`python -m integration.configs` writes this page), with every
 row as long as `sequence_len`; CUDA's own part and fragments (2 to 4 GiB) come on top. Of a base that FSDP or ZeRO-3
 splits it is each GPU's part, with two whole layers. Shapes are written from memory; a † says that one of them is not
-certain. Images are not counted.
+certain. Images are not counted, and an empty cell was not.
 """
 _SECTIONS = {
     "paper": "The paper's models",
