@@ -159,7 +159,15 @@ def environment(directory, distribution):
     python = directory / "bin" / "python"
     paths = sysconfig.get_paths(vars={"base": str(directory), "platbase": str(directory)})
     Path(paths["purelib"], "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", str(distribution)]
+    install = [
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--ignore-installed",
+        str(distribution),
+    ]
     subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True)
     return python
 
