@@ -22,7 +22,8 @@ from balora_plugin.doctor.requested import problems
 from balora_plugin.hosts.axolotl import checks, model_config, refusals, superseded
 from balora_plugin.hosts.axolotl.block import of_block
 from balora_plugin.hosts.axolotl.errors import SettingError
-from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin, target_modules
+from balora_plugin.hosts.axolotl.injection import target_modules
+from balora_plugin.hosts.axolotl.plugin import BaLoraPlugin
 
 from . import yaml_survey
 from .axolotl_run import history, run

@@ -139,7 +139,7 @@ WRONG = {
     "dora": (lambda: adapter(use_dora=True), "use_dora=True|remove it"),
     "bias": (lambda: adapter(bias="all"), "bias='all'|write bias='none'"),
     "lora_bias": (lambda: adapter(lora_bias=True), "lora_bias=True|init_lora_weights"),
-    "targets": (lambda: adapter(target_modules=["query_proj"]), "Target modules {'query_proj'}|check"),
+    "targets": (lambda: adapter(target_modules=["query_proj"]), "target_modules: query_proj|did you mean q_proj"),
     "head": (lambda: adapter(target_modules=["q_proj", "lm_head"]), "target_modules|'lm_head'|Remove it"),
     "embedding": (lambda: adapter(target_modules=["embed_tokens"]), "target_modules|'model.embed_tokens'|Remove it"),
     "start_from": (lambda: adapter(start_from="./none"), "start_from='./none'|Leave start_from out"),

@@ -17,6 +17,8 @@ from trl import SFTConfig
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, BaLoraTrainer, get_ba_lora_model
 
+from .histories import rows_of
+
 TEXTS = [f"The number {i} comes before {i + 1}" for i in range(12)]
 
 
@@ -52,7 +54,7 @@ def build(tmp_path, tokenizer, model=None, model_init=None, peft_config=None, re
 
 
 def history(trainer):
-    return [{k: v for k, v in row.items() if k.startswith("balora/")} for row in trainer.state.log_history]
+    return rows_of(trainer.state.log_history)
 
 
 def trained(trainer):
@@ -117,6 +119,8 @@ def test_hyperparameter_search(tmp_path, tokenizer):
     best = trainer.hyperparameter_search(
         hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}, n_trials=2
     )
+    evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]  # of the last trial
+    assert trainer.objective == evaluated[-1]  # the host's own default would add our keys to one another
     assert 1e-3 <= best.hyperparameters["learning_rate"] <= 1e-2
 
 

@@ -22,6 +22,7 @@ from .switch import TeacherSwitch
 logger = logging.get_logger(__name__)
 _AMPLIFIED = 1000.0
 _PROBED = 64  # tokens: a scale that begins at a later position than the first few is seen
+_FEW = 4
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose parameters were not there for check_head
 
@@ -147,7 +148,11 @@ def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
         config = model.config.get_text_config()
         length = min(_PROBED, getattr(config, "max_position_embeddings", None) or _PROBED)
         ids = torch.arange(1, length + 1, device=device).unsqueeze(0) % config.vocab_size
-        seen = _pass(model, ids, possible_backbones(model))
+        try:
+            seen = _pass(model, ids, possible_backbones(model))
+        except RuntimeError:  # a kernel's own limit (xLSTM's chunks of 64 in bfloat16): few tokens do not meet it
+            ids = ids[:, :_FEW]
+            seen = _pass(model, ids, possible_backbones(model))
         head = read_head(model)
         _check_finite(model, seen.logits)
         if seen.backbone is not backbone_of(model):  # what training runs, where the model's forward calls a part of it

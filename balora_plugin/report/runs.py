@@ -17,6 +17,7 @@ from ..schedules import lambdas_at
 TERMS = ("consistency", "diversity", "svd")
 CLIP = 1.0  # max_grad_norm of transformers, where a run does not say its own
 SEED_IN_NAME = re.compile(r"[-_.]?seed[-_=]?(\d+)|[-_]s(\d+)$", re.IGNORECASE)
+_TRIED = {"learning_rate", "seed"}  # what a search over settings asks for and a run is told apart by
 
 Curve = list[tuple[float, float]]
 
@@ -126,9 +127,12 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read(path: Path, name: str) -> Run:
     state = _state(path)
     holders = [path, state.parent]
-    cost = next((found for each in (path, path.parent) if (found := _json(each / COST_FILE))), {})
-    settings = dict(cost.pop("run", None) or {})
+    # above a checkpoint lies its run's; above a trial of a search the last trial's
+    places = (path, path.parent) if state.parent == path else (path,)
+    cost = next((found for each in places if (found := _json(each / COST_FILE))), {})
     values = _json(state)
+    tried = values.get("trial_params") or {}
+    settings = dict(cost.pop("run", None) or {}) | {key: tried[key] for key in _TRIED & tried.keys()}
     adapter = next((each for each in holders if (each / CONFIG_FILE).is_file()), None)
     terms = settings.pop("terms", None)
     if adapter is not None:

@@ -11,11 +11,11 @@ from peft import PeftModel
 
 
 @contextmanager
-def kept_active(model: Any, directory: str | None = None) -> Iterator[None]:
-    """Inside, a host loads a checkpoint; what was active, and what trained, is so again behind it.
+def kept_active(model: Any, directory: str | None) -> Iterator[None]:
+    """Inside, a host loads the checkpoint in `directory`; what was active, and what trained, is so again behind it.
 
-    The host makes the first active adapter alone active. `directory`: where the host loads that one alone (the best
-    checkpoint at the end), the others are loaded from here too.
+    The host makes the first active adapter alone active, and loads that one alone (the best checkpoint at the end) or,
+    of some versions, those alone that have a directory of their own: all that are active are loaded from here.
     """
     names = model.active_adapters if isinstance(model, PeftModel) else []
     if len(names) < 2:
@@ -24,7 +24,7 @@ def kept_active(model: Any, directory: str | None = None) -> Iterator[None]:
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     idle = {name: model.peft_config[name].inference_mode for name in names}
     yield
-    for name in names[1:] if directory is not None else []:
+    for name in names if directory is not None else []:
         inside = directory if name == "default" else os.path.join(str(directory), name)
         model.load_adapter(inside, name, is_trainable=True)
     model.base_model.set_adapter(names)

@@ -48,7 +48,7 @@ class LoadsAdapterItself(_Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads the model of a checkpoint as the host does, but no sharded adapter of ours."""
         if not self._restores_adapter():
-            with kept_active(model or self.model):
+            with kept_active(model or self.model, resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:

@@ -39,6 +39,7 @@ from .out_of_memory import advised
 from .repeated_samples import drop_rows, refill, repeated_rows
 from .resuming import advance, asked_for, check_resumable, position
 from .run_state import RunState
+from .searching import SearchesByTask
 from .set_up import Given, open_run
 from .sharded_adapter import LoadsAdapterItself, RestoreAdapter, untrained_tensors, whole_state_dict
 from .step_requests import StepRequests
@@ -46,7 +47,7 @@ from .step_requests import StepRequests
 logger = logging.get_logger(__name__)
 
 
-class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
+class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
     """Adds the BA-LoRA objective to a transformers Trainer: `class MyTrainer(BaLoraTrainerMixin, Trainer)`.
 
     Active if the model carries a BaLoraConfig adapter or `regularizers` is given; otherwise the trainer is untouched.
@@ -59,9 +60,8 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms):
             `teacher_model`, or a `teacher_cache` filled before the first step). Overrides the adapter config's.
         teacher_model: An explicit second model as teacher, in eval mode. Not needed with an adapter.
 
-    Logs what `balora_plugin.training.log_keys` lists, with the `eval_` prefix in evaluation. `eval_loss` is the task
-    loss alone, in the form that label_smoothing_factor and loss_type ask for; evaluation measures every configured
-    term, at its full weight whatever the schedule.
+    Logs what `balora_plugin.training.log_keys` lists, with the `eval_` prefix in evaluation, where every term that
+    is configured is measured, at its full weight. `eval_loss` is the task's alone, in the form that is asked for.
 
     A subclass may override the hooks [`wrap_ba_lora_model`], [`check_ba_lora_task`], [`extend_ba_lora_inputs`],
     [`weigh_ba_lora_task`] and [`record_ba_lora_metrics`]. `ba_lora_run` holds the state of the run; None without terms.

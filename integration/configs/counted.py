@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from balora_plugin.hosts.axolotl import workload
+from balora_plugin.hosts.axolotl import shapes, workload
 from balora_plugin.hosts.axolotl.method import spelled_out
 from balora_plugin.memory.estimate import GIB
 
@@ -71,7 +71,7 @@ def layers_of(values: dict[str, Any]) -> tuple[int, int]:
 def at_layers(values: dict[str, Any], layers: int) -> _Size:
     """Returns what it takes with so many layers."""
     given = {**spelled_out(values), "gradient_checkpointing": _checkpoints(values)}
-    with mock.patch.object(workload, "load_model_config", lambda cfg: config_of(cfg, layers)):
+    with mock.patch.object(shapes, "load_model_config", lambda cfg: config_of(cfg, layers)):
         case = workload.case_of(given)
         found = case.estimate()
     held = found.weights + found.frozen_factors + found.trained + found.optimizer

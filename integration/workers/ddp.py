@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
 
 from balora_plugin import BaLoraConfig, BaLoraSFTTrainer, RegularizerConfig, get_ba_lora_model
+from integration.histories import rows_of
 from tests.models import character_tokenizer, tiny_llama
 
 ROWS = [{"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}" + " ok then" * (i % 4)} for i in range(8)]
@@ -133,7 +134,7 @@ def main(output: str, batch: int, accumulation: int, directory: str, host: str, 
     assert "compile" not in trainer.ba_lora_run.warn.said  # nothing fell back
     if trainer.accelerator.is_main_process:
         runs = trainer.ba_lora_run.cache.runs if cache else None
-        logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
+        logs = rows_of(trainer.state.log_history)
         found = {"gradients": keep.gradients, "logs": logs, "eval": result, "runs": runs, "graphs": len(GRAPHS)}
         found["weights"] = weights
         torch.save(found, output)

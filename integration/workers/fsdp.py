@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArgume
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
 from balora_plugin.fused import HeadFactor
+from integration.histories import rows_of
 from tests.models import character_tokenizer, tiny_llama
 
 PREFIX = "_fsdp_wrapped_module."
@@ -140,7 +141,7 @@ def main(directory: str, kind: str, units: str, modules_to_save: str = "") -> No
         trainer.accelerator.get_state_dict = gather
     trainer.save_model(directory)
     if trainer.accelerator.is_main_process:
-        logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
+        logs = rows_of(trainer.state.log_history)
         wrapped = type(trainer.model_wrapped).__name__
         result = {"gradients": keep.gradients, "logs": logs, "factors": heads, "wrapped": wrapped}
         torch.save(result, Path(directory, "result.pt"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from balora_plugin import RegularizerConfig
+from integration.histories import rows_of
 from integration.nlu_training import Gradients, build, rows
 
 
@@ -40,7 +41,7 @@ def train(batch: int) -> dict[str, Any] | None:
         trainer.train()
         found = trainer.evaluate(rows(9))
         predicted = trainer.predict(rows(9).remove_columns("labels")).predictions
-    logs = [{k: v for k, v in row.items() if k == "loss" or "balora" in k} for row in trainer.state.log_history]
+    logs = rows_of(trainer.state.log_history)
     found = {key: value for key, value in found.items() if key == "eval_loss" or "balora" in key}
     result = {"gradients": keep.found, "logs": logs, "evaluation": found, "predictions": predicted}
     return result if trainer.accelerator.is_main_process else None

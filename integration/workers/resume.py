@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig, get_ba_lora_model
 from balora_plugin.adapter.delta import delta_layers_of
+from integration.histories import rows_of
 from integration.workers.fsdp import Keep, gather, pass_as_gpus, sharding
 from tests.models import character_tokenizer, tiny_llama
 
@@ -162,12 +163,6 @@ def save_what_trains(plugin: Any, accelerator: Any, model: Any, directory: str, 
         torch.save({k: v for k, v in whole.items() if ".lora_" in k}, Path(directory, f"{FSDP_MODEL_NAME}.bin"))
 
 
-def logs(trainer: BaLoraTrainer) -> list[dict[str, float]]:
-    return [
-        {k: v for k, v in row.items() if k == "loss" or k.startswith("balora")} for row in trainer.state.log_history
-    ]
-
-
 def main(directory: str, kind: str) -> None:
     torch.set_num_threads(1)
     where, keep = Path(directory), KeepAll()
@@ -178,7 +173,11 @@ def main(directory: str, kind: str) -> None:
     # no dropout: ranks draw other masks than one process
     sgd = {"num_train_epochs": 1, "optim": "sgd", "lr_scheduler_type": "constant"}
     edges = train(kind, where / "edges", rows, [keep], dropout=0.0, **sgd)
-    result: dict[str, Any] = {"gradients": keep.steps, "logs": logs(edges), "eval": edges.evaluate()}
+    result: dict[str, Any] = {
+        "gradients": keep.steps,
+        "logs": rows_of(edges.state.log_history),
+        "eval": edges.evaluate(),
+    }
     if kind != "alone":
         saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
         # one tensor a parameter: of two, FSDP1 on a CPU writes the second in place of both
@@ -190,7 +189,7 @@ def main(directory: str, kind: str) -> None:
         resumed = train(
             kind, where / "resumed", ROWS, [], flipped=True, resume=str(where / "whole" / "checkpoint-2"), **saving
         )
-        result |= {"whole": logs(whole), "resumed": logs(resumed)}
+        result |= {"whole": rows_of(whole.state.log_history), "resumed": rows_of(resumed.state.log_history)}
     if edges.accelerator.is_main_process:
         torch.save(result, where / "result.pt")
 

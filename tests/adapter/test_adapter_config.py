@@ -9,6 +9,7 @@ from helpers import ba_lora
 from models import tiny_llama
 
 from balora_plugin import BaLoraConfig
+from balora_plugin.adapter.config import _say_once
 from balora_plugin.adapter.options import NEUTRAL_OPTIONS, OTHER_STARTS
 
 pytestmark = pytest.mark.hosts
@@ -59,6 +60,7 @@ def test_every_other_start_says_what_to_write(start):
 
 
 def test_pissa_niter_means_pissa_fast_said_once(caplog):
+    _say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         configs = [BaLoraConfig(r=4, init_lora_weights="pissa_niter_16") for _ in range(3)]
     assert all(str(config.init_lora_weights) == "pissa_fast" and config.delta for config in configs)

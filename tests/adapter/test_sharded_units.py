@@ -110,6 +110,7 @@ class Loads:
 def test_the_host_loads_every_adapter_that_is_not_restored_here(sharded, active, by_host, llama):
     """A run restores what is active: another kind beside a frozen one of ours would go on from its first values."""
     trainer = type("Trainer", (LoadsAdapterItself, Loads), {"loaded": None, "is_fsdp_enabled": bool(sharded)})()
+    trainer.state = SimpleNamespace(best_model_checkpoint="best")
     trainer.model = ba_lora(llama, targets=["q_proj"])
     trainer.model.add_adapter("plain", LoraConfig(r=2, target_modules=["v_proj"]))
     trainer.model.set_adapter(active)

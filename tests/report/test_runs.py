@@ -53,6 +53,20 @@ def test_a_run_is_its_last_checkpoint_or_itself(tmp_path):
     assert math.isnan(read_runs([str(path / "checkpoint-3")])[0].history[0]["loss"])
 
 
+def test_a_trial_of_a_search_is_itself_not_the_last_one(tmp_path):
+    """The search's directory has one file of costs and settings: the last trial's."""
+    out = tmp_path / "out"
+    run(out, rate=3.0)
+    for name, rate in (("run-0", 0.1), ("run-1", 0.2)):
+        run(out / name, where="checkpoint-20")
+        (out / name / "ba_lora_cost.json").unlink(missing_ok=True)
+        state = out / name / "checkpoint-20" / "trainer_state.json"
+        state.write_text(json.dumps({**json.loads(state.read_text()), "trial_params": {"learning_rate": rate}}))
+    found = read_runs([str(out / "run-0"), str(out / "run-1")])
+    assert [each.settings["learning_rate"] for each in found] == [0.1, 0.2]
+    assert all(each.cost == {} for each in found)
+
+
 def test_where_there_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="is no directory"):
         read_runs([str(tmp_path / "no")])

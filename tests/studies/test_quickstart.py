@@ -337,4 +337,4 @@ def test_saved_adapter_gives_back_the_model(key: str, base: tiny_model.BaseModel
     assert found["reloaded"] < run.RELOAD_TOLERANCE
     assert (found["switched_off"] < run.RELOAD_TOLERANCE) == method.fits_untouched_base
     assert measure.max_logit_difference(trained.model, base.load_model(), batch) > 1e-3
-    assert (trained.largest_share() is not None) == method.is_ba_lora
+    assert (trained.largest_share() is not None) == method.has_terms

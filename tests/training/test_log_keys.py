@@ -134,7 +134,7 @@ def test_the_page_has_every_key_where_it_is_logged():
     table = page.partition("## BA-LoRA's keys")[2].partition("\n## ")[0]
     found = {}
     for row in re.findall(r"^\| `.*$", table, re.M):
-        where = row.split("|")[4].strip()
+        where = row.split("|")[5].strip()
         for name in re.findall(r"`(?:eval_)?balora/(\w+)`", row):
             found.setdefault(name, where)
     words = {"both": "yes", "train": "no", "eval": "only", "end": "end"}
