@@ -15,8 +15,9 @@ from torch import Tensor
 from ..regularizers import singular_value_ratio
 from . import spectrum
 from .head import Head
+from .precision import exact_product
 from .saved_gradients import scaled
-from .spectrum import exact_product, gram_eigen, value_and_weights
+from .spectrum import gram_eigen, value_and_weights
 
 
 def head_spectral_term(

@@ -11,8 +11,7 @@ Gram matrices and eigenvalues are float64: a float32 Gram is 30 % off in the gra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..regularizers import singular_value_ratio
 from .factor import HeadFactor
+from .precision import exact_product
 from .saved_gradients import kept_dtype
 
 _STRONG_IN_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # P100, V100, A100, H100 / H200, B200
@@ -176,27 +176,6 @@ def product_precision(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) not in _STRONG_IN_FLOAT64:
         return torch.float32
     return torch.float64
-
-
-def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their own dtype: autocast or TF32 would round float32 factors to 8 or 10 bits of a spectrum."""
-    with torch.autocast(a.device.type, enabled=False), _without_tf32(a):
-        return a @ b
-
-
-@contextmanager
-def _without_tf32(a: Tensor) -> Iterator[None]:
-    if a.device.type != "cuda" or a.dtype != torch.float32:
-        yield
-        return
-    settings = torch.backends.cuda.matmul
-    key = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"  # torch refuses a mix of the two
-    was = getattr(settings, key)
-    setattr(settings, key, "ieee" if key == "fp32_precision" else False)
-    try:
-        yield
-    finally:
-        setattr(settings, key, was)
 
 
 def drawn_rows(rows: int, count: int, seed: Tensor | None) -> Tensor:

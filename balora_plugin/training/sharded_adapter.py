@@ -28,7 +28,7 @@ from ..checkpoint.names import HEAD_FILE, INIT_FILE
 from ..pretrained.classifier_head import wrapped_heads
 from ..pretrained.quantised_experts import left_out_of_state_dicts
 from .host import HostTrainer
-from .several_adapters import kept_active
+from .several_adapters import load_adapters
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -37,25 +37,31 @@ else:
 
 
 class LoadsAdapterItself(_Base):
-    """Of a Trainer under FSDP: keeps the host from loading an adapter that [`RestoreAdapter`] loads.
+    """Of a Trainer: loads the adapters that its host does not load, or not right.
 
-    The host gives the adapter's tensors to the first rank alone, and on the others fails at modules_to_save.
+    Under FSDP the host gives the adapter's tensors to the first rank alone, and on the others fails at modules_to_save:
+    [`RestoreAdapter`] loads them. Of several adapters, or one of another name than `default`, see [`load_adapters`].
     """
 
     def _restores_adapter(self) -> bool:
         return bool(self.is_fsdp_enabled and isinstance(active_config(self.model), BaLoraConfig))
 
+    def _loads_adapters(self, directory: str | None) -> bool:
+        """Whether the adapters are loaded without the host: by RestoreAdapter later, or by now."""
+        if self._restores_adapter():
+            return True
+        engine = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return directory is not None and not engine and load_adapters(self.model, directory)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Loads the model of a checkpoint as the host does, but no sharded adapter of ours."""
-        if not self._restores_adapter():
-            with kept_active(model or self.model, resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Loads the model of a checkpoint as the host does, but no sharded adapter of ours, and of several each."""
+        if not self._loads_adapters(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Loads the best checkpoint's model as the host does, but no sharded adapter of ours."""
-        if not self._restores_adapter():
-            with kept_active(self.model, self.state.best_model_checkpoint):
-                super()._load_best_model()
+        """Loads the best checkpoint's model as the host does, but no sharded adapter of ours, and of several each."""
+        if not self._loads_adapters(self.state.best_model_checkpoint):
+            super()._load_best_model()
 
 
 class RestoreAdapter(TrainerCallback):

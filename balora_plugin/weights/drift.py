@@ -52,7 +52,7 @@ class HeldDrift:
         self.fall = FALL / max(steps, 1)
         self.bounds = (start / RANGE, start * RANGE)
         self.weight, self._error = start, LOOSER
-        self._unit: float | None = None  # the task's loss when training began, over the budget
+        self._task: float | None = None  # the task's loss when training began
         self._below = 0  # measurements in a row below half the budget
         self._at_most = 0  # those at the upper bound, above the budget
 
@@ -60,8 +60,8 @@ class HeldDrift:
         """Takes one step's drift, and the first step's task loss."""
         if measured.drift is None or not math.isfinite(measured.drift):
             return
-        if self._unit is None and self.in_nats and measured.task and math.isfinite(measured.task):
-            self._scale(measured.task / self.target)
+        if self._task is None and self.in_nats and measured.task and math.isfinite(measured.task):
+            self._scale(measured.task)
         mean = self.smoothed.add(measured.drift)
         error = min(max(mean / self.target - 1.0, LOOSER), TIGHTER)
         self._below = self._below + 1 if error == LOOSER else 0
@@ -70,10 +70,10 @@ class HeldDrift:
         self.weight, self._error = self._bounded(self.weight * math.exp(change)), error
         self._at_most = self._at_most + 1 if self.weight == self.bounds[1] and mean > _HELD * self.target else 0
 
-    def _scale(self, unit: float) -> None:
-        """Bounds the weight by what one unit of it is."""
-        self._unit = unit
-        self.bounds = (LEAST * unit, MOST * unit)
+    def _scale(self, task: float) -> None:
+        """Bounds the weight by the task's loss."""
+        self._task = task
+        self.bounds = (LEAST * task / self.target, MOST * task / self.target)
         self.weight = self._bounded(self.weight)
 
     def _bounded(self, weight: float) -> float:
@@ -116,15 +116,18 @@ class HeldDrift:
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
         kept = {"weight": self.weight, "error": self._error, "below": self._below, "at_most": self._at_most}
-        return {**kept, "unit": self._unit, "smoothed": self.smoothed.state()}
+        return {**kept, "task": self._task, "smoothed": self.smoothed.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave."""
-        if state["unit"] is not None:
-            self._scale(state["unit"])
-        self.weight, self._error, self._below = state["weight"], state["error"], state["below"]
-        self._at_most = state["at_most"]
+        """Goes on from what `state` gave; one of an earlier release has no task loss: the next measured one is taken.
+
+        The bounds are those of the budget now, which may be another than the state's.
+        """
+        self.weight, self._error = state["weight"], state["error"]
+        self._below, self._at_most = state.get("below", 0), state["at_most"]
         self.smoothed.load(state["smoothed"])
+        if self.in_nats and state.get("task") is not None:
+            self._scale(state["task"])
 
 
 def _two_digits(value: float) -> str:

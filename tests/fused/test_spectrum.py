@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -180,22 +178,6 @@ def test_autocast_changes_nothing(precision, monkeypatch):
         assert mixed == plain
         for a, b in zip(torch.autograd.grad(mixed, leaves), expected, strict=True):
             assert torch.equal(a, b)
-
-
-def test_float32_products_on_a_gpu_take_no_tf32():
-    """A user's tf32=True is not for these; it is as it was afterwards."""
-    settings = torch.backends.cuda.matmul
-    if not hasattr(settings, "fp32_precision"):
-        pytest.skip("an older torch")
-    before = settings.fp32_precision
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
-    try:
-        settings.fp32_precision = "tf32"
-        with spectrum._without_tf32(on_gpu):
-            assert settings.fp32_precision == "ieee"
-        assert settings.fp32_precision == "tf32"
-    finally:
-        settings.fp32_precision = before
 
 
 # ---- flattened: one row a sample ----

@@ -184,6 +184,23 @@ def test_a_weight_stays_within_what_a_multiplier_can_be(in_nats, bounds):
         assert rule.weight == pytest.approx(bound)
 
 
+def test_a_resumed_rule_is_bounded_by_the_budget_that_it_has_now():
+    before, rule = HeldDrift(0.2, 1.0, 100), HeldDrift(0.4, 1.0, 100)
+    before.observe(Observed(drift=0.2, task=1.0))
+    rule.load(before.state())
+    for _ in range(400):
+        rule.observe(Observed(drift=0.0, task=5.0))  # no longer the loss when training began
+    assert rule.weight == pytest.approx(1e-3 * 1.0 / 0.4)
+
+
+def test_the_state_of_an_earlier_release_is_gone_on_from():
+    rule = HeldDrift(0.2, 1.0, 100)
+    rule.load({"weight": 3.0, "error": 0.0, "near": True, "at_most": 0, "smoothed": [0.2, 1.0]})
+    assert rule.weight == 3.0 and rule.smoothed.mean == 0.2
+    rule.observe(Observed(drift=0.2, task=1.0))
+    assert rule.weight == pytest.approx(3.0) and rule.bounds == pytest.approx((0.005, 50.0))
+
+
 def test_a_drift_that_is_no_number_moves_nothing():
     rule = HeldDrift(0.2, 1.0, 100)
     rule.observe(Observed(drift=0.1, task=1.0))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pissa import TOLERANCES
+from ...fused.precision import exact_products
+from .pissa import TOLERANCES, as_worked_on
+from .subspace import largest_entry
 
 TOLERANCE = 1e-3  # of the weight's norm and of a triple's own length
 ABOVE = 1.01  # how far what is left may rise above the last triple: both are found to some digits
@@ -29,12 +31,16 @@ def are_leading_triples(weight: Tensor, a: Tensor, b: Tensor, scaling: float, *,
     times, which can only underestimate. Leading dimensions (experts) are taken one by one. Costs r + 2 * _STEPS *
     _PROBES products of W with a vector.
     """
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    w, a, b = weight.detach().to(wide), a.to(weight.device, wide), b.to(weight.device, wide)
+    w = as_worked_on(weight)
+    with exact_products(w):
+        return _agree(w, a.to(w), b.to(w), scaling, TOLERANCES[method] or 0.0)
+
+
+def _agree(w: Tensor, a: Tensor, b: Tensor, scaling: float, missing: float) -> bool:
+    """Tells the same of a weight as it is worked on, of whose energy a part `missing` may be."""
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         return False
-    largest = w.flatten(-2).abs().amax(dim=-1)[..., None, None]
-    largest = torch.where(largest > 0, largest, 1.0)
+    largest = largest_entry(w)
     w, a, b = w / largest, a / largest.sqrt(), b / largest.sqrt()  # else squares of small weights are 0
     size = w.flatten(-2).norm(dim=-1)[..., None]
     of_a, of_b = a.double() @ a.double().mT, b.double().mT @ b.double()
@@ -44,12 +50,12 @@ def are_leading_triples(weight: Tensor, a: Tensor, b: Tensor, scaling: float, *,
     diagonal = torch.diag_embed(d)
     if bool(((of_b - diagonal).abs() > between).any() or ((of_a - diagonal).abs() > between).any()):
         return False
-    apart = (b.mT @ w - scaling * d[..., :, None].to(wide) * a).double().norm(dim=-1)
+    apart = (b.mT @ w - scaling * d[..., :, None].to(w) * a).double().norm(dim=-1)
     if bool((apart > TOLERANCE * size.double() * root).any()):
         return False
     s = scaling * d
-    missing = (TOLERANCES[method] or 0.0) * s.square().sum(dim=-1)
-    allowed = ((ABOVE * s.amin(dim=-1)).square() + missing).sqrt() + TOLERANCE * s.amax(dim=-1)
+    lost = missing * s.square().sum(dim=-1)
+    allowed = ((ABOVE * s.amin(dim=-1)).square() + lost).sqrt() + TOLERANCE * s.amax(dim=-1)
     return bool((_stretch(w, a, b, scaling).double() <= allowed).all())
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ...fused.precision import exact_products
 from .subspace import is_worth_it, leading_triples
 
 # the name of a start -> which share of the energy of the r leading triples may be missing; None: an SVD
@@ -19,6 +20,13 @@ def started_rank(rank: int, out_features: int, in_features: int) -> int:
     return min(rank, out_features, in_features)
 
 
+def as_worked_on(weight: Tensor) -> Tensor:
+    """Returns a weight in float32 (float64 where it is), on its device, or on the CPU where that has no float64."""
+    w = weight.detach()
+    w = w.cpu() if w.device.type == "mps" else w
+    return w if w.dtype == torch.float64 else w.float()
+
+
 def pissa_factors(weight: Tensor, rank: int, scaling: float, *, method: str = "pissa") -> tuple[Tensor, Tensor]:
     """Returns A0 (k, in), B0 (out, k): scaling * B0 @ A0 is the best rank-r part of weight (out, in).
 
@@ -27,14 +35,13 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, *, method: str = "p
     least 1 - 1e-6 of it, "pissa_fast" 1 - 1e-4, "pissa_exact" is LAPACK's SVD. A matrix that is small beside the rank,
     or whose iteration does not converge, gets the SVD whatever the method.
 
-    Works in float32 (float64 for a float64 weight), whatever the weight's dtype. `weight` may carry leading batch
-    dimensions (experts), which are worked on together.
+    Works in float32 (float64 for a float64 weight), whatever the weight's dtype, and whatever a user allows products to
+    be rounded to (TF32). `weight` may carry leading batch dimensions (experts), which are worked on together.
 
     Raises:
         ValueError: rank < 1, NaN or inf in the weight, scaling not positive.
     """
-    w = weight.detach()
-    w = w if w.dtype == torch.float64 else w.float()
+    w = as_worked_on(weight)
     if rank < 1:
         raise ValueError(f"r={rank} must be >= 1.")
     if not scaling > 0:
@@ -42,11 +49,12 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, *, method: str = "p
     if not bool(torch.isfinite(w).all()):
         raise ValueError("the base weight holds NaN or inf: check the base model's files.")
     rank = started_rank(rank, *w.shape[-2:])
-    u, s, vh = _triples(w, rank, TOLERANCES[method])
+    with exact_products(w):
+        u, s, vh = _triples(w, rank, TOLERANCES[method])
     root = (s / scaling).sqrt()
     a = root[..., :, None] * vh
     b = u * root[..., None, :]
-    return a.contiguous(), b.contiguous()
+    return a.contiguous().to(weight.device), b.contiguous().to(weight.device)
 
 
 def _triples(w: Tensor, rank: int, tolerance: float | None) -> tuple[Tensor, Tensor, Tensor]:

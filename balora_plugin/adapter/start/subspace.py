@@ -19,6 +19,12 @@ _GROWTH = 1.2  # of the basis between two looks at it: a look costs as much as s
 _SAFETY, _SPREAD = 4.0, 8.0  # measured: see docs/benchmarks.md, "The start"
 
 
+def largest_entry(w: Tensor) -> Tensor:
+    """Returns the largest magnitude of each matrix of (..., m, n), or 1 of one that is 0, as (..., 1, 1)."""
+    largest = torch.maximum(w.amax(dim=(-2, -1), keepdim=True), -w.amin(dim=(-2, -1), keepdim=True))  # no copy of w
+    return torch.where(largest > 0, largest, 1.0)
+
+
 @dataclass(frozen=True)
 class Leading:
     """U (..., m, r), S (..., r), V^T (..., r, n) of matrices (..., m, n), and what they cost.
@@ -103,8 +109,7 @@ class _Search:
 
     def __init__(self, w: Tensor, rank: int) -> None:
         self._w, self._rank = w, rank
-        self._scale = w.flatten(-2).abs().amax(dim=-1)[:, None, None]  # else squares of small weights are 0
-        self._scale = torch.where(self._scale > 0, self._scale, 1.0)
+        self._scale = largest_entry(w)  # else squares of small weights are 0
         self._random = torch.Generator(device="cpu").manual_seed(SEED)
         self.columns = block_of(rank)
         self._u = w.new_zeros(*w.shape[:-1], 0)
