@@ -67,6 +67,11 @@ def test_the_page_of_the_command_line_is_up_to_date():  # docs/settings.md: test
     assert text_of(DOCS / "cli.md") == made, "python docs/cli.py writes it anew"
 
 
+def test_the_table_of_what_is_logged_is_up_to_date():
+    written = text_of(DOCS / "logs.md")
+    assert written == runpy.run_path(str(DOCS / "logs.py"))["page"](written), "python docs/logs.py writes it anew"
+
+
 def test_every_python_block_can_be_compiled_and_is_run_somewhere():
     found = {page.relative_to(ROOT).as_posix(): blocks(text_of(page), "python") for page in SITE}
     for page, codes in found.items():
