@@ -158,7 +158,7 @@ LOG_KEYS = {
         "what the terms add to a step, by the parts measured in this run; 0.5 is half as long again",
         "of a step without terms",
         _NOT_NEGATIVE,
-        "0.2 to 0.6 with a live teacher, less with `teacher_cache` or `teacher_interval`",
+        "0.3 to 0.6 with a live teacher, less with `teacher_cache` or `teacher_interval`",
         "end",
         needs="`share_interval` above 0; not with `compile: true`",
     ),
