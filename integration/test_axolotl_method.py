@@ -79,6 +79,8 @@ def test_full_fine_tuning_has_no_adapters_keys():
         ({}, {"terms": "kl"}, "ba_lora.terms"),
         ({"adapter": "lora"}, {"method": "lora"}, "adapter: lora beside ba_lora.method: lora: write adapter: ba_lora"),
         ({}, {"method": "dora", "apply_to": "lora"}, "ba_lora.apply_to: lora beside method: dora: remove one"),
+        ({}, {"method": "dora", "compile": True}, "ba_lora.compile: true beside method: dora.*: remove one of the two"),
+        ({}, {"terms": "svd", "lambda_svd": 0}, "ba_lora.lambda_svd: 0 beside terms: svd leaves no term: remove one"),
         ({}, {"method": "full", "terms": "all"}, "has no teacher in full fine-tuning"),
     ],
 )

@@ -58,11 +58,21 @@ def spell_out(cfg: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_method(values: dict[str, Any]) -> Iterator[Finding]:
-    """Finds a `method` beside what it would write itself."""
+    """Finds a `method` beside what it would write itself or cannot have, and one term alone whose weight is 0."""
     block = values.get("ba_lora")
-    if not isinstance(block, dict) or block.get("method") is None:
+    if not isinstance(block, dict):
         return
-    method = block["method"]
+    method, terms = block.get("method"), block.get("terms")
+    weight = f"lambda_{terms}"
+    if terms in config.TERMS and not isinstance(block.get(weight), bool) and block.get(weight) == 0:
+        yield Finding(
+            f"ba_lora.{weight}", block[weight], f"beside terms: {terms} leaves no term", "remove one of the two"
+        )
+    if method is None:
+        return
+    if method in ("dora", "full") and block.get("compile"):
+        why = f"beside method: {method}, which has another adapter or none"
+        yield Finding("ba_lora.compile", block["compile"], why, "remove one of the two")
     if block.get("apply_to") is not None:
         yield Finding("ba_lora.apply_to", block["apply_to"], f"beside method: {method}", "remove one of the two")
     elif values.get("adapter") != ADAPTER:
