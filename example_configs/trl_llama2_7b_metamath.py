@@ -29,7 +29,7 @@ def adapter() -> BaLoraConfig:
         lora_alpha=128,
         lora_dropout=0.0,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        init_lora_weights="pissa_fast",  # minutes instead of an hour; step 0 is exact with any start
+        init_lora_weights="pissa",  # to a tolerance, in seconds to minutes; "pissa_exact": by an SVD
         task_type="CAUSAL_LM",
         regularizers=RegularizerConfig(preset="paper"),  # or "iclr2026"
     )

@@ -683,7 +683,7 @@ def test_the_quickstarts_yaml_is_its_settings(written, tmp_path, monkeypatch):
         assert values["learning_rate"] == rate
         assert (values["adapter"], values["peft_init_lora_weights"]) == ("lora", start)
         assert "ba_lora" not in values
-    assert with_axolotl.config(METHODS["pissa-fast"], standard, tmp_path)["ba_lora"] == dict.fromkeys(RECOMMENDED, 0.0)
+    assert with_axolotl.config(METHODS["pissa-delta"], standard, tmp_path)["ba_lora"] == dict.fromkeys(RECOMMENDED, 0.0)
     assert with_axolotl.config(METHODS["ba-lora-visible"], standard, tmp_path)["ba_lora"]["lambda_svd"] == 0.02
 
 

@@ -62,9 +62,15 @@ def test_what_acts_or_does_nothing_is_not_accused():
     for fine in (
         {"lora_of_theirs": 3},
         {"lora_bias": None, "peft_use_qalora": False, "some_anchor": {"lora_rank": 3}, "bias": "none", "revision": "x"},
+        {"lora_mine": {"lora_r": 4}},
         {"lora_on_cpu": True, "loraplus_lr_ratio": 16, "lora_exclude_modules": ["down_proj"]},
     ):
         checks.check_raw({**LORA, **fine, "plugins": plugins})
+
+
+def test_keys_of_a_plugin_that_does_not_load_are_not_accused():
+    """What is wrong there Axolotl says itself, when it loads the plug-in."""
+    checks.check_raw({**LORA, "lora_of_theirs": 3, "plugins": ["balora_plugin.BaLoraPlugin", "not.installed.Plugin"]})
 
 
 def test_layers_that_a_yaml_leaves_out_reach_the_adapter(written):

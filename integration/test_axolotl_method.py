@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora.variants import DoraLinearVariant
 from transformers import AutoModelForCausalLM
 
+from balora_plugin.hosts.axolotl.block import BaLoraBlock
 from balora_plugin.hosts.axolotl.checks import findings_of
 from balora_plugin.hosts.axolotl.method import spelled_out
 
@@ -44,6 +45,27 @@ def test_what_it_stands_for(name):
     assert spelled_out(found) is found
 
 
+SERVING = {"drift_target": 0.1, "balance": {"svd": 0.1}, "teacher_cache": "here", "anchor_data": "some.txt"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "left"),
+    [
+        ({"method": "pissa"}, OFF),
+        ({"method": "dora"}, {**OFF, "apply_to": "lora"}),
+        ({"terms": "svd"}, {"balance": {"svd": 0.1}, "lambda_consistency": 0.0, "lambda_diversity": 0.0}),
+        (
+            {"terms": "consistency"},
+            {key: SERVING[key] for key in SERVING if key != "balance"} | {"lambda_diversity": 0.0, "lambda_svd": 0.0},
+        ),
+    ],
+)
+def test_what_serves_a_term_goes_with_it(asked, left):
+    found = spelled_out({**YAML, "ba_lora": {**SERVING, **asked}})["ba_lora"]
+    assert found == left
+    BaLoraBlock(**found)
+
+
 def test_full_fine_tuning_has_no_adapters_keys():
     start = {"peft_init_lora_weights": "pissa_fast"}
     found = spelled_out({**YAML, **start, "learning_rate": 1e-5, "ba_lora": {**TERMS, "method": "full"}})
@@ -57,6 +79,8 @@ def test_full_fine_tuning_has_no_adapters_keys():
         ({}, {"terms": "kl"}, "ba_lora.terms"),
         ({"adapter": "lora"}, {"method": "lora"}, "adapter: lora beside ba_lora.method: lora: write adapter: ba_lora"),
         ({}, {"method": "dora", "apply_to": "lora"}, "ba_lora.apply_to: lora beside method: dora: remove one"),
+        ({}, {"method": "dora", "compile": True}, "ba_lora.compile: true beside method: dora.*: remove one of the two"),
+        ({}, {"terms": "svd", "lambda_svd": 0}, "ba_lora.lambda_svd: 0 beside terms: svd leaves no term: remove one"),
         ({}, {"method": "full", "terms": "all"}, "has no teacher in full fine-tuning"),
     ],
 )

@@ -23,7 +23,7 @@ def rows(heading):
 def own_keys():
     """BA-LoRA's keys of the page, with those of an evaluation as the column says."""
     keys = set()
-    for name, _, _, _, evaluated, _ in rows("BA-LoRA's keys"):
+    for name, *_, evaluated, _ in rows("BA-LoRA's keys"):
         key = name.strip("`")
         keys |= {"yes": {key, f"eval_{key}"}, "no": {key}, "only": {key}, "end": {key}}[evaluated]
     return keys

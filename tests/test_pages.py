@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 import shlex
@@ -65,6 +66,52 @@ def test_every_page_is_in_the_navigation_once():
 def test_the_page_of_the_command_line_is_up_to_date():  # docs/settings.md: tests/test_settings.py
     made = runpy.run_path(str(DOCS / "cli.py"))["page"]()
     assert text_of(DOCS / "cli.md") == made, "python docs/cli.py writes it anew"
+
+
+def test_the_table_of_what_is_logged_is_up_to_date():
+    written = text_of(DOCS / "logs.md")
+    assert written == runpy.run_path(str(DOCS / "logs.py"))["page"](written), "python docs/logs.py writes it anew"
+
+
+def numbers(row):
+    """The numbers of a table's row, as written; those of its first cell aside."""
+    return re.findall(r"(?<![\w.])\d+\.\d+", row.partition("|")[2].partition("|")[2])
+
+
+def row_of(text, begins):
+    """The one row of the text's tables that begins so."""
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {begins}"))
+    return row
+
+
+def test_the_figures_of_the_study_are_those_of_its_report():
+    report = text_of(ROOT / "studies" / "forgetting" / "report.md").partition("## All points")[2]
+    means = {
+        name: [cell.split()[0] for cell in row_of(report, f"{name}, 24 steps |").split(" | ")[2:5]]
+        for name in ("lora-1e-3", "lora-cr0.3", "pissa-3e-4", "pissa-cr0.3", "pissa-1e-4")
+    }
+    choose = text_of(DOCS / "choose.md")
+    for row, without, held in (("LoRA, 1e-3", "lora-1e-3", "lora-cr0.3"), ("PiSSA, 3e-4", "pissa-3e-4", "pissa-cr0.3")):
+        assert numbers(row_of(choose, row)) == [
+            x for pair in zip(means[without], means[held], strict=True) for x in pair
+        ]
+    assert "task loss {}, drift {} and {})".format(*means["pissa-1e-4"]) in " ".join(choose.split())
+    (task, drift, _), (held_task, held_drift, _) = means["lora-1e-3"], means["lora-cr0.3"]
+    said = f"drift {float(held_drift):.2f} instead of {float(drift):.2f}, task loss {held_task} instead of {task}"
+    assert said in README
+
+
+def test_what_a_run_says_is_in_its_record():
+    run = json.loads(text_of(ROOT / "studies" / "forgetting" / "runs" / "pissa-cr0.3-s1.json"))
+    base = json.loads(text_of(ROOT / "studies" / "forgetting" / "runs" / "base.json"))
+    logged = run["history"][-1]
+    table = README.partition("## What a run says")[2].partition("\n## ")[0]
+    shown = dict(re.findall(r"^\| `(\S+)` \| (\S+) \|", table, re.MULTILINE))
+    assert shown.pop("learning_rate") == "0.0003"
+    (last,) = (point["task"] for point in run["points"] if point["step"] == 24)
+    tokens = sum(base["tokens"]["task"])
+    logged |= {"eval_loss": sum(last["loss"]) / tokens, "eval_balora/drift": sum(last["drift"]) / tokens}
+    assert shown == {key: f"{logged[key]:.3f}" for key in shown} and len(shown) == 7
 
 
 def test_every_python_block_can_be_compiled_and_is_run_somewhere():

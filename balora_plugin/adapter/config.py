@@ -145,7 +145,7 @@ class BaLoraConfig(LoraConfig):
         self.custom_modules.update(mapping)
 
     def _take_iterations(self) -> None:
-        """`pissa_niter_N` of PEFT's is a randomised SVD too."""
+        """`pissa_niter_N` of PEFT's iterates too."""
         if isinstance(self.init_lora_weights, str) and re.fullmatch(r"pissa_niter_\d+", self.init_lora_weights):
             _say_once(
                 f"init_lora_weights={self.init_lora_weights!r} is 'pissa_fast' here, which iterates to a tolerance: "

@@ -30,18 +30,15 @@ PARAMETERS = (
 
 def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
-    for needed in ("click", "yaml", "pydantic"):
-        if find_spec(needed) is None:
-            raise ImportError(f"{needed}, which Axolotl brings, is not installed: pip install balora-plugin[axolotl]")
+    if find_spec("pydantic") is None:
+        raise ImportError("pydantic, which Axolotl brings, is not installed: pip install balora-plugin[axolotl]")
     words = [args.what, *([args.file] if args.file else [])]
     words += ["--output", args.output] if args.output else []
     words += ["--force"] if args.force else []
-    from click import ClickException
-
     from ..hosts.axolotl.cli import main
 
     try:
         code = main.main(args=words, prog_name="balora axolotl", standalone_mode=False)
-    except ClickException as error:
+    except click.ClickException as error:
         raise ValueError(error.format_message()) from None
     return code if isinstance(code, int) else 0

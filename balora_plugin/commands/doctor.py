@@ -2,7 +2,7 @@
 
   balora doctor
   balora doctor --config config.yaml
-  balora doctor --config config.yaml --gpu a40 --gpu h100
+  balora doctor --config config.yaml --gpu a40 h100
   balora doctor --json
 
 Versions are held against those that were tested; what is missing stands with the command that brings it. With --config
@@ -18,7 +18,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ._options import Option, Values
+from ._options import Option, Several, Values
 
 if TYPE_CHECKING:
     from ..doctor import Report
@@ -27,7 +27,7 @@ HELP = "what is installed, what this machine can do, and whether a config can ru
 
 PARAMETERS = (
     Option("--config", metavar="FILE", help="a YAML to hold against this machine"),
-    Option("--gpu", multiple=True, metavar="NAME", help="say whether the config fits it: a40, h100, ..."),
+    Several("--gpu", metavar="NAME", help="say whether the config fits it: a40, h100, ..."),
     Option("--json", is_flag=True, help="print JSON"),
 )
 

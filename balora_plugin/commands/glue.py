@@ -37,13 +37,13 @@ PARAMETERS = (
     Option("--model", metavar="MODEL", help="another model than the recipe's: a directory or a hub id"),
     Option("--data", metavar="DIR", help="GLUE as JSONL files here, instead of the hub's"),
     Option("--glue-x", metavar="DIR", help="test every model on GLUE-X's sets: <DIR>/<set>.jsonl"),
-    Several("--seeds", type=int, metavar="N", help="instead of the recipe's"),
+    Several("--seeds", type=click.IntRange(min=0), metavar="N", help="instead of the recipe's"),
     Several("--learning-rates", type=float, metavar="LR", help="instead of the recipe's grids"),
     Option("--max-steps", type=int, metavar="N", help="stop every run after N optimizer steps (to try)"),
-    Option("--limit", type=int, default=0, metavar="N", help="the first N rows of every file (to try)"),
+    Option("--limit", type=click.IntRange(min=0), default=0, metavar="N", help="only N rows of each file (to try)"),
     Several(
         "--separation",
-        type=int,
+        type=click.IntRange(min=0),
         metavar="STEP",
         help="draw the classes in the last layer after these optimizer steps and the last one, methods side by side",
     ),
@@ -72,7 +72,7 @@ def run(args: Values) -> int:
     tasks = [TASKS[name] for name in dict.fromkeys(args.task)]
     seeds = args.seeds or list(recipe.seeds)
     methods = list(dict.fromkeys(args.method))
-    jobs = runs.jobs_of(recipe, tasks, methods, seeds, max(args.limit, 0), args.data)
+    jobs = runs.jobs_of(recipe, tasks, methods, seeds, args.limit, args.data)
     records = []
     for number, job in enumerate(jobs, 1):
         what = f"{job.task} {job.method}, learning rate {job.learning_rate:g}, seed {job.seed}"

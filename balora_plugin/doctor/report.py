@@ -15,9 +15,10 @@ from .memory import Memory
 from .requested import problems
 from .versions import ABSENT, BOUNDS, NEWER, OLD
 
-TOGETHER = (
-    "axolotl 0.19, trl 1.9, peft 0.20, transformers 5.16",
-    "trl 1.16, peft 0.21, transformers 5.23",
+_HOSTS = ("axolotl", "trl", "peft", "transformers")
+TOGETHER = (  # what the two sets of requirements/ pin
+    ", ".join(f"{name} {BOUNDS[name].first}" for name in _HOSTS),
+    ", ".join(f"{name} {BOUNDS[name].last}" for name in _HOSTS[1:]),
 )
 HERE = "here"
 OK, NOTE, PROBLEM = "", "note", "PROBLEM"

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import TERMS
 from .drawing import Look, Picture
 from .groups import Group
-from .runs import TERMS, Curve, Run, clipped
+from .runs import Curve, Run, clipped
 
 NEGLIGIBLE = 1e-3  # a share below it hardly acts: as a run says itself
 PARTS = {"teacher": "teacher", "student": "student", "token_terms": "terms", "spectrum": "spectrum", "rest": "rest"}

@@ -10,11 +10,12 @@ from typing import Any
 
 from .._version import __version__
 from ..atomic import write_text
+from ..config import TERMS
 from . import curves
 from .before_after import AskedOfModels, compared_models, pictures
 from .drawing import SCHEMES, Picture, png
 from .groups import LEVEL, MEASURES, Group, differences, grouped
-from .runs import TERMS, Run
+from .runs import Run
 from .updates import updates
 
 FILE = "report.html"

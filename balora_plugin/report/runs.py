@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.names import CONFIG_FILE, COST_FILE, SETTINGS_FILE, STATE_FILE
-from ..config import RegularizerConfig
+from ..config import TERMS, RegularizerConfig
 from ..schedules import lambdas_at
 
-TERMS = ("consistency", "diversity", "svd")
 CLIP = 1.0  # max_grad_norm of transformers, where a run does not say its own
 SEED_IN_NAME = re.compile(r"[-_.]?seed[-_=]?(\d+)|[-_]s(\d+)$", re.IGNORECASE)
 _TRIED = {"learning_rate", "seed"}  # what a search over settings asks for and a run is told apart by

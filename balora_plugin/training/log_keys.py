@@ -1,4 +1,7 @@
-"""Every key that a run logs: its unit, what it says, and where it is healthy. docs/logs.md is made of this."""
+"""Every key that a run logs: what it is, its unit and sign, and where it is healthy.
+
+`python docs/logs.py` makes the table of docs/logs.md of this.
+"""
 
 from __future__ import annotations
 
@@ -16,135 +19,154 @@ WHERE = {
 
 
 class LogKey(NamedTuple):
-    """A key of the log.
+    """A key of the log. Texts are Markdown, as docs/logs.md has them.
 
     Attributes:
+        meaning: What it is.
         unit: Of its value; "" for a plain number.
-        meaning: What it is, and what a sign or a rise says.
-        healthy: The range of a run in which nothing is to be mended, and what to do outside.
+        sign: The values that it can have.
+        healthy: The range of a run in which nothing is to be mended.
         where: Of WHERE.
         needs: The setting without which it is not logged; "" where it always is.
     """
 
-    unit: str
     meaning: str
+    unit: str
+    sign: str
     healthy: str
     where: str = "both"
     needs: str = ""
 
 
-_NATS = "nats a counted token (a classifier's: a sample)"
-_SHARE = "of the task's gradient norm"
+_NOT_NEGATIVE, _NOT_POSITIVE, _POSITIVE = "≥ 0", "≤ 0", "> 0"
+_OWN_WEIGHTS = "[`drift_target`, `balance` or `schedule: adaptive`](method.md#weights-that-set-themselves)"
 
 LOG_KEYS = {
     "task": LogKey(
-        _NATS,
-        "the task loss, mean over all counted tokens; >= 0, lower is better. (The host's own `loss` has the terms in "
-        "it, and its `eval_loss` is a mean of batches.)",
-        "falls; a rise in evaluation while it falls in training is overfitting",
+        "the task's loss, mean over counted tokens (classifiers: samples)",
+        "nats",
+        _NOT_NEGATIVE,
+        "falls; a rise in evaluation alone is overfitting",
     ),
     "consistency": LogKey(
-        "nats times T² (with mse squared differences of normalised logits)",
-        "distance of student and teacher by the chosen form, unweighted; >= 0, 0 before the first step",
-        "rises from 0 and flattens; higher than you like: raise lambda_consistency, or set drift_target",
-        needs="lambda_consistency, or monitor",
+        "distance from the teacher in the form that is set, unweighted; by default KL(teacher ‖ student), times T² at "
+        "a temperature T",
+        "nats (`mse`: none)",
+        _NOT_NEGATIVE,
+        "0 at the first step, then grows and flattens",
+        needs="`lambda_consistency`",
     ),
     "diversity": LogKey(
-        "nats a counted token (of classifiers squared covariances)",
-        "the diversity term, unweighted; of language models minus an entropy, so <= 0, of classifiers >= 0",
-        "any; towards 0 means that predictions narrow to one token",
-        needs="lambda_diversity, or monitor",
+        "minus the entropy of the predictions, unweighted; of classifiers a covariance, ≥ 0",
+        "nats",
+        _NOT_POSITIVE,
+        "about as before training",
+        needs="`lambda_diversity`",
     ),
     "svd": LogKey(
-        "minus a share, -1 to 0 (svd_norm: none: minus a sum of singular values)",
-        "the singular-value term, unweighted; <= 0, and lower where the k largest singular values take more of the sum",
-        "falls slowly; at a constant the term cannot act: a warning says why",
-        needs="lambda_svd, or monitor",
-    ),
-    "svd_used_k": LogKey(
-        "singular values",
-        "how many of a classifier's count as signal, at most svd_top_k; a mean over micro-batches",
-        "svd_top_k; less where a micro-batch's matrix is smaller",
-        needs="a classifier with lambda_svd, or monitor",
+        "minus the leading singular values' share of all, unweighted; by `svd_norm` it may go below -1",
+        "",
+        _NOT_POSITIVE,
+        "-1 to 0, falls slowly",
+        needs="`lambda_svd`",
     ),
     "loss": LogKey(
-        _NATS,
-        "what is minimised: the task loss plus all weighted terms, mean over all counted tokens",
-        "falls; above `task` by what the terms weigh",
-    ),
-    "drift": LogKey(
-        _NATS,
-        "KL from the pre-trained model's predictions at temperature 1, whatever form the term has (with "
-        "kl at temperature 1 they are one); of regression the squared difference; >= 0",
-        "0.05 to 0.5 on the task's own data; far above, a smaller learning rate or a larger lambda_consistency",
-        needs="drift_target, or monitor (then in evaluation alone)",
-    ),
-    "entropy": LogKey(
-        _NATS,
-        "entropy of the student's predictions at temperature 1; >= 0",
-        "falls as the task is learnt; near 0 it is sure of everything, right or wrong",
-        "eval",
-        needs="monitor",
-    ),
-    "anchor_consistency": LogKey(
-        "as consistency",
-        "the consistency over the tokens of anchor_data, unweighted; >= 0",
-        "below `consistency`, or the model forgets more off the task than on it",
-        needs="anchor_data",
+        "what is minimised: task plus each term times its weight",
+        "nats",
+        "any",
+        "falls",
     ),
     **{
         f"share_{name}": LogKey(
-            _SHARE,
-            f"the gradient norm of the weighted {name} term over the task's, by the final hidden states; >= 0",
-            "0.01 to 1; below 0.001 it hardly acts and a warning names the weight that would carry 1 %, above 1 it "
-            "outweighs the task",
+            f"the {spoken} term's share{more}",
+            "",
+            _NOT_NEGATIVE,
+            healthy,
             "train",
-            needs=f"lambda_{name}, at the steps of share_interval",
+            needs=f"`lambda_{name}`; every `share_interval` steps",
         )
-        for name in TERMS
+        for name, spoken, more, healthy in (
+            ("consistency", "consistency", "; 0 while student and teacher agree", "0.01 to 1"),
+            ("diversity", "diversity", "", "0.01 to 0.5"),
+            ("svd", "singular-value", "", "0.01 to 0.5"),
+        )
     },
+    "svd_used_k": LogKey(
+        "how many singular values counted as leading; less than what is set where classes or samples are few",
+        "",
+        "≥ 1",
+        "`svd_top_k`",
+        needs="a classifier with `lambda_svd`",
+    ),
     **{
         f"lambda_{name}": LogKey(
+            f"the weight of the {name} term in force",
             "",
-            f"the weight of the {name} term in force; >= 0",
+            _NOT_NEGATIVE,
             "settles; at a bound the target cannot be met, and a line says so",
             "train",
-            needs="drift_target, balance or schedule: adaptive",
+            needs=_OWN_WEIGHTS,
         )
         for name in TERMS
     },
+    "drift": LogKey(
+        "KL(teacher ‖ student) at T = 1, whatever form the term has; of regression the squared difference",
+        "nats",
+        _NOT_NEGATIVE,
+        "the `drift_target`, or less",
+        needs="`drift_target`; in evaluation `monitor: true` too",
+    ),
+    "entropy": LogKey(
+        "entropy of the student's predictions over the whole vocabulary, at T = 1",
+        "nats",
+        _NOT_NEGATIVE,
+        "about as before training",
+        "eval",
+        needs="`monitor: true`",
+    ),
+    "anchor_consistency": LogKey(
+        "the consistency term on [anchor texts](method.md#anchors), unweighted",
+        "as `balora/consistency`",
+        _NOT_NEGATIVE,
+        "stays below `balora/consistency`",
+        needs="`anchor_data`",
+    ),
     "seconds_per_step": LogKey(
+        "an optimizer step, evaluations and checkpoints aside",
         "seconds",
-        "of an optimizer step of this process, evaluations and checkpoints aside",
-        "as without terms, times 1 + overhead",
+        _POSITIVE,
+        "as without terms, times 1 + `overhead`",
         "end",
     ),
     "tokens_per_second": LogKey(
+        "speed over all processes",
         "counted tokens a second",
-        "of all processes, padding and prompts that do not count aside",
+        _POSITIVE,
         "as high as the machine allows; packing raises it",
         "end",
         needs="a language model",
     ),
     "samples_per_second": LogKey(
+        "the same of classifiers",
         "samples a second",
-        "of all processes",
+        _POSITIVE,
         "as high as the machine allows",
         "end",
         needs="a classifier",
     ),
     "overhead": LogKey(
+        "what the terms add to a step, by the parts measured in this run; 0.5 is half as long again",
         "of a step without terms",
-        "what the terms add to a step, by the parts of this run: teacher, terms, spectrum, measuring of shares; 0.5 is "
-        "half as long again",
-        "0.3 to 0.6 with a live teacher, less with teacher_cache or teacher_interval",
+        _NOT_NEGATIVE,
+        "0.3 to 0.6 with a live teacher, less with `teacher_cache` or `teacher_interval`",
         "end",
-        needs="share_interval (not with compile: true, where terms are part of a graph)",
+        needs="`share_interval` above 0; not with `compile: true`",
     ),
     "peak_gib": LogKey(
+        "the most memory of a step on this process: a GPU's tensors, on a CPU all that is resident",
         "GiB",
-        "the largest memory of one step on this process: tensors on a GPU, resident memory on a CPU",
-        "below what there is; ba_lora_cost.json has it by part",
+        _POSITIVE,
+        "below what there is",
         "end",
     ),
 }

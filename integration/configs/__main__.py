@@ -14,7 +14,7 @@ def main() -> int:
     missing = 0
     for name, values in trainings().items():
         counts[name] = None
-        if name != "quickstart.yaml":  # whose model is made on the spot
+        if name != "quickstart.yaml":  # whose model `make quickstart` writes
             try:
                 count = counts[name] = counted(values)
                 print(f"{name}: {count.gib:.1f} GiB on {count.gpus}, {count.flop / 1e9:.1f} GFLOP a token", flush=True)

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
+from balora_plugin.config import TERMS
 
 from ..common.classifying import Seen, accuracy, feature_drift, look, macro_f1, per_class
+from ..common.terms import NO_TERMS
 from ..quickstart.measure import effective_rank, token_divergences
 from .data import CLASSES, Sample, Study
 
-NO_TERMS = {"lambda_consistency": 0.0, "lambda_diversity": 0.0, "lambda_svd": 0.0}
 METHODS: dict[str, tuple[bool | str, dict[str, Any]]] = {  # start, fields of RegularizerConfig
     "LoRA": (True, NO_TERMS),
     "PiSSA": ("pissa", NO_TERMS),
     "BA-LoRA paper": ("pissa", {"preset": "paper"}),
     "BA-LoRA iclr2026": ("pissa", {"preset": "iclr2026"}),
 }
-TERMS = ("consistency", "diversity", "svd")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from balora_plugin import RegularizerConfig
 
 from ..common.records import Cell
+from ..common.terms import NO_TERMS
 
-NO_TERMS = {"lambda_consistency": 0.0, "lambda_diversity": 0.0, "lambda_svd": 0.0}
 VISIBLE = {"lambda_consistency": 0.5, "lambda_diversity": 0.02, "lambda_svd": 0.02}
 BUDGETS = (0.05, 0.1, 0.2)  # nats per counted token
 

@@ -8,8 +8,8 @@ from itertools import product
 from typing import Any
 
 from ..common.records import Cell
+from ..common.terms import NO_TERMS
 
-NO_TERMS = {"lambda_consistency": 0.0, "lambda_diversity": 0.0, "lambda_svd": 0.0}
 SETTINGS = ("clean", "noise", "imbalance")
 TASKS = ("sst2", "cola", "rte")
 # RTE's pairs are four times as long and nothing leaves chance there in a time like the others': the main methods on

@@ -8,8 +8,8 @@ from itertools import product
 from typing import Any
 
 from ..common.records import Cell
+from ..common.terms import NO_TERMS
 
-NO_TERMS = {"lambda_consistency": 0.0, "lambda_diversity": 0.0, "lambda_svd": 0.0}
 TINY_FAULTS = ("clean", "noise", "imbalance")
 COLOUR = "colour"  # the fault of the larger model
 

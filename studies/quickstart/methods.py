@@ -49,8 +49,8 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("lora", "LoRA", True),
         Method("pissa", "PiSSA", "pissa"),
-        Method("pissa-fast", "PiSSA", "pissa_fast", dict.fromkeys(RECOMMENDED, 0.0)),
-        Method("ba-lora", "BA-LoRA", "pissa_fast", RECOMMENDED),
+        Method("pissa-delta", "PiSSA", "pissa", dict.fromkeys(RECOMMENDED, 0.0)),
+        Method("ba-lora", "BA-LoRA", "pissa", RECOMMENDED),
         Method("ba-lora-paper", "BA-LoRA (paper)", "pissa", {"preset": "paper"}),
         Method("ba-lora-iclr2026", "BA-LoRA (iclr2026)", "pissa", {"preset": "iclr2026"}),
         Method(

@@ -60,7 +60,7 @@ def format_table(rows: Sequence[Row]) -> str:
 def reading(rows: Sequence[Row]) -> str:
     """What the table does and does not show, with the differences to PiSSA as measured; empty without PiSSA."""
     found = {row.key: row for row in rows}
-    pissa = found.get("pissa-fast") or found.get("pissa")
+    pissa = found.get("pissa-delta") or found.get("pissa")
     if pissa is None:
         return ""
     sentences = []

@@ -12,9 +12,9 @@ from balora_plugin.config import RECOMMENDED_RATE
 
 HOSTS = ("axolotl", "trl")
 MODELS = ("smollm2", "tiny")
-METHOD_KEYS = ("lora", "pissa", "pissa-fast", "ba-lora", "ba-lora-paper", "ba-lora-iclr2026", "ba-lora-visible")
+METHOD_KEYS = ("lora", "pissa", "pissa-delta", "ba-lora", "ba-lora-paper", "ba-lora-iclr2026", "ba-lora-visible")
 DEFAULT_METHODS = {
-    "smollm2": ("lora", "pissa-fast", "ba-lora"),
+    "smollm2": ("lora", "pissa-delta", "ba-lora"),
     "tiny": ("lora", "pissa", "ba-lora-paper", "ba-lora-visible"),
 }
 MOST_THREADS = 4  # more gain little on batches of this size

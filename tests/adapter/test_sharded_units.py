@@ -109,7 +109,11 @@ class Loads:
 @pytest.mark.parametrize(("sharded", "active", "by_host"), [(1, "default", 0), (0, "default", 1), (1, "plain", 1)])
 def test_the_host_loads_every_adapter_that_is_not_restored_here(sharded, active, by_host, llama):
     """A run restores what is active: another kind beside a frozen one of ours would go on from its first values."""
-    trainer = type("Trainer", (LoadsAdapterItself, Loads), {"loaded": None, "is_fsdp_enabled": bool(sharded)})()
+    trainer = type(
+        "Trainer",
+        (LoadsAdapterItself, Loads),
+        {"loaded": None, "is_fsdp_enabled": bool(sharded), "is_deepspeed_enabled": False},
+    )()
     trainer.state = SimpleNamespace(best_model_checkpoint="best")
     trainer.model = ba_lora(llama, targets=["q_proj"])
     trainer.model.add_adapter("plain", LoraConfig(r=2, target_modules=["v_proj"]))

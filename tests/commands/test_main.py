@@ -71,6 +71,11 @@ def test_help_comes_at_once():
         (["verify", "x"], "Error: Missing option '--base' (see balora verify --help)"),
         (["compare", "--methods"], "Error: Option '--methods' requires "),
         (["glue", "--task", "rte", "x"], "Error: Invalid value for '--task': 'x' is not one of "),
+        (
+            ["glue", "--recipe", "x", "--output", "o", "--limit", "-5"],
+            "Error: Invalid value for '--limit': -5 is not in",
+        ),
+        (["glue", "--recipe", "x", "--output", "o", "--seeds", "1", "-1"], "Error: Invalid value for '--seeds': -1 is"),
         (["eval", "--limit", "x"], "Error: Invalid value for '--limit': 'x' is not a valid integer (see balora eval"),
         (["doctor", "--jsom"], "Error: No such option '--jsom'. Did you mean"),
         (["export", "x", "--output", ""], "Error: Invalid value for '--output': is empty: write a value, or leave"),
@@ -81,7 +86,8 @@ def test_help_comes_at_once():
 )
 def test_a_command_line_that_is_none_is_one_line(words, said, capsys):
     assert commands.main(words) == 2
-    assert capsys.readouterr().err.startswith(said) and said.count("\n") == 0
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == 1
 
 
 def test_an_option_takes_several_values(monkeypatch):

@@ -19,6 +19,7 @@ from balora_plugin.adapter.delta import TESTED_PEFT
 from balora_plugin.commands import main
 from balora_plugin.doctor import Machine, about, look, problems, versions
 from balora_plugin.doctor import machine as facts
+from balora_plugin.doctor.report import TOGETHER
 
 pytestmark = pytest.mark.hosts
 
@@ -68,6 +69,9 @@ def test_the_bounds_are_those_of_the_project():
         for bound, pins in ((first, older), (last, newest)):
             if name in pins:
                 assert Version(bound).release == pins[name].release[:2], name
+    for said, pins in zip(TOGETHER, (older, newest), strict=True):
+        for name, version in (one.split() for one in said.split(", ")):
+            assert name not in pins or Version(version).release == pins[name].release[:2], name
     lowest = requirements("lowest.txt")
     assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl"} <= set(lowest)
     for name, pin in lowest.items():

@@ -123,7 +123,7 @@ def test_the_gpu_that_is_named_is_judged_in_the_place_of_this_machine(a_yaml, mo
     said = capsys.readouterr().out
     assert "could not run on h100" in said and "h100, 80 GiB, compute capability 9.0, bf16" in said
     assert "CPU (" not in said
-    assert main(["doctor", "--config", path, "--gpu", "t4", "--gpu", "a40", "--json"]) == 0  # one of them is enough
+    assert main(["doctor", "--config", path, "--gpu", "t4", "a40", "--json"]) == 0  # one of them is enough
     report = json.loads(capsys.readouterr().out)
     assert [problem["key"] for problem in report["judged"]["t4"]] == ["bf16", "tf32"]
     assert report["judged"]["a40"] == [] and [p["key"] for p in report["problems"]] == ["bf16", "tf32"]

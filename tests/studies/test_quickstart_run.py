@@ -163,7 +163,7 @@ def test_the_picture_has_a_point_a_method(tmp_path):
 def test_methods_with_terms_are_those_that_act():
     acting = {key for key, method in methods.METHODS.items() if method.has_terms}
     assert acting == {"ba-lora", "ba-lora-paper", "ba-lora-iclr2026", "ba-lora-visible"}
-    assert run.example_key(["lora", "pissa-fast", "ba-lora"]) == "ba-lora"
+    assert run.example_key(["lora", "pissa-delta", "ba-lora"]) == "ba-lora"
     assert tuple(methods.METHODS) == settings.METHOD_KEYS
 
 

@@ -31,25 +31,27 @@ def of_adapter_keys(data: dict[str, Any]) -> Iterator[Finding]:
     if not unknown:
         return
     known = _known(data.get("plugins") or [])
+    if known is None:
+        return
     for key, name in unknown.items():
         if key in known:
             continue
         near = _nearest(name, {field for field in known if field.startswith((*_PREFIXES, "loraplus_"))})
-        if near is None and not name.startswith(_PREFIXES):
-            continue  # PEFT has it, and no key of Axolotl's means it
+        if near is None and (isinstance(data[key], dict) or not name.startswith(_PREFIXES)):
+            continue  # settings that are shared by a YAML's anchor; or PEFT has it, and no key of Axolotl's means it
         hint = f"did you mean {near}?" if near else "remove it"
         yield Finding(key, repr(data[key]), "is not a key of Axolotl, which ignores it", hint)
 
 
-def _known(plugins: Any) -> set[str]:
-    """Every key that Axolotl takes with these plug-ins."""
+def _known(plugins: Any) -> set[str] | None:
+    """Every key that Axolotl takes with these plug-ins; None where one does not load, which Axolotl says itself."""
     known = set(AxolotlInputConfig.model_fields)
     for plugin in [plugins] if isinstance(plugins, str) else plugins:
         try:
             module, _, name = (load_plugin(plugin).get_input_args() or "").rpartition(".")
             known |= set(getattr(importlib.import_module(module), name).model_fields) if name else set()
-        except Exception:  # whatever it is, Axolotl says it in its own words when it loads the plug-in
-            continue
+        except Exception:  # of any kind: it is another's code
+            return None
     return known
 
 

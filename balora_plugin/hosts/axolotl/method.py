@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ... import config
 from ...findings import Finding
+from ...weights.off import switched_off
 from .block import ADAPTER, METHODS, TERMS
-
-WEIGHTS = ("consistency", "diversity", "svd")
 
 
 def spelled_out(values: dict[str, Any]) -> dict[str, Any]:
@@ -19,7 +19,8 @@ def spelled_out(values: dict[str, Any]) -> dict[str, Any]:
 
     `method`: `ba_lora` changes nothing; `pissa` and `lora` are its two starts without terms; `dora` is PEFT's own DoRA
     and `full` trains every weight, both without terms. `terms` says otherwise: `all` of them as they are weighted,
-    `none`, or one alone. What is neither is left where it is, for the block's own check to name.
+    `none`, or one alone; what sets or serves the weight of another goes with it. What is neither is left where it is,
+    for the block's own check to name.
     """
     block = values.get("ba_lora")
     if not isinstance(block, dict) or not {"method", "terms"} & block.keys():
@@ -41,10 +42,8 @@ def spelled_out(values: dict[str, Any]) -> dict[str, Any]:
         adapters = [key for key in changed if key.startswith(("lora_", "peft_"))]
         changed = {key: value for key, value in changed.items() if key not in (*adapters, "adapter")}
         block["apply_to"] = "full"
-    for name in WEIGHTS:
-        if terms not in ("all", name):
-            block[f"lambda_{name}"] = 0.0
-    return {**changed, "ba_lora": block}
+    off = [name for name in config.TERMS if terms not in ("all", name)]
+    return {**changed, "ba_lora": switched_off(block, off) if off else block}
 
 
 def spell_out(cfg: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -59,11 +58,21 @@ def spell_out(cfg: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_method(values: dict[str, Any]) -> Iterator[Finding]:
-    """Finds a `method` beside what it would write itself."""
+    """Finds a `method` beside what it would write itself or cannot have, and one term alone whose weight is 0."""
     block = values.get("ba_lora")
-    if not isinstance(block, dict) or block.get("method") is None:
+    if not isinstance(block, dict):
         return
-    method = block["method"]
+    method, terms = block.get("method"), block.get("terms")
+    weight = f"lambda_{terms}"
+    if terms in config.TERMS and not isinstance(block.get(weight), bool) and block.get(weight) == 0:
+        yield Finding(
+            f"ba_lora.{weight}", block[weight], f"beside terms: {terms} leaves no term", "remove one of the two"
+        )
+    if method is None:
+        return
+    if method in ("dora", "full") and block.get("compile"):
+        why = f"beside method: {method}, which has another adapter or none"
+        yield Finding("ba_lora.compile", block["compile"], why, "remove one of the two")
     if block.get("apply_to") is not None:
         yield Finding("ba_lora.apply_to", block["apply_to"], f"beside method: {method}", "remove one of the two")
     elif values.get("adapter") != ADAPTER:
