@@ -44,7 +44,7 @@ def logged(trainer):
 def classifiers(tmp_path):
     terms = RegularizerConfig(preset="iclr2026", schedule="constant", share_interval=1, monitor=True)
     return logged(
-        classifier_run(tmp_path / "nlu", terms=terms, max_steps=1, eval_strategy="steps", eval_steps=1, max_grad_norm=1)
+        classifier_run(tmp_path / "nlu", terms=terms, max_steps=2, eval_strategy="steps", eval_steps=2, max_grad_norm=1)
     )
 
 
