@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -65,14 +66,32 @@ def _as_read(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 def _without_match(config: LoraConfig, model: nn.Module) -> Iterator[NoMatch]:
     config = _as_read(config, model)
-    modules = dict(model.named_modules())
+    added = _added(model)
+    modules = {_as_it_was(name): module for name, module in model.named_modules() if not name.startswith(added)}
     names = [name for name in modules if name]
     layers = {_last(name) for name in names if getattr(getattr(modules[name], "weight", None), "ndim", 0) == 2}
+    parameters = [_as_it_was(name) for name, _ in model.named_parameters() if not name.startswith(added)]
     # of quantised experts the parameter as it was
-    parameters = [re.sub(r"\.parametrizations\.([^.]+)\..*", r".\1", name) for name, _ in model.named_parameters()]
+    parameters = [re.sub(r"\.parametrizations\.([^.]+)\..*", r".\1", name) for name in parameters]
     yield from _of("target_modules", config, _Among(names, takes, layers))
     yield from _of("target_parameters", config, _Among(parameters, takes, ()))
     yield from _of("modules_to_save", config, _Among(names, str.endswith, map(_last, names)))
+
+
+def _added(model: nn.Module) -> tuple[str, ...]:
+    """The beginnings of the names of what adapters have put into the model before."""
+    return tuple(
+        f"{name}.{child}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        for child, _ in layer.named_children()
+        if child != "base_layer"
+    )
+
+
+def _as_it_was(name: str) -> str:
+    """A full name as it was before adapters wrapped its layer."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
 class _Among(NamedTuple):

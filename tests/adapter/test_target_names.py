@@ -66,6 +66,15 @@ def test_what_peft_knows_by_an_older_name_matches(said):
     assert not said()
 
 
+def test_a_second_adapter_finds_the_names_of_the_model_as_it_was(said):
+    experts = config(target_modules=None, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = get_ba_lora_model(tiny_mixtral(), experts)
+    model.add_adapter("second", experts)
+    assert not said()
+    with pytest.raises(ValueError, match=r"zzz matches nothing .*: there are (?!.*(base_layer|default|lora_A)).*q_proj"):
+        model.add_adapter("third", config(target_modules=["zzz"]))
+
+
 def test_trl_looks_them_up_before_weights_are_read(tmp_path):
     pytest.importorskip("trl")
     from balora_plugin import BaLoraSFTTrainer
