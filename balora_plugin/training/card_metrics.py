@@ -19,15 +19,25 @@ class CardMetrics(TrainerCallback):
     def __init__(self, run: RunState) -> None:
         self._run = run
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         found = provenance.known(self._run.wrapped)
-        shown = {key: float(value) for key, value in (logs or {}).items() if _is_shown(key, value)}
-        if found is not None and shown:
-            kind = any(key.startswith("eval_") for key in shown)
-            others = {key: value for key, value in found.measured.items() if key.startswith("eval_") != kind}
-            others.pop("step", None)
-            found.measured.clear()
-            found.measured.update({**others, **shown, "step": float(state.global_step)})
+        if found is not None:
+            found.measured.clear()  # of an earlier training of this model
+        for row in state.log_history:  # of the run that is resumed
+            self._note(row, row.get("step", 0))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self._note(logs or {}, state.global_step)
+
+    def _note(self, logs: dict[str, Any], step: int) -> None:
+        found = provenance.known(self._run.wrapped)
+        shown = {key: float(value) for key, value in logs.items() if _is_shown(key, value)}
+        if found is None or not shown:
+            return
+        evaluated = any(key.startswith("eval_") for key in shown)
+        kept = {key: value for key, value in found.measured.items() if key.startswith("eval_") != evaluated}
+        found.measured.clear()  # in place: what is known of a model that was cast since shares it
+        found.measured.update({**kept, **shown, "step": float(step)})
 
 
 def _is_shown(key: str, value: Any) -> bool:

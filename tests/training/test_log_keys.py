@@ -7,6 +7,8 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from huggingface_hub import ModelCard
 from models import character_tokenizer, tiny_llama
 from transformers import TrainerCallback, TrainingArguments
 
-from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
+from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig, get_ba_lora_model
+from balora_plugin.adapter.saved import provenance
+from balora_plugin.training.card_metrics import CardMetrics
 from balora_plugin.training.log_keys import LOG_KEYS, PREFIX, WHERE, known_key
 
 pytestmark = pytest.mark.hosts
@@ -184,6 +188,22 @@ def test_the_card_has_the_tag_the_citation_and_what_was_measured_last(name, runs
     for key in ("eval_balora/task", "eval_balora/drift", "eval_balora/consistency"):
         assert float(shown[key]) == pytest.approx(last[key], rel=1e-5)
     assert "balora/task" in shown and not any("share" in key or "second" in key for key in shown)
+
+
+def test_the_card_of_a_resumed_run_has_what_the_run_before_measured():
+    class State:
+        log_history: ClassVar = [{"loss": 2.0, "step": 1}, {"eval_loss": 1.5, "step": 2}, {"loss": 1.0, "step": 3}]
+        global_step = 4
+
+    model = get_ba_lora_model(tiny_llama(), BaLoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]))
+    provenance.prepare(model, "the base")
+    found = provenance.known(model)
+    found.measured["eval_of_an_earlier_training"] = 1.0
+    metrics = CardMetrics(SimpleNamespace(wrapped=model))
+    metrics.on_train_begin(None, State, None)
+    assert found.measured == {"eval_loss": 1.5, "loss": 1.0, "step": 3.0}
+    metrics.on_log(None, State, None, logs={"loss": 0.5, "learning_rate": 0.1})
+    assert found.measured == {"eval_loss": 1.5, "loss": 0.5, "step": 4.0}
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
