@@ -36,7 +36,8 @@ def _kept(model: PeftModel, active: list[str]) -> Iterator[None]:
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     idle = {name: config.inference_mode for name, config in model.peft_config.items()}
     yield
-    model.base_model.set_adapter(active)
+    if list(model.active_adapters) != active:
+        model.base_model.set_adapter(active)
     for name, was in idle.items():
         model.peft_config[name].inference_mode = was
     for name, parameter in model.named_parameters():
