@@ -71,7 +71,9 @@ def test_a_second_adapter_finds_the_names_of_the_model_as_it_was(said):
     model = get_ba_lora_model(tiny_mixtral(), experts)
     model.add_adapter("second", experts)
     assert not said()
-    with pytest.raises(ValueError, match=r"zzz matches nothing .*: there are (?!.*(base_layer|default|lora_A)).*q_proj"):
+    with pytest.raises(
+        ValueError, match=r"zzz matches nothing .*: there are (?!.*(base_layer|default|lora_A)).*q_proj"
+    ):
         model.add_adapter("third", config(target_modules=["zzz"]))
 
 

@@ -88,6 +88,21 @@ def test_the_energy_is_within_the_tolerance_whatever_the_spectrum(method, rank):
         assert are_leading_triples(weight, a, b, 0.5, method=method), name  # or a kept start would be made at each run
 
 
+@pytest.mark.parametrize(("method", "spread"), [("pissa", 1e-5), ("pissa_fast", 1e-3)])
+def test_near_copies_cost_a_few_tolerances_at_most(method, spread):
+    """The estimate's blind side: more values within a few tolerances of each other than a block has vectors."""
+    generator = torch.Generator().manual_seed(0)
+    for rank in (2, 8, 20):
+        for _ in range(4):
+            levels = torch.rand(4, generator=generator).double()[torch.randint(0, 4, (SIDE,), generator=generator)]
+            s = levels * (1 + spread * torch.rand(SIDE, generator=generator).double())
+            weight = weight_of(s.sort(descending=True).values)
+            a, b = pissa_factors(weight, rank, 0.5, method=method)
+            missing = lacks(weight, 0.5 * b @ a, rank)
+            assert missing <= 10 * TOLERANCES[method] and missing <= 2 * spread + 1e-6
+            assert are_leading_triples(weight, a, b, 0.5, method=method)
+
+
 def test_factors_that_lack_the_first_triple_are_not_believed():
     weight = weight_of(spectra(16)[0]["i^-0.5"])
     a, b = pissa_factors(weight, 17, 1.0)
