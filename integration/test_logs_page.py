@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,8 @@ def test_the_page_has_every_key_and_no_other(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("axolotl") is None, reason="needs Axolotl")
 def test_axolotls_keys_are_there_too(written):
-    pytest.importorskip("axolotl")
     from .axolotl_run import run
 
     trainer = run(written(val_set_size=3, eval_steps=2, max_steps=2))  # a speed needs two steps
