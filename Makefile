@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export AXOLOTL_DO_NOT_TRACK ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # tests: one process a core, one thread a process; a file's tests share their fixtures, the longest files come first
-PYTEST = -m pytest -n $(shell nproc 2>/dev/null || echo 2) --dist loadfile --no-loadscope-reorder
+PYTEST = -m pytest -n $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2) --dist loadfile --no-loadscope-reorder
 THREADS = OMP_NUM_THREADS=1
 
 QUICK = .venv/bin/python
