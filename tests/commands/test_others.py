@@ -17,6 +17,14 @@ EARLIER = Path(__file__).parents[1] / "data" / "before_layout" / "causal_lm"
 NOISY = ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops", "kernels.utils")
 
 
+@pytest.fixture(autouse=True)
+def torch_as_it_comes(caplog, monkeypatch):
+    """Torch's own logger, which a test that compiles something leaves with a level and a handler of its own."""
+    caplog.set_level(logging.WARNING, logger="torch")
+    for name in ("torch", "torch.utils", "torch.utils._pytree"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+
+
 def speak():
     for name in NOISY:
         logging.getLogger(name).warning(f"{name} failed to load")
