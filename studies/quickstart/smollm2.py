@@ -48,7 +48,11 @@ def dequantise(file: Path, folder: Path) -> None:
     Raises:
         ValueError: a tensor holds what is no number.
     """
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read.config.__dict__.pop("quantization_config", None)  # a newer host takes what it has dequantised for quantised
+    model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
     for name, weight in model.state_dict().items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"{file}: {name} holds NaN or Infinity: install its package again")
