@@ -117,7 +117,7 @@ def test_hyperparameter_search(tmp_path, tokenizer):
     pytest.importorskip("optuna")
     trainer = build(tmp_path, tokenizer, model_init=lambda: tiny_llama(), peft_config=adapter(), eval_strategy="steps")
     best = trainer.hyperparameter_search(
-        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}, n_trials=2
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)}, None, 2
     )
     evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]  # of the last trial
     assert trainer.objective == evaluated[-1]  # the host's own default would add our keys to one another

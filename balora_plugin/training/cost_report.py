@@ -12,6 +12,7 @@ import torch
 from ..memory.held import held_by
 from .cost import format_report, write_report
 from .host import HostTrainer, optimizer_name
+from .log_keys import PREFIX
 from .run_state import RunState
 
 _COUNTED = {"nlg": "tokens", "nlu": "samples"}
@@ -34,7 +35,7 @@ def cost_at_end(host: HostTrainer, run: RunState, logs: Mapping[str, float]) -> 
         found["overhead"] = overhead
     if meter.peaks:
         found["peak_gib"] = max(meter.peaks.values())
-    return {f"balora/{name}": value for name, value in found.items()}
+    return {f"{PREFIX}{name}": value for name, value in found.items()}
 
 
 def overhead_of(run: RunState) -> float | None:

@@ -28,7 +28,11 @@ class SearchesByTask(_Base):
     """Of a Trainer: its search has a default objective that leaves BA-LoRA's keys out."""
 
     def hyperparameter_search(
-        self, hp_space: Any = None, compute_objective: Callable[[dict[str, float]], float] | None = None, **kwargs: Any
+        self,
+        hp_space: Any = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Searches as the host does; `compute_objective` left out is [`task_objective`]."""
-        return super().hyperparameter_search(hp_space, compute_objective or task_objective, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or task_objective, *args, **kwargs)

@@ -7,7 +7,7 @@ import fnmatch
 import gc
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .records import Cell
@@ -51,3 +51,19 @@ def folder_of(options: argparse.Namespace, study: str) -> Path:
 def free() -> None:
     """Lets go of the last run's model, which its trainer holds in a circle."""
     gc.collect()
+
+
+def run_study(
+    options: argparse.Namespace,
+    study: str,
+    run_all: Callable[[argparse.Namespace, Path], None],
+    write_report: Callable[[Path, bool], Path | None],
+) -> int:
+    """Runs what is missing of a study, unless its report alone is asked for; then writes the report."""
+    folder = folder_of(options, study)
+    if not options.report:
+        prepare()
+        run_all(options, folder)
+    written = write_report(folder, options.quick)
+    print(f"{written}" if written else f"{folder}/runs has no runs to report")
+    return 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import records
-from ..common.running import chosen, folder_of, free, parser, prepare
+from ..common.running import chosen, free, parser, run_study
 
 FILES = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "crows_pairs.csv")
 QUICK = ("lora-1e-3", "pissa-3e-4", "pissa-cr0.3", "lora-cr0.3")
@@ -134,14 +134,7 @@ def write_report(folder: Path, quick: bool) -> Path | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is missing, then writes the report."""
-    options = parse(arguments)
-    folder = folder_of(options, "forgetting")
-    if not options.report:
-        prepare()
-        run_all(options, folder)
-    written = write_report(folder, options.quick)
-    print(f"{written}" if written else f"{folder}/runs has no runs to report")
-    return 0
+    return run_study(parse(arguments), "forgetting", run_all, write_report)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import records
-from ..common.running import chosen, folder_of, free, parser, prepare
+from ..common.running import chosen, free, parser, run_study
 from .cells import METHODS, TASKS, study_cells, tuning_cells
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -116,14 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is missing, then writes the report."""
     from .report import write_report
 
-    options = parse(arguments)
-    folder = folder_of(options, "glue")
-    if not options.report:
-        prepare()
-        run_all(options, folder)
-    written = write_report(folder, options.quick)
-    print(f"{written}" if written else f"{folder}/runs has no runs to report")
-    return 0
+    return run_study(parse(arguments), "glue", run_all, write_report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common import records
-from ..common.running import chosen, folder_of, free, parser, prepare
+from ..common.running import chosen, free, parser, run_study
 from .cells import COLOUR, METHODS, TINY_FAULTS, base_cell, cells
 
 if TYPE_CHECKING:
@@ -93,14 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is missing, then writes the report."""
     from .report import write_report
 
-    options = parse(arguments)
-    folder = folder_of(options, "inheritance")
-    if not options.report:
-        prepare()
-        run_all(options, folder)
-    written = write_report(folder, options.quick)
-    print(f"{written}" if written else f"{folder}/runs has no runs to report")
-    return 0
+    return run_study(parse(arguments), "inheritance", run_all, write_report)
 
 
 if __name__ == "__main__":

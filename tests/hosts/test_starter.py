@@ -14,7 +14,9 @@ pytest.importorskip("pydantic")
 pytest.importorskip("click")
 
 from balora_plugin import commands
+from balora_plugin.adapter.config import DELTA_STARTS
 from balora_plugin.config import RECOMMENDED, RECOMMENDED_RATE, RegularizerConfig
+from balora_plugin.hosts.axolotl import migrate
 from balora_plugin.hosts.axolotl.block import BaLoraBlock
 from balora_plugin.hosts.axolotl.migrate import rate_in_yaml
 from balora_plugin.training.first_norms import FAR, LORAS
@@ -83,3 +85,8 @@ def test_the_page_about_choosing_says_the_same():
         assert float(row.split("|")[2].strip(" `")) == value
     assert f"{LORAS * RECOMMENDED_RATE:.0e}".replace("e-0", "e-") in page
     assert FAR == 3 and "three times the clip" in page
+
+
+def test_the_starts_that_migrate_keeps_are_all_there_are():
+    """It imports no torch, which the list itself comes with."""
+    assert set(migrate._STARTS) == {*DELTA_STARTS, True}

@@ -14,8 +14,8 @@ from ...settings import Setting, settings_of
 ADAPTER = "ba_lora"
 Method = Literal["full", "lora", "pissa", "dora", "ba_lora"]
 Terms = Literal["none", "all", "consistency", "diversity", "svd"]
-METHODS: tuple[str, ...] = get_args(Method)
-TERMS: tuple[str, ...] = get_args(Terms)
+METHOD_CHOICES: tuple[str, ...] = get_args(Method)
+TERMS_CHOICES: tuple[str, ...] = get_args(Terms)
 # of the block, beside the fields of RegularizerConfig
 HOST_KEYS = ("compile", "start_from", "apply_to", "loss_type", "text_columns", "label_column", "method", "terms")
 

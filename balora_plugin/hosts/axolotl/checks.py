@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ...adapter.config import DELTA_STARTS
 from ...anchors.reading import check_anchors
 from ...config import RegularizerConfig
 from ...findings import Finding
@@ -24,7 +25,7 @@ from .model_config import of_model
 from .quantisation import of_quantisation
 from .refusals import refused
 
-STARTS = ("pissa", "pissa_fast", "pissa_exact", True, None)
+STARTS = (*DELTA_STARTS, True, None)
 
 # names so much ours that at top level they can only be a block forgotten (Axolotl ignores unknown keys)
 _OURS = [
@@ -202,7 +203,7 @@ def _adapter(data: dict[str, Any]) -> Iterator[Finding]:
     yield from _targets(data)
     start = data.get("peft_init_lora_weights")
     if start not in STARTS:
-        remedy = "write pissa, pissa_fast, pissa_exact or true"
+        remedy = f"write {', '.join(DELTA_STARTS)} or true"
         yield Finding("peft_init_lora_weights", start, "is not a start of BA-LoRA", remedy, True)
 
 

@@ -20,8 +20,6 @@ from ...pretrained.attention import (
 )
 from ...training.compiling import BACKEND, LAYERS
 
-_HALF = ("needs half precision", "write bf16: true, or attn_implementation: sdpa", False)
-
 
 def of_engine(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
     """Finds contradictions in how the model is to run; `block`: the YAML's `ba_lora:`."""
@@ -102,4 +100,4 @@ def attention_here(cfg: Any, setting: str) -> Iterator[Finding]:
         yield Finding.of_error(str(error))
     if cfg.get("torch_dtype") == torch.float32:
         key, _, value = setting.partition(": ")
-        yield Finding(key, value, *_HALF)
+        yield from of_flash((key, value), None, half=False)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ... import config
+from ...config import TERMS
 from ...findings import Finding
 from ...weights.off import switched_off
-from .block import ADAPTER, METHODS, TERMS
+from .block import ADAPTER, METHOD_CHOICES, TERMS_CHOICES
 
 
 def spelled_out(values: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +25,10 @@ def spelled_out(values: dict[str, Any]) -> dict[str, Any]:
     block = values.get("ba_lora")
     if not isinstance(block, dict) or not {"method", "terms"} & block.keys():
         return values
-    if block.get("method", "ba_lora") not in (*METHODS, None) or block.get("terms") not in (*TERMS, None):
+    if block.get("method", "ba_lora") not in (*METHOD_CHOICES, None) or block.get("terms") not in (
+        *TERMS_CHOICES,
+        None,
+    ):
         return values
     changed = {key: value for key, value in values.items() if key != "ba_lora"}
     block = {key: value for key, value in block.items() if key not in ("method", "terms")}
@@ -42,7 +45,7 @@ def spelled_out(values: dict[str, Any]) -> dict[str, Any]:
         adapters = [key for key in changed if key.startswith(("lora_", "peft_"))]
         changed = {key: value for key, value in changed.items() if key not in (*adapters, "adapter")}
         block["apply_to"] = "full"
-    off = [name for name in config.TERMS if terms not in ("all", name)]
+    off = [name for name in TERMS if terms not in ("all", name)]
     return {**changed, "ba_lora": switched_off(block, off) if off else block}
 
 
@@ -64,7 +67,7 @@ def of_method(values: dict[str, Any]) -> Iterator[Finding]:
         return
     method, terms = block.get("method"), block.get("terms")
     weight = f"lambda_{terms}"
-    if terms in config.TERMS and not isinstance(block.get(weight), bool) and block.get(weight) == 0:
+    if terms in TERMS and not isinstance(block.get(weight), bool) and block.get(weight) == 0:
         yield Finding(
             f"ba_lora.{weight}", block[weight], f"beside terms: {terms} leaves no term", "remove one of the two"
         )
