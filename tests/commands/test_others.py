@@ -17,12 +17,18 @@ EARLIER = Path(__file__).parents[1] / "data" / "before_layout" / "causal_lm"
 NOISY = ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops", "kernels.utils")
 
 
+def loggers_as_they_come(caplog, monkeypatch):
+    """The loggers heard here as their packages make them, whatever the tests before did to them."""
+    parents = {name.rpartition(".")[0] for name in NOISY} | {"torch", "bitsandbytes"}
+    for name in sorted({*NOISY, *parents, "balora_plugin"} - {""}):
+        caplog.set_level(logging.WARNING if name == "torch" else logging.NOTSET, logger=name)
+        for attribute, value in {"propagate": True, "disabled": False, "filters": []}.items():
+            monkeypatch.setattr(logging.getLogger(name), attribute, value)
+
+
 @pytest.fixture(autouse=True)
-def torch_as_it_comes(caplog, monkeypatch):
-    """Torch's own logger, which a test that compiles something leaves with a level and a handler of its own."""
-    caplog.set_level(logging.WARNING, logger="torch")
-    for name in ("torch", "torch.utils", "torch.utils._pytree"):
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+def put_aside(caplog, monkeypatch):
+    loggers_as_they_come(caplog, monkeypatch)
 
 
 def speak():
@@ -53,6 +59,21 @@ def test_others_are_silent_inside_alone(caplog, recwarn):
     with said_by_others(shown=True):
         speak()
     assert len(heard(caplog, recwarn)) == everything
+
+
+LEFT = {"disabled": True, "level": logging.ERROR, "filters": [lambda record: False], "propagate": False}
+
+
+@pytest.mark.parametrize("attribute", LEFT)
+def test_what_other_tests_leave_is_put_aside(attribute, monkeypatch, caplog, recwarn):
+    logger = logging.getLogger("torch.utils._pytree")
+    monkeypatch.setattr(logger, attribute, LEFT[attribute])
+    logging.getLogger("torch").manager._clear_cache()
+    logger.warning("lost")
+    assert heard(caplog, recwarn) == []
+    loggers_as_they_come(caplog, monkeypatch)
+    logger.warning("heard")
+    assert heard(caplog, recwarn) == ["heard"]
 
 
 def test_levels_come_back_after_an_error():
