@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,12 @@ pytest.importorskip("axolotl")
 from balora_plugin import BaLoraConfig, RegularizerConfig, get_ba_lora_model
 from balora_plugin.memory.estimate import GIB
 
+from .configs import glue_hours
 from .configs.bases import BASES, Base
 from .configs.counted import at_layers, base_head, counted, flop_a_token, gpu_hours
 from .models.families import VOCABULARY, tiny
 
+ROOT = Path(__file__).parents[1]
 ROWS, LENGTH = 2, 24
 
 
@@ -70,3 +73,26 @@ def test_bytes_and_flop_are_linear_in_the_layers(monkeypatch):
 
 def test_hours():
     assert gpu_hours(1e9, 3.6e6, 1e12, used=0.5) == 2.0
+
+
+def test_flop_of_an_encoder_are_pytorchs(monkeypatch):
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    monkeypatch.setitem(glue_hours.MODELS, "tiny", ("bert", {**sizes, "vocab_size": 64, "hidden_dropout_prob": 0.0}))
+    model = glue_hours.on_shapes("tiny", 4)
+    model.set_attn_implementation("eager")
+    model.enable_input_require_grads()
+    rows, length = 2, 24
+    ids = torch.ones(rows, length, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as count:
+        model(input_ids=ids).logits.sum().backward()
+        with torch.no_grad(), model.disable_adapter():
+            model(input_ids=ids)
+    expected = count.get_total_flops() / (rows * length)
+    work = SimpleNamespace(length=length, checkpointing=False, cached=False, terms=RegularizerConfig().resolved("nlu"))
+    # pooler and head see one token a row: all of theirs are counted here, which is little in a model of a real size
+    assert glue_hours.flop_a_token(model, {}, work) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.configs
+def test_the_page_has_the_hours_that_are_counted():
+    assert glue_hours.table() in (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
