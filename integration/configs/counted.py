@@ -141,11 +141,19 @@ def _has(config: Any, key: str) -> bool:
 
 
 def _attention(config: Any, length: int) -> float:
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kinds = getattr(config, "layer_types", None) or []
-    layers = sum(kind != "linear_attention" for kind in kinds) or config.num_hidden_layers
-    return 4.0 * length * width * layers
+    """The products of queries with keys, and of their weights with values, of the layers that have them."""
+    kinds = list(getattr(config, "layer_types", None) or [])
+    every = getattr(config, "per_layer_config", None)  # Gemma 4's layers have heads of two widths
+    layers = list(every) if every is not None else [config] * config.num_hidden_layers
+    kinds += ["full_attention"] * (len(layers) - len(kinds))
+    return sum(
+        4.0 * length * _width(layer) for kind, layer in zip(kinds, layers, strict=False) if kind != "linear_attention"
+    )
+
+
+def _width(config: Any) -> int:
+    heads: int = config.num_attention_heads
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def gpu_hours(flop: float, tokens: float, peak: float, used: float = 0.4) -> float:
