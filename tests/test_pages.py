@@ -101,6 +101,26 @@ def test_the_figures_of_the_study_are_those_of_its_report():
     assert said in README
 
 
+def test_what_is_left_of_a_fault_is_what_the_report_says():
+    report = text_of(ROOT / "studies" / "inheritance" / "report.md")
+    noise, imbalance, colour = (part.partition("| minus lora |")[0] for part in report.split("\n## ")[2:5])
+    table = text_of(DOCS / "study.md").partition("in shares of the fault that are left")[2]
+    rows = {
+        "LoRA": "lora",
+        "PiSSA": "pissa",
+        "BA-LoRA, `paper`": "ba-paper",
+        "BA-LoRA, `iclr2026`": "ba-iclr2026",
+        "PiSSA, consistency 0.3": "consistency-0.3",
+        "full fine-tuning": "full",
+    }
+    for shown, method in rows.items():
+        of_noise, *others = (
+            re.findall(r"\((-?\d+ %)\)", row_of(part, f"{method} |")) for part in (noise, imbalance, colour)
+        )
+        left = [of_noise[0], of_noise[3], *(of[0] for of in others)]
+        assert [cell.strip() for cell in row_of(table, f"{shown} |").strip(" |").split("|")[1:]] == left
+
+
 def test_what_a_run_says_is_in_its_record():
     run = json.loads(text_of(ROOT / "studies" / "forgetting" / "runs" / "pissa-cr0.3-s1.json"))
     base = json.loads(text_of(ROOT / "studies" / "forgetting" / "runs" / "base.json"))
