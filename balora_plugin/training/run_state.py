@@ -23,6 +23,7 @@ from ..objective.request import AnchorRows, CompiledPasses
 from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
+from .checks.since import AsMade
 from .cost import CostMeter
 from .first_norms import FirstNorms
 from .metrics import TermMetrics
@@ -74,6 +75,7 @@ class RunState:
         extend: The host's keywords for a forward pass, added to a batch (`extend_ba_lora_inputs`).
         to_device: The host's own way to bring a batch to its device.
         own: The weights in force, and what sets them.
+        as_made: The settings as they were when the trainer was made.
         task_form: The form of the task term that the host's arguments ask for.
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
@@ -85,7 +87,7 @@ class RunState:
         predicts: Whether a batch is being evaluated, though the model may be in training mode.
         wants_logits: Whether the evaluation at hand asks for logits.
         adapted: What the adapter stands on; None in full fine-tuning.
-        reached: Whether a backward pass came to a loss with the terms.
+        reached: Whether a backward pass came to a loss with the terms since that was looked at last.
         finished: The run was resumed after its last step, so that it has nothing to do.
         callbacks: What watches the run, for its trainer to call.
         resumed: The checkpoint that training goes on from.
@@ -103,6 +105,7 @@ class RunState:
     extend: Callable[[Inputs], Inputs]
     to_device: Callable[[Inputs], Inputs]
     own: OwnWeights
+    as_made: AsMade
     task_form: TaskForm = PLAIN_TASK
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
@@ -140,7 +143,7 @@ class RunState:
         return self.extend(without_crossings(plain))
 
     def follow(self, loss: Tensor) -> None:
-        """Notes, once, that a backward pass came to `loss`, which holds the terms: a subclass may return another."""
+        """Notes that a backward pass came to `loss`, which holds the terms: a subclass may return another."""
         if not self.reached and loss.requires_grad:
             loss.register_hook(self._note)
 

@@ -37,7 +37,7 @@ from .first_norms import WatchesNorms
 from .metrics import TermMetrics
 from .out_of_memory import advised
 from .repeated_samples import drop_rows, refill, repeated_rows
-from .resuming import advance, asked_for, check_resumable, position
+from .resuming import asked_for, check_resumable, optimizer_begins_anew, position
 from .run_state import RunState
 from .searching import SearchesByTask
 from .set_up import Given, open_run
@@ -70,7 +70,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
     model: Any
     ba_lora_run: RunState | None = None
     ba_lora_requests: StepRequests | None = None
-    _fresh_optimizer = False
+    ba_lora_fresh_optimizer = False  # of the training at hand
     ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
     ba_lora_loss_type: str | None = None  # TRL's "nll" or "dft", for a host whose arguments have no loss_type
 
@@ -168,7 +168,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
         The output directory belongs to this run alone until it ends. A run that is resumed after its last step does
         nothing, and says so. `fresh_optimizer`: resumes weights, step and schedule alone (save_only_model=True).
         """
-        self._fresh_optimizer = fresh_optimizer
+        self.ba_lora_fresh_optimizer = fresh_optimizer
         checkpoint = asked_for(self, resume_from_checkpoint, fresh_optimizer=fresh_optimizer)
         if checkpoint is not None:
             check_resumable(self, self.ba_lora_run, checkpoint, fresh_optimizer=fresh_optimizer)
@@ -220,10 +220,8 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
         return trained if self.ba_lora_run is None else position(self, self.ba_lora_run.resumed, trained)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads both as the host does; with a fresh optimizer neither: the schedule goes to the checkpoint's step."""
-        if checkpoint is not None and self._fresh_optimizer:
-            advance(self.lr_scheduler, self.state.global_step)
-        else:
+        """Loads both as the host does; with a fresh optimizer neither; refuses another kind's state."""
+        if not optimizer_begins_anew(self, checkpoint, fresh_optimizer=self.ba_lora_fresh_optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

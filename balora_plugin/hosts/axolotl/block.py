@@ -38,15 +38,20 @@ def _declared(known: Setting) -> tuple[Any, Any]:
     bounds: dict[str, Any] = {"allow_inf_nan": False} if known.kind == "number" else {}
     if known.minimum is not None:
         bounds["gt" if known.exclusive else "ge"] = known.minimum
-    if known.maximum is not None:
-        bounds["le"] = known.maximum
+        bounds |= _most(known)
     field = Field(default=known.default, description=known.meaning, **bounds)
     return (kind | None if known.optional else kind), field
+
+
+def _most(known: Setting) -> dict[str, float]:
+    """The upper bound, as pydantic names it; nothing where it is that of all floats."""
+    return {} if known.maximum is None and known.kind != "integer" else {"le": known.largest}
 
 
 def _numbers(known: Setting) -> tuple[Any, Any]:
     """The same of a mapping to numbers, each bounded."""
     bounds: dict[str, Any] = {} if known.minimum is None else {"gt" if known.exclusive else "ge": known.minimum}
+    bounds |= _most(known)
     number = Annotated[float, Field(allow_inf_nan=False, **bounds)]
     keys: Any = Literal[known.keys]
     return dict[keys, number] | None, Field(default=known.default, description=known.meaning)
@@ -186,6 +191,8 @@ def _of_pydantic(error: Any) -> Finding:
         wanted = f"number{known.bounds}"
     else:
         wanted = known.values.replace("`", "")
+        if error["type"] == "less_than_equal" and known.maximum is None:
+            wanted += f" and <= {known.largest}"
     return Finding(where, repr(error["input"]), "is no value for it", f"write {_with_article(wanted)}")
 
 
