@@ -24,6 +24,7 @@ from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
 from .checks.since import AsMade
+from .checks.tokens import check_ids
 from .cost import CostMeter
 from .first_norms import FirstNorms
 from .metrics import TermMetrics
@@ -93,6 +94,7 @@ class RunState:
         resumed: The checkpoint that training goes on from.
         first_norms: What looks at the first steps' gradients; None where nothing is clipped, or the start is no PiSSA.
         batch_shape: Rows and tokens of the micro-batch that was begun last.
+        ids: Its token ids, looked at in the first one, and in one that fails.
         counts: False while a classifier's batch holds nothing but samples that were evaluated before.
     """
 
@@ -122,6 +124,7 @@ class RunState:
     wants_logits: bool = False
     counts: bool = True
     batch_shape: tuple[int, int] | None = None
+    ids: Tensor | None = None
     finished: bool = False
     reached: bool = False
 
@@ -139,7 +142,10 @@ class RunState:
         """Returns what a batch gives to the model's forward: without a host's notes to itself and to Liger's loss."""
         plain = {key: value for key, value in batch.items() if not key.startswith("_") and key != "skip_logits"}
         rows, length = main_input(plain).shape[:2]
+        first, self.ids = self.batch_shape is None, plain.get("input_ids")
         self.batch_shape = (rows, length)
+        if first and self.ids is not None:
+            check_ids(self.ids, self.model)
         return self.extend(without_crossings(plain))
 
     def follow(self, loss: Tensor) -> None:

@@ -28,6 +28,7 @@ from .acting import check_bases
 from .anchors import with_anchors
 from .checkpoints import Sealing, alone_in
 from .checks.data import check_data
+from .checks.tokens import explained
 from .classification import restore_head, save_head
 from .compiling import compile_for_the_host, take_backend
 from .cost import CostCallback, CostMeter
@@ -183,7 +184,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
         # an engine's checkpoint holds what trains; RestoreAdapter puts A0 and B0 beside it
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         try:
-            with alone_in(self), advised(self), native_factors() if sharded else nullcontext():
+            with alone_in(self), advised(self), explained(self), native_factors() if sharded else nullcontext():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._sealing.end()

@@ -145,11 +145,19 @@ def _unknown(block: Any) -> Iterator[Finding]:
                 hint = "axolotl ba-lora schema prints what there is"
             yield Finding(name, repr(value), "is not a setting", hint)
         elif isinstance(value, bool) and key not in flags:  # pydantic would make a weight of 1.0 of it
-            yield Finding(name, value, "is no value for it", "write a number or a name")
+            yield Finding(name, value, "is no value for it", f"write {_wanted(str(key))}")
         elif isinstance(value, dict) and key in _SETTINGS and _SETTINGS[key].keys:
             yield from _of_numbers(name, value, _SETTINGS[key].keys)
         elif key == "compile" and value not in (True, False, "layers"):
             yield Finding(name, repr(value), "is no way to compile", "write true, false or layers")
+
+
+def _wanted(key: str) -> str:
+    """What a field of the block takes, in words."""
+    if key in _SETTINGS:
+        return _with_article(_SETTINGS[key].values.replace("`", ""))
+    choices = [name for part in get_args(BaLoraBlock.model_fields[key].annotation) for name in get_args(part)]
+    return " or ".join(map(str, choices)) if all(isinstance(each, str) for each in choices) and choices else "a name"
 
 
 def _of_numbers(name: str, numbers: dict[Any, Any], keys: tuple[str, ...]) -> Iterator[Finding]:
