@@ -71,7 +71,7 @@ class RegularizerConfig:
         >>> RegularizerConfig(lambda_svd=-1)
         Traceback (most recent call last):
         ...
-        ValueError: lambda_svd=-1 must be a finite number >= 0.
+        ValueError: lambda_svd=-1 must be a finite number from 0 to 1e+06.
     """
 
     # `presets` is {preset: (for language models, for classifiers)}. `paper`: arXiv 2408.04556v2; `iclr2026`: the ICLR

@@ -215,14 +215,21 @@ OF_ANOTHER_KIND = {
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("lora_dropout", 2, "lora_dropout 2: must be a number from 0 to 1"),
-        ("lora_r", 10**40, "lora_r 10**20 or more: must be a whole number from 1 to 2147483647"),
-        ("lora_r", 0, "lora_r 0: must be a whole number from 1 to"),
-        ("lora_target_modules", "q_proj(", "lora_target_modules 'q_proj(': must be a list of names, or a regular exp"),
-        ("lora_exclude_modules", "*_proj", "lora_exclude_modules '*_proj': must be a list of names, or a regular"),
-        ("peft_layers_to_transform", [-1], "peft_layers_to_transform [-1]: must be a whole number >= 0, or a list of"),
-        ("lora_rank_pattern", {"q_(": 4}, "lora_rank_pattern {'q_(': 4}: must be ranks from 1 to"),
-        ("lora_alpha_pattern", {"q": -4}, "lora_alpha_pattern {'q': -4}: must be numbers > 0"),
+        ("lora_dropout", 2, "lora_dropout: 2 must be a number from 0 to 1"),
+        ("lora_r", 10**40, "lora_r: 10**20 or more must be a whole number from 1 to 2147483647"),
+        ("lora_r", 0, "lora_r: 0 must be a whole number from 1 to"),
+        (
+            "lora_target_modules",
+            "q_proj(",
+            "lora_target_modules: 'q_proj(' is no regular expression: write a list of names",
+        ),
+        (
+            "peft_layers_to_transform",
+            [-1],
+            "peft_layers_to_transform: [-1] must be a whole number >= 0 (the first layer is 0)",
+        ),
+        ("lora_rank_pattern", {"q_(": 4}, "lora_rank_pattern: {'q_(': 4} must be ranks from 1 to"),
+        ("lora_alpha_pattern", {"q": -4}, "lora_alpha_pattern: {'q': -4} must be numbers > 0"),
     ],
 )
 def test_a_value_that_peft_cannot_work_with_is_one_line_before_loading(key, value, said):
@@ -246,7 +253,7 @@ def test_a_flag_in_the_place_of_a_value_is_told_what_the_value_is():
 def test_anchor_data_of_another_kind_is_a_finding_and_no_traceback():
     values = {**LORA, "base_model": "x", "ba_lora": {"anchor_data": 5}}
     (found,) = [each for each in BaLoraPlugin.findings(values) if "anchor_data" in str(each)]
-    assert str(found) == "ba_lora.anchor_data 5: is no value for it: write a file or data set"
+    assert str(found) == "ba_lora.anchor_data: 5 is no value for it: write a file or data set"
 
 
 @pytest.mark.parametrize("key", OF_ANOTHER_KIND)

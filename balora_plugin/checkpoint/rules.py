@@ -82,7 +82,7 @@ OPTIONS: dict[str, Rule] = {  # of an adapter's those that training and loading 
     "exclude_modules": _TARGETS,
     "target_parameters": _NAMES,
     "modules_to_save": _NAMES,
-    "layers_to_transform": or_none(("a whole number >= 0, or a list of them", _are_layers)),
+    "layers_to_transform": or_none(("a whole number >= 0 (the first layer is 0), or a list of them", _are_layers)),
     "rank_pattern": or_none((f"ranks from 1 to {LARGEST_RANK} by regular expression", each(_is_expression, _is_rank))),
     "alpha_pattern": or_none(
         (f"numbers > 0 and <= {_LARGEST_ALPHA:g} by regular expression", each(_is_expression, _is_alpha))

@@ -110,7 +110,9 @@ def findings_of(data: dict[str, Any], *, model: bool = True) -> Iterator[Finding
     data = {key: value for key, value in data.items() if key not in wrong}
     yield from refused(data)
     yield from of_classification(data, block)
-    yield from of_adapter_keys(data)
+    unknown = {finding.key: finding for finding in of_adapter_keys(data)}
+    yield from unknown.values()
+    data = {key: value for key, value in data.items() if key not in unknown}
     yield from _adapter(data)
     yield from of_quantisation(data, block)
     yield from _terms(data, block)
@@ -233,7 +235,9 @@ def _values(data: dict[str, Any]) -> Iterator[Finding]:
         words, holds = OPTIONS[field]
         if not holds(value):
             shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "10**20 or more"
-            yield Finding(key, shown[:60], f"must be {words.removesuffix(' or null')}")
+            pattern = isinstance(value, str) and "regular expression" in words  # which then does not compile
+            why = "is no regular expression" if pattern else f"must be {words.removesuffix(' or null')}"
+            yield Finding(key, shown[:60], why, "write a list of names" if pattern else "")
 
 
 def _targets(data: dict[str, Any]) -> Iterator[Finding]:
