@@ -14,6 +14,7 @@ from .settings import TASKS, Only, described, documented, names_checked, setting
 
 PRESETS = ("paper", "iclr2026")
 TERMS = ("consistency", "diversity", "svd")
+LARGEST_WEIGHT = 1e6  # the task is long gone then, and gradients overflow in half precision
 
 # What the starter, a migrated YAML and docs/choose.md write for a language model: on SmolLM2-135M the consistency term
 # alone at 0.3 halves the drift on the task at nearly its loss, and the other two do not act at any published weight.
@@ -70,7 +71,7 @@ class RegularizerConfig:
         >>> RegularizerConfig(lambda_svd=-1)
         Traceback (most recent call last):
         ...
-        ValueError: lambda_svd=-1 must be a finite number >= 0.
+        ValueError: lambda_svd=-1 must be a finite number from 0 to 1e+06.
     """
 
     # `presets` is {preset: (for language models, for classifiers)}. `paper`: arXiv 2408.04556v2; `iclr2026`: the ICLR
@@ -94,6 +95,7 @@ class RegularizerConfig:
         "number",
         None,
         minimum=0.0,
+        maximum=LARGEST_WEIGHT,
         presets={"paper": (1e-4, 1e-4), "iclr2026": (0.025, 0.15)},
         help="Weight of the distance to the pre-trained model. 0 switches the term and the teacher's forward pass off.",
     )
@@ -101,6 +103,7 @@ class RegularizerConfig:
         "number",
         None,
         minimum=0.0,
+        maximum=LARGEST_WEIGHT,
         presets={"paper": (3e-4, 4e-4), "iclr2026": (0.005, 0.03)},
         help="Weight of the diversity term: minus the entropy of the predictions; for classifiers the off-diagonal "
         "covariance.",
@@ -109,6 +112,7 @@ class RegularizerConfig:
         "number",
         None,
         minimum=0.0,
+        maximum=LARGEST_WEIGHT,
         presets={"paper": (1e-4, 1e-4), "iclr2026": (0.005, 0.03)},
         help="Weight of the singular-value term: minus the share of the leading singular values.",
     )
@@ -198,8 +202,9 @@ class RegularizerConfig:
     drift_target: float | None = setting(
         "number",
         None,
-        minimum=0.0,
-        exclusive=True,
+        # below it is what float32 makes of a mean over probabilities; its weight goes up to 10 task losses over it
+        minimum=1e-6,
+        maximum=100.0,
         help="Hold the model at this distance from the pre-trained one, in nats per counted token (sample), KL(teacher "
         "|| student) at T = 1: lambda_consistency is found while training, from 1; `consistency` left out is `kl`.",
     )
@@ -209,6 +214,7 @@ class RegularizerConfig:
         keys=TERMS,
         minimum=0.0,
         exclusive=True,
+        maximum=1000.0,
         help="Hold each named term's gradient at this share of the task's (norms, by the final hidden states), as "
         "share_interval measures it: the weight is found while training. A schedule multiplies it.",
     )

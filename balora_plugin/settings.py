@@ -19,6 +19,8 @@ _FAMILY = {"nlg": "Language models only.", "nlu": "Classifiers only."}
 Kind = Literal["choice", "number", "integer", "flag", "path", "data", "numbers"]
 _T = TypeVar("_T")
 
+LARGEST_INTEGER = (1 << 31) - 1  # every kernel takes it; a count beyond it is no count of anything here
+
 
 @dataclass(frozen=True)
 class Only:
@@ -48,7 +50,7 @@ class Setting:
         keys: What numbers may be given for.
         minimum: The smallest value of a number, of each of several, or of an integer; None: any.
         exclusive: The minimum itself is refused.
-        maximum: The largest value of a number that has a minimum; None: any.
+        maximum: The largest value of what has a minimum; None: any number, whole ones up to [`LARGEST_INTEGER`].
         presets: {preset: (what it is for language models, for classifiers)} where it is left out.
         only: The family that reads it; None: both.
     """
@@ -85,9 +87,17 @@ class Setting:
         """The smallest and the largest value, in words that follow "number"; empty where there is none."""
         if self.minimum is None:
             return ""
-        if self.maximum is not None:
+        if self.maximum is not None and not self.exclusive:
             return f" from {self.minimum:g} to {self.maximum:g}"
-        return f" {'>' if self.exclusive else '>='} {self.minimum:g}"
+        most = "" if self.maximum is None else f" and <= {self.maximum:g}"
+        return f" {'>' if self.exclusive else '>='} {self.minimum:g}{most}"
+
+    @property
+    def largest(self) -> float:
+        """The largest value of a number or an integer."""
+        if self.maximum is not None:
+            return self.maximum
+        return LARGEST_INTEGER if self.kind == "integer" else sys.float_info.max
 
     @property
     def meaning(self) -> str:
@@ -152,18 +162,27 @@ class Setting:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
             raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}{hint}.")
-        too_large = value > (sys.float_info.max if self.maximum is None else self.maximum)  # an int knows no inf
+        too_large = value > self.largest  # an int knows no inf
         if too_large or not math.isfinite(value) or self._too_small(value):
-            raise ValueError(f"{name}={value!r} must be a finite number{self.bounds}.")
+            raise ValueError(f"{name}={_shown(value)} must be a finite number{self.bounds}.")
 
     def _check_integer(self, name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
         if self._too_small(value):
-            raise ValueError(f"{name}={value!r} must be {'>' if self.exclusive else '>='} {self.minimum}.")
+            raise ValueError(f"{name}={_shown(value)} must be {'>' if self.exclusive else '>='} {self.minimum}.")
+        if value > self.largest:
+            raise ValueError(f"{name}={_shown(value)} must be <= {self.largest}.")
 
     def _too_small(self, value: float) -> bool:
         return self.minimum is not None and (value < self.minimum or (self.exclusive and value == self.minimum))
+
+
+def _shown(value: float) -> str:
+    """A number as text; Python itself refuses to write one of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"{'-' * (value < 0)}10**{int(math.log10(abs(value)))}"
+    return repr(value)
 
 
 def setting(kind: Kind, default: Any, **known: Any) -> Any:

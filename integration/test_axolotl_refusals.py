@@ -212,6 +212,50 @@ OF_ANOTHER_KIND = {
 }
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("lora_dropout", 2, "lora_dropout: 2 must be a number from 0 to 1"),
+        ("lora_r", 10**40, "lora_r: 10**20 or more must be a whole number from 1 to 2147483647"),
+        ("lora_r", 0, "lora_r: 0 must be a whole number from 1 to"),
+        (
+            "lora_target_modules",
+            "q_proj(",
+            "lora_target_modules: 'q_proj(' is no regular expression: write a list of names",
+        ),
+        (
+            "peft_layers_to_transform",
+            [-1],
+            "peft_layers_to_transform: [-1] must be a whole number >= 0 (the first layer is 0)",
+        ),
+        ("lora_rank_pattern", {"q_(": 4}, "lora_rank_pattern: {'q_(': 4} must be ranks from 1 to"),
+        ("lora_alpha_pattern", {"q": -4}, "lora_alpha_pattern: {'q': -4} must be numbers > 0"),
+    ],
+)
+def test_a_value_that_peft_cannot_work_with_is_one_line_before_loading(key, value, said):
+    (found,) = list(checks.findings_of({**LORA, key: value}, model=False))
+    assert str(found).startswith(said)
+
+
+def test_a_flag_in_the_place_of_a_value_is_told_what_the_value_is():
+    block = {"drift_target": True, "teacher_cache": True, "svd_norm": True, "start_from": True, "apply_to": True}
+    found = {finding.key: str(finding) for finding in of_block(block, "nlg")}
+    assert found["ba_lora.drift_target"].endswith("true is no value for it: write a number from 1e-06 to 100")
+    assert found["ba_lora.teacher_cache"].endswith("write a path")
+    assert found["ba_lora.svd_norm"].endswith("write nuclear, frobenius or none")
+    assert found["ba_lora.start_from"].endswith("write a name")
+    assert found["ba_lora.apply_to"].endswith("write lora or full")
+    too_large = {finding.key: str(finding) for finding in of_block({"svd_top_k": 2**63, "lambda_svd": 1e30}, "nlg")}
+    assert too_large["ba_lora.svd_top_k"].endswith("write a whole number >= 1 and <= 2147483647")
+    assert too_large["ba_lora.lambda_svd"].endswith("write a number from 0 to 1e+06")
+
+
+def test_anchor_data_of_another_kind_is_a_finding_and_no_traceback():
+    values = {**LORA, "base_model": "x", "ba_lora": {"anchor_data": 5}}
+    (found,) = [each for each in BaLoraPlugin.findings(values) if "anchor_data" in str(each)]
+    assert str(found) == "ba_lora.anchor_data: 5 is no value for it: write a file or data set"
+
+
 @pytest.mark.parametrize("key", OF_ANOTHER_KIND)
 def test_a_value_of_another_kind_is_a_finding_and_no_traceback(key):
     kind = {"model_type": "AutoModelForSequenceClassification", "num_labels": 2}

@@ -101,9 +101,9 @@ FLASH = "attn_implementation='flash_attention_2'"
 NAN, INF = float("nan"), float("inf")
 # name -> (settings, made when the test runs; what the error says: key, value, remedy)
 WRONG = {
-    "negative": (lambda: adapter({"lambda_svd": -1}), "lambda_svd=-1 |>= 0"),
-    "nan": (lambda: adapter({"lambda_consistency": NAN}), "lambda_consistency=nan|finite number >= 0"),
-    "inf": (lambda: adapter({"lambda_diversity": INF}), "lambda_diversity=inf|finite number >= 0"),
+    "negative": (lambda: adapter({"lambda_svd": -1}), "lambda_svd=-1 |from 0 to 1e+06"),
+    "nan": (lambda: adapter({"lambda_consistency": NAN}), "lambda_consistency=nan|finite number from 0 to 1e+06"),
+    "inf": (lambda: adapter({"lambda_diversity": INF}), "lambda_diversity=inf|finite number from 0 to 1e+06"),
     "text": (lambda: adapter({"lambda_svd": "much"}), "lambda_svd='much'|must be a number"),
     "true": (lambda: adapter({"lambda_svd": True}), "lambda_svd=True|must be a number"),
     "preset": (lambda: adapter({"preset": "iclr"}), "preset='iclr'|'iclr2026'"),
@@ -129,7 +129,7 @@ WRONG = {
     "teacher_cache_top_k": (lambda: adapter({"teacher_cache_top_k": 8}), "teacher_cache_top_k=8|write teacher_cache="),
     "unknown key": (lambda: {"regularizers": {"lambda_cr": 0.1}}, "lambda_cr|lambda_consistency"),
     "no terms": (lambda: {**adapter(), "regularizers": 0.5}, "regularizers=0.5|RegularizerConfig"),
-    "rank zero": (lambda: adapter(r=0), "r=0|>= 1"),
+    "rank zero": (lambda: adapter(r=0), "r=0|from 1 to 2147483647"),
     "rank text": (lambda: adapter(r="16"), "r='16'|whole number"),
     "start": (lambda: adapter(init_lora_weights="olora"), "init_lora_weights='olora'|write 'pissa'"),
     "start niter": (

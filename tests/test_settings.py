@@ -118,7 +118,10 @@ def test_a_new_setting_is_in_axolotls_block_schema_and_hints(one_more):
     assert "pooling_width=2, pooled=True" in found["given"]
     assert "ba_lora.pooling_width: true is no value for it" in found["no flag"]
     schema = json.loads(found["schema"])
-    assert schema["pooling_width"]["anyOf"] == [{"minimum": 2, "type": "integer"}, {"type": "null"}]
+    assert schema["pooling_width"]["anyOf"] == [
+        {"maximum": 2147483647, "minimum": 2, "type": "integer"},
+        {"type": "null"},
+    ]
     assert schema["pooling_width"]["description"] == "A setting | of a test."
     assert (schema["pooled"]["type"], schema["pooled"]["default"]) == ("boolean", False)
     assert "ba_lora.poling_width: 3 is not a setting: did you mean pooling_width?" in found["misspelt"]
@@ -218,7 +221,7 @@ def test_a_subclass_may_give_a_setting_another_default():
     assert Mine().lambda_svd == 0.5
     assert Mine().resolved("nlg").svd_norm == "frobenius"
     assert Mine(lambda_svd=None).resolved("nlg").lambda_svd == 0.005
-    with pytest.raises(ValueError, match=r"lambda_svd=-1 must be a finite number >= 0"):
+    with pytest.raises(ValueError, match=r"lambda_svd=-1 must be a finite number from 0 to 1e\+06"):
         Mine(lambda_svd=-1)
     with pytest.raises(ValueError, match=r"preset='x' is not known"):
         Mine(preset="x")

@@ -19,11 +19,12 @@ logger = logging.get_logger(__name__)
 
 
 class NoMatch(NamedTuple):
-    """What of a setting matches nothing: a field of the adapter's config, names or a pattern, what was meant."""
+    """What of a setting matches nothing: a field of the adapter's config, names or patterns, what was meant."""
 
     setting: str
     names: list[str]
     hint: str
+    among: str = "nothing"
 
 
 def takes(full: str, name: str) -> bool:
@@ -34,7 +35,7 @@ def takes(full: str, name: str) -> bool:
 def check_names(config: LoraConfig, model: nn.Module) -> None:
     """Says once which names of a config, as its user wrote it, the model (maybe shapes alone) does not have.
 
-    PEFT itself says nothing of a list of which one name matches, nor of modules_to_save.
+    PEFT itself says nothing of a list of which one name matches, of modules_to_save, nor of rank_pattern and the like.
 
     Raises:
         ValueError: nothing is left to adapt.
@@ -44,7 +45,8 @@ def check_names(config: LoraConfig, model: nn.Module) -> None:
     left = [len(_listed(getattr(config, key, None))) - missing.get(key, 0) for key in _TARGETS]
     asked = any(getattr(config, key, None) for key in _TARGETS)
     for each in found:
-        sentence = f"{each.setting}: {', '.join(each.names)} matches nothing in {type(model).__name__}: {each.hint}"
+        what = f"{', '.join(each.names)} matches {each.among} in {type(model).__name__}"
+        sentence = f"{each.setting}: {what}: {each.hint}"
         if asked and not any(left) and each.setting in _TARGETS:
             raise ValueError(f"{sentence}{'' if sentence.endswith('?') else '.'}")
         logger.warning_once(f"BA-LoRA: {sentence}{'' if sentence.endswith('?') else '.'}")
@@ -76,6 +78,8 @@ def _without_match(config: LoraConfig, model: nn.Module) -> Iterator[NoMatch]:
     yield from _of("target_modules", config, _Among(names, takes, layers))
     yield from _of("target_parameters", config, _Among(parameters, takes, ()))
     yield from _of("modules_to_save", config, _Among(names, str.endswith, map(_last, names)))
+    for setting in ("rank_pattern", "alpha_pattern"):
+        yield from _of_pattern(setting, config, [*names, *parameters], layers)
 
 
 def _added(model: nn.Module) -> tuple[str, ...]:
@@ -112,6 +116,34 @@ def _of(setting: str, config: LoraConfig, among: _Among) -> Iterator[NoMatch]:
         missing = sorted(name for name in wanted if not any(among.rule(full, name) for full in among.full))
     if missing:
         yield NoMatch(setting, missing, _hint(missing, set(among.meant)))
+
+
+def _of_pattern(setting: str, config: LoraConfig, full: list[str], layers: set[str]) -> Iterator[NoMatch]:
+    """Looks up a pattern's expressions, PEFT's way: in the whole model, then among the targets where they are named."""
+    patterns = list(getattr(config, setting, None) or ())
+    missing = [key for key in patterns if not _found(key, full)]
+    if missing:
+        yield NoMatch(setting, missing, _hint(missing, layers))
+    targets = _targets(config, full)
+    left_out = [key for key in patterns if key not in missing and targets and not _found(key, targets)]
+    if left_out:
+        names = ", ".join(sorted({_last(name) for name in targets}))
+        yield NoMatch(setting, left_out, f"the targets are {names}", "no target")
+
+
+def _found(expression: str, full: list[str]) -> bool:
+    return any(re.match(rf"(.*\.)?({expression})$", name) for name in full)
+
+
+def _targets(config: LoraConfig, full: list[str]) -> list[str]:
+    """The names that target_modules takes; none where it says all, leaves it to a default, or parameters are meant."""
+    wanted = config.target_modules
+    if not wanted or config.target_parameters:
+        return []
+    if isinstance(wanted, str):
+        every = wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return [] if every else [name for name in full if re.fullmatch(wanted, name)]
+    return [name for name in full if any(takes(name, each) for each in wanted)]
 
 
 def _hint(missing: list[str], there: set[str]) -> str:

@@ -16,6 +16,7 @@ COLUMNS = ("text", "messages", "prompt")
 SUFFIXES = (".jsonl", ".json", ".txt")
 _TABLES = {".parquet": "parquet", ".csv": "csv"}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MOST_FILES = 1000  # of a directory that is looked through
 _FIRST = 64  # rows that are looked at before a model loads
 
 
@@ -64,6 +65,8 @@ def check_anchors(data: Any, tokenizer: Any) -> None:
             f"anchor_data={described(data)!r} needs a tokenizer: pass processing_class=AutoTokenizer.from_pretrained("
             "<the model>), or leave anchor_data out."
         )
+    if isinstance(data, str) and os.path.isdir(data):
+        _check_directory(data, f"anchor_data={data!r}")
     if not isinstance(data, str) or os.path.isfile(data) or not _HUB_NAME.fullmatch(data) or _is_file_name(data):
         for _ in islice(read_anchors(data), _FIRST):
             pass
@@ -76,9 +79,24 @@ def _rows(data: Any, where: str) -> Iterable[Any]:
         return _of_file(Path(data), where)
     if data.startswith("<"):
         raise ValueError(f"{where} was an object of an earlier run: pass it again, or name a file.")
+    if os.path.isdir(data):
+        _check_directory(data, where)
     if os.path.isdir(data) or (_HUB_NAME.fullmatch(data) and not _is_file_name(data)):
         return _of_datasets(data, where)
     raise ValueError(f"{where}: there is no such file: write the path of one ({', '.join(SUFFIXES)}).")
+
+
+def _check_directory(directory: str, where: str) -> None:
+    """Refuses a directory that is no data set's: `datasets` would read all that lies in it, whatever it is."""
+    if any(os.path.isfile(os.path.join(directory, name)) for name in ("dataset_info.json", "dataset_dict.json")):
+        return
+    files = (name for _, _, names in os.walk(directory) for name in names)
+    seen = list(islice(files, _MOST_FILES + 1))
+    if len(seen) > _MOST_FILES:
+        raise ValueError(f"{where} is a directory of more than {_MOST_FILES} files: name the file that is meant.")
+    if not any(name.removesuffix(".gz").endswith((*SUFFIXES, *_TABLES, ".arrow")) for name in seen):
+        kinds = ", ".join((*SUFFIXES, *_TABLES))
+        raise ValueError(f"{where} is a directory without a data file ({kinds}): name a file.")
 
 
 def _is_file_name(name: str) -> bool:

@@ -275,6 +275,12 @@ def trained_rows(directory: str) -> dict[str, int]:
     return {} if manifest is None or manifest.rows is None else manifest.rows
 
 
+def trained_settings(directory: str) -> dict[str, Any]:
+    """Returns what else of its host's arguments a checkpoint's run had; empty: not recorded."""
+    manifest = read_manifest(directory)
+    return {} if manifest is None or manifest.settings is None else manifest.settings
+
+
 def _remedy(directory: str, adapters: Sequence[str] = _DEFAULT) -> str:
     path = Path(os.path.abspath(directory))
     if is_checkpoint(path.parent):  # the directory of an adapter of another name

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Manifest:
         largest: The largest magnitude of all values that trained.
         terms: The settings of the run's terms, every one resolved; None of an earlier release, or a run without terms.
         rows: The numbers whose product is how many rows an optimizer step takes; None of an earlier release.
+        settings: What else of the host's arguments makes the run what it is; None of an earlier release.
     """
 
     sha256: dict[str, str] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class Manifest:
     largest: float | None = None
     terms: dict[str, Any] | None = None
     rows: dict[str, int] | None = None
+    settings: dict[str, Any] | None = None
 
     def required(self, adapters: Sequence[str], *, sharded: bool) -> list[str]:
         """Returns the files that have to be listed; `sharded`: an engine keeps weights and optimizer in its own."""
@@ -75,18 +77,10 @@ def open_manifest(directory: str) -> None:
     _write(directory, Manifest())
 
 
-def seal(
-    directory: str,
-    adapters: Sequence[str],
-    *,
-    largest: float | None,
-    save_only_model: bool,
-    terms: dict[str, Any] | None = None,
-    rows: dict[str, int] | None = None,
-) -> None:
-    """Writes the hashes of everything that training is resumed from, once all of it is there.
+def seal(directory: str, adapters: Sequence[str], known: Manifest) -> None:
+    """Writes the hashes of everything that training is resumed from, once all of it is there, beside what is `known`.
 
-    Files that FSDP or DeepSpeed keep parts of weights and optimizers in are left out. The rest as in [`Manifest`].
+    Files that FSDP or DeepSpeed keep parts of weights and optimizers in are left out.
     """
     path, ranks = Path(directory), ranks_here()
     names = [*_ONCE, *random_states(ranks), *(settings_path(name) for name in adapters)]
@@ -94,7 +88,7 @@ def seal(
         found = sorted([*path.glob(pattern), *path.glob(f"*/{pattern}")])
         names += [file.relative_to(path).as_posix() for file in found if not _is_left_over(file)]
     hashes = {name: file_digest(path / name) for name in names if (path / name).is_file()}
-    _write(directory, Manifest(hashes, ranks, save_only_model, largest, terms, rows))
+    _write(directory, replace(known, sha256=hashes, ranks=ranks))
 
 
 def _is_left_over(weights: Path) -> bool:
@@ -113,13 +107,14 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         needed = {key: content[key] for key in ("sha256", "ranks", "save_only_model", "largest")}
-        found = Manifest(**needed, terms=content.get("terms"), rows=content.get("rows"))
+        found = Manifest(**needed, **{key: content.get(key) for key in ("terms", "rows", "settings")})
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{MANIFEST_FILE} is cut short or damaged") from None
     hashed = isinstance(found.sha256, dict) and all(isinstance(value, str) for value in found.sha256.values())
-    typed = isinstance(found.largest, (int, float, type(None))) and isinstance(found.terms, (dict, type(None)))
+    typed = isinstance(found.largest, (int, float, type(None)))
+    typed = typed and all(isinstance(each, (dict, type(None))) for each in (found.terms, found.settings))
     typed = typed and (found.rows is None or _are_numbers(found.rows))
     if not (hashed and typed and isinstance(found.ranks, list)):
         raise ValueError(f"{MANIFEST_FILE} is damaged")

@@ -11,7 +11,7 @@ from typing import Any
 
 Rule = tuple[str, Callable[[Any], bool]]
 
-_LARGEST_RANK = 1 << 31
+LARGEST_RANK = (1 << 31) - 1
 _LARGEST_ALPHA = 1e30  # a float32 holds it, and its quotients and products
 
 
@@ -42,7 +42,7 @@ def flaw(values: Mapping[str, Any], rules: Mapping[str, Rule], needed: Sequence[
 
 
 def _is_rank(value: Any) -> bool:
-    return is_a(int)(value) and 1 <= value < _LARGEST_RANK
+    return is_a(int)(value) and 1 <= value <= LARGEST_RANK
 
 
 def _is_alpha(value: Any) -> bool:
@@ -71,8 +71,8 @@ MAPPING: Rule = ("a mapping", is_a(dict))
 _NAMES: Rule = or_none(("a list of names", _are_names))
 _TARGETS: Rule = or_none(("a list of names, or a regular expression", lambda v: _is_expression(v) or _are_names(v)))
 OPTIONS: dict[str, Rule] = {  # of an adapter's those that training and loading do arithmetic or matching with
-    "r": ("a whole number >= 1", _is_rank),
-    "lora_alpha": ("a number > 0", _is_alpha),
+    "r": (f"a whole number from 1 to {LARGEST_RANK}", _is_rank),
+    "lora_alpha": (f"a number > 0 and <= {_LARGEST_ALPHA:g}", _is_alpha),
     "lora_dropout": ("a number from 0 to 1", lambda v: is_a(int, float)(v) and 0 <= v <= 1),
     "use_rslora": FLAG,
     "init_lora_weights": ("text, true or false", is_a(str, bool)),
@@ -82,9 +82,11 @@ OPTIONS: dict[str, Rule] = {  # of an adapter's those that training and loading 
     "exclude_modules": _TARGETS,
     "target_parameters": _NAMES,
     "modules_to_save": _NAMES,
-    "layers_to_transform": or_none(("a whole number >= 0, or a list of them", _are_layers)),
-    "rank_pattern": or_none(("ranks >= 1 by regular expression", each(_is_expression, _is_rank))),
-    "alpha_pattern": or_none(("numbers > 0 by regular expression", each(_is_expression, _is_alpha))),
+    "layers_to_transform": or_none(("a whole number >= 0 (the first layer is 0), or a list of them", _are_layers)),
+    "rank_pattern": or_none((f"ranks from 1 to {LARGEST_RANK} by regular expression", each(_is_expression, _is_rank))),
+    "alpha_pattern": or_none(
+        (f"numbers > 0 and <= {_LARGEST_ALPHA:g} by regular expression", each(_is_expression, _is_alpha))
+    ),
     "regularizers": MAPPING,
     "start_from": or_none(TEXT),
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+LARGEST_SEED = (1 << 32) - 1
 _NUMBER = re.compile(r"-\.?\d")
 
 
@@ -95,6 +96,17 @@ def one_at_a_time(words: Sequence[str], several: set[str]) -> list[str]:
             values += 1
         found.append(word)
     return found
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuses seeds that numpy, and with it the Trainer, does not take.
+
+    Raises:
+        ValueError: names --seeds and its range.
+    """
+    for seed in seeds:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"--seeds {seed}: write whole numbers from 0 to {LARGEST_SEED}.")
 
 
 def as_lists(values: dict[str, Any]) -> Values:

@@ -25,10 +25,24 @@ def check_output(output: str, inputs: list[str | None], *, overwrite: bool) -> N
         other = Path(source).resolve()
         if path == other or path in other.parents:
             raise ValueError(f"--output {output} is, or holds, the input {source}: name another directory.")
-    if path.is_file():
-        raise ValueError(f"--output {output} is a file: name a directory.")
+    check_directory(output)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ValueError(f"--output {output} is not empty: name another directory, or pass --overwrite to replace it.")
+
+
+def check_directory(output: str) -> None:
+    """Refuses an output directory that could not be made, because a file stands there or above it.
+
+    Raises:
+        ValueError: names --output, what stands in its way, and what to write.
+    """
+    path = Path(output).resolve()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        what = "is a file" if there == path else f"lies in {there}, which is a file"
+        raise ValueError(f"--output {output} {what}: name a directory.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--output {output}: {there} cannot be written to: name another directory.")
 
 
 @contextmanager

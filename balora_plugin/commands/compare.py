@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checkpoint.rules import LARGEST_RANK
 from ..compare.plan import METHODS
 from ._models import quiet
-from ._options import Option, Several, Values
-from ._output import show_markdown
+from ._options import Option, Several, Values, check_seeds
+from ._output import check_directory, show_markdown
 
 if TYPE_CHECKING:
     from ..compare.cells import Data
@@ -106,18 +107,15 @@ def _check(args: Values) -> None:
     """
     for name in ("steps", "rank", "batch", "max_length"):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: write a whole number >= 1.")
+        if value is not None and not 1 <= value <= LARGEST_RANK:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: write a whole number from 1 to {LARGEST_RANK}.")
     for rate in args.rates:
         if not 0.0 < rate < 1.0:
             raise ValueError(f"--rates {rate:g}: write learning rates between 0 and 1, such as 1e-4.")
-    for seed in args.seeds:
-        if seed < 0:
-            raise ValueError(f"--seeds {seed}: write whole numbers >= 0.")
+    check_seeds(args.seeds)
     if not 0.0 < args.held_out < 1.0:
         raise ValueError(f"--held-out {args.held_out:g}: write a share between 0 and 1, such as 0.2.")
-    if Path(args.output).is_file():
-        raise ValueError(f"--output {args.output} is a file: name a directory.")
+    check_directory(args.output)
 
 
 @contextmanager

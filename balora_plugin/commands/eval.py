@@ -24,7 +24,7 @@ import click
 
 from ._models import DTYPES, load_base, quiet
 from ._options import Argument, Option, Several, Values
-from ._output import show_markdown
+from ._output import check_directory, show_markdown
 
 if TYPE_CHECKING:
     from ..evaluation.figures import Figure
@@ -122,6 +122,7 @@ def _check_place(args: Values) -> None:
         raise ValueError("--tasks mt_bench writes answers for a judge: say where by --output results.json.")
     if args.output is not None:
         path = Path(args.output)
+        check_directory(str(path.parent))
         if path.is_dir():
             raise ValueError(f"--output {args.output} is a directory: name a file, such as {path / 'results.json'}.")
         if path.exists() and not args.overwrite:

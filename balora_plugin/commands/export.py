@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checkpoint.rules import LARGEST_RANK
 from ._bases import MERGE_INTO, base_of, warn_of_mismatch
 from ._models import DTYPES, quiet, size, torch_dtype
 from ._options import Argument, Option, Values
@@ -40,9 +41,9 @@ FAR_FROM_INITIAL = 0.5  # of the initial factors' norm: fine-tuning moves them b
 def _rank(text: str) -> int | str:
     if text == "auto":
         return text
-    if re.fullmatch(r"[1-9][0-9]{0,8}", text):
+    if re.fullmatch(r"[1-9][0-9]{0,9}", text) and int(text) <= LARGEST_RANK:
         return int(text)
-    raise click.BadParameter(f"{text[:40]!r} is no rank: write a whole number >= 1, or auto")
+    raise click.BadParameter(f"{text[:40]!r} is no rank: write a whole number from 1 to {LARGEST_RANK}, or auto")
 
 
 def _fraction(text: str) -> float:

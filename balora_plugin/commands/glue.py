@@ -20,8 +20,8 @@ import click
 
 from ..glue.tasks import METHODS, RECIPES, TASKS
 from ._models import quiet
-from ._options import Option, Several, Values
-from ._output import show_markdown
+from ._options import Option, Several, Values, check_seeds
+from ._output import check_directory, show_markdown
 
 if TYPE_CHECKING:
     from ..glue.job import Job
@@ -59,6 +59,8 @@ def run(args: Values) -> int:
     from ..glue.metrics import score
     from ..glue.recipe import read_recipe, recipe_file
 
+    check_directory(args.output)
+    check_seeds(args.seeds or ())
     if args.separation:
         separation.check_matplotlib()
         if "stsb" in args.task:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._options import Argument, Option, Values
+from ._output import check_directory
 
 if TYPE_CHECKING:
     from ..report.before_after import AskedOfModels
@@ -39,8 +40,7 @@ def run(args: Values) -> int:
     from ..report.runs import read_runs
 
     check_drawing()
-    if Path(args.output).is_file():
-        raise ValueError(f"--output {args.output} is a file: name a directory.")
+    check_directory(args.output)
     asked = asked_of(args.base, args.data, args.prompts)
     runs = read_runs(args.runs)
     title = args.title or (f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs")

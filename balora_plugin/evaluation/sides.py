@@ -11,8 +11,8 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 
-from ..checkpoint.json_file import read_object
 from ..checkpoint.location import AdapterFiles
+from ..checkpoint.lora_config import read_adapter_config
 from ..checkpoint.names import CONFIG_FILE
 from ..export.attach import attach
 from ..export.lora_file import Adapter, foreign_options, read_adapter
@@ -49,7 +49,7 @@ def check_adapter_form(directory: str) -> Mapping[str, Any] | None:
     path = AdapterFiles(directory).find(CONFIG_FILE)
     if path is None:
         return None
-    config = read_object(path)
+    config = read_adapter_config(path)
     kind, task = str(config.get("peft_type")), str(config.get("task_type") or "CAUSAL_LM")
     if kind in _PROMPTS:
         raise ValueError(

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ..adapter.options import NEUTRAL_OPTIONS
 from ..checkpoint.integrity import check_adapter
-from ..checkpoint.json_file import read_object
 from ..checkpoint.location import AdapterFiles
+from ..checkpoint.lora_config import read_adapter_config
 from ..checkpoint.names import CONFIG_FILE, INIT_FILE, PROBE_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from ..checkpoint.settings import file_digest, read_settings
 from .algebra import by_expert, update_distance, update_norm
@@ -185,7 +185,7 @@ def read_lora_config(files: AdapterFiles) -> tuple[LoraConfig, dict[str, Any] | 
         hint = f"; an adapter by its name is {inside[-1].parent}" if inside else ""  # PEFT saves "default" alone here
         hint = f"; its last checkpoint is {checkpoints[-1].parent}" if checkpoints else hint
         raise ValueError(f"{directory!r} holds no {CONFIG_FILE}: it is no adapter{hint}.")
-    if read_object(path).get("init_lora_weights") == "loftq":  # PEFT asks for scipy
+    if read_adapter_config(path).get("init_lora_weights") == "loftq":  # PEFT asks for scipy
         raise ValueError(
             f"init_lora_weights='loftq' in {directory!r}: it replaces the base by a quantised one, to which the "
             "adapter belongs; it cannot become an adapter of the original base."

@@ -153,7 +153,7 @@ def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
         except RuntimeError:  # a kernel's own limit (xLSTM's chunks of 64 in bfloat16): few tokens do not meet it
             ids = ids[:, :_FEW]
             seen = _pass(model, ids, possible_backbones(model))
-        head = read_head(model)
+        head = read_head(model, teacher=True)  # a copy that trains is off, and may have been trained before
         _check_finite(model, seen.logits)
         if seen.backbone is not backbone_of(model):  # what training runs, where the model's forward calls a part of it
             trained = run_backbone(model, {"input_ids": ids, "use_cache": False})
@@ -162,7 +162,7 @@ def _compare_logits(model: PreTrainedModel, device: torch.device) -> None:
         _check_logits(model, seen, head, tolerance)
         factor = tolerance.amplification(seen, head.scale)
         amplified = _pass(model, ids, [seen.backbone], factor)
-        _check_logits(model, amplified, read_head(model), tolerance)
+        _check_logits(model, amplified, read_head(model, teacher=True), tolerance)
 
 
 class _Pass(NamedTuple):

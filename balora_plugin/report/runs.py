@@ -131,6 +131,8 @@ def _read(path: Path, name: str) -> Run:
     cost = next((found for each in places if (found := _json(each / COST_FILE))), {})
     values = _json(state)
     tried = values.get("trial_params") or {}
+    tried = tried if isinstance(tried, dict) else {}
+    history = values.get("log_history") or []
     settings = dict(cost.pop("run", None) or {}) | {key: tried[key] for key in _TRIED & tried.keys()}
     adapter = next((each for each in holders if (each / CONFIG_FILE).is_file()), None)
     terms = settings.pop("terms", None)
@@ -142,8 +144,8 @@ def _read(path: Path, name: str) -> Run:
     return Run(
         name=name,
         path=path,
-        history=[row for row in values.get("log_history", []) if isinstance(row, dict)],
-        steps=int(values.get("max_steps") or values.get("global_step") or 0),
+        history=[row for row in (history if isinstance(history, list) else []) if isinstance(row, dict)],
+        steps=_count(values, "max_steps", state) or _count(values, "global_step", state),
         settings=settings,
         terms=_terms(terms),
         cost=cost,
@@ -161,7 +163,15 @@ def _state(path: Path) -> Path:
             f"{path} holds no {STATE_FILE}, nor has it checkpoints that do: name a run's output directory. A run that "
             "saves no checkpoint keeps its log with trainer.save_state()."
         )
-    return max(found, key=lambda file: (int(_json(file).get("global_step") or 0), file.parent == path))
+    return max(found, key=lambda file: (_count(_json(file), "global_step", file), file.parent == path))
+
+
+def _count(values: dict[str, Any], key: str, file: Path) -> int:
+    """A number of steps that a Trainer has written; 0 where it says none."""
+    value = values.get(key) or 0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{file}: {key} is {repr(value)[:40]}, not a number of steps: copy the file again.")
+    return int(value)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ..adapter.config import active_config
+from ..distributed import is_sharded
 from ..pretrained.classifier_head import is_classifier
+from ..pretrained.lm_head import check_head
 from ..weights.in_words import weights_in_words
 from .checks.arguments import check_loss_function
 from .checks.teacher import check_teacher
-from .checks.trained import check_adapters, check_moves
+from .checks.trained import check_adapters, check_moves, check_steps
 from .host import HostTrainer
 from .model_probe import warn_of_the_task
 from .run_state import RunState
@@ -60,7 +62,8 @@ class BeforeTraining(TrainerCallback):
     """Looks once more, when training begins, at what may have changed since the trainer was made.
 
     Raises:
-        ValueError: the adapter is off, merged or frozen, the optimizer holds nothing of it, or its base would move.
+        ValueError: settings were changed, the head computes other logits than it did, the adapter is off, merged or
+            frozen, the optimizer holds nothing of it or never steps, or its base would move.
     """
 
     def __init__(self, run: RunState, host: HostTrainer) -> None:
@@ -70,9 +73,12 @@ class BeforeTraining(TrainerCallback):
         run, config = self._run, self._run.config
         run.metrics.counted = None  # of an earlier training
         check_loss_function(getattr(self._host, "compute_loss_func", None), run.task_form)
+        run.as_made.check(config, run.adapter)
         check_adapters(run.model)
         if not (self._host.is_fsdp_enabled or self._host.is_deepspeed_enabled):  # their parameters may be others
-            check_moves(run.wrapped, optimizer)
+            check_moves(run.wrapped, optimizer, run.warn)
+            check_steps(optimizer, self._host.accelerator)
+            check_heads_again(run)
         if config.monitor and not config.lambda_consistency and run.teacher is None:
             check_teacher(run.adapter, None, model=run.model)
         if not config.lambda_consistency:
@@ -88,26 +94,72 @@ class BeforeTraining(TrainerCallback):
             )
 
 
+def check_heads_again(run: RunState) -> None:
+    """Refuses a head that has got a hook, or a scale or cap in its config, since the trainer was made.
+
+    Not where mixed precision stands around the model's own forward: that of full fine-tuning, trained once before.
+
+    Raises:
+        ValueError: the logits are no longer what the terms are computed on.
+    """
+    for model in (run.model, run.teacher) if run.config.task == "nlg" else ():
+        if model is None or hasattr(model, "_original_forward") or is_sharded(model):
+            continue
+        try:
+            check_head(model)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} When the trainer was made they were: take away what has changed since (a hook on the head, "
+                "a logit cap or scale in model.config)."
+            ) from None
+
+
 class RecordedTerms(TrainerCallback):
-    """Looks after the first step whether any loss with the terms was trained, and says it where none was."""
+    """Looks whether any loss with the terms was trained, and says it once where none was.
+
+    After the first step, and at every log and the end for the steps since.
+    """
 
     def __init__(self, run: RunState, host: HostTrainer) -> None:
         self._run, self._host = run, host
+        self._steps = self._seen = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steps = self._seen = 0
+        self._run.reached = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._run.reached:
-            return
+        self._steps += 1
+        if control.should_log or not self._seen:
+            self._look(state.global_step)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log:
+            self._look(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look(state.global_step)
+
+    def _look(self, step: int) -> None:
+        steps, reached = self._steps, self._run.reached
+        first = not self._seen
+        self._seen += steps
+        self._steps, self._run.reached = 0, False  # the next pass notes it anew
         weights = weights_in_words(self._run.config)
-        if not weights:
-            return
+        if steps and not reached and weights:
+            span = f"step {step}" if steps == 1 else f"steps {step - steps + 1} to {step}"
+            called = first and self._run.metrics.recorded
+            self._say(weights, "the first step" if first else f"{span} (they did before)", called=called)
+
+    def _say(self, weights: list[str], when: str, *, called: bool) -> None:
         kind = type(self._host)
         owner = next((cls.__name__ for cls in kind.__mro__ if "compute_loss" in vars(cls)), kind.__name__)
         owner = "the instance" if "compute_loss" in vars(self._host) else owner
         dropped = " (super().compute_loss was called, and its loss is not in what was trained)"
-        dropped = dropped if self._run.metrics.recorded else ""
+        dropped = dropped if called else ""
         self._run.warn(
             "not_acting",
-            f"{', '.join(weights)} did not act in the first step: {owner}.compute_loss (or the training_step) has a "
+            f"{', '.join(weights)} did not act in {when}: {owner}.compute_loss (or the training_step) has a "
             f"loss of its own and leaves the terms out{dropped}. Return what super().compute_loss(...) returns; for "
             f"weights of classes, samples or tokens override weigh_ba_lora_task instead ({_GUIDE}), or set every "
             "lambda to 0.",

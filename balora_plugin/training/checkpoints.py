@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from ..adapter.config import our_adapters
+from ..adapter.config import active_config, our_adapters
 from ..checkpoint.integrity import begin_save, is_checkpoint
 from ..checkpoint.lock import only_run
-from ..checkpoint.manifest import seal
+from ..checkpoint.manifest import Manifest, seal
 from ..checkpoint.placing import place, retire
 from ..config import RegularizerConfig
 from ..distributed import raise_on_every_process
-from .host import HostTrainer
+from .host import HostTrainer, optimizer_name
 
 
 class SealingHost(HostTrainer, Protocol):
@@ -98,14 +98,14 @@ class Sealing(TrainerCallback):
             args, self._open, self._sealed = self._host.args, None, directory
             adapters = our_adapters(self._host.model)
             terms = self._host.ba_lora
-            seal(
-                directory,
-                adapters,
+            known = Manifest(
                 largest=self._largest,
                 save_only_model=args.save_only_model,
                 terms=None if terms is None else terms.to_dict(),
                 rows=step_rows(args),
+                settings=run_settings(self._host),
             )
+            seal(directory, adapters, known)
 
 
 def step_rows(args: Any) -> dict[str, int]:
@@ -115,6 +115,27 @@ def step_rows(args: Any) -> dict[str, int]:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": args.world_size,
     }
+
+
+# which optimizer's state holds them: a resumed run has the checkpoint's, whatever its arguments say
+OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_OF_THE_RUN = ("seed", "data_seed", "max_grad_norm", *OF_THE_OPTIMIZER)
+
+
+def run_settings(host: HostTrainer) -> dict[str, Any]:
+    """Returns what of a host's arguments and adapter makes a run what it is, as plain values, by their names."""
+    args = host.args
+    known = {key: getattr(args, key, None) for key in _OF_THE_RUN}
+    schedule = getattr(args, "lr_scheduler_type", None)
+    known |= {"optim": optimizer_name(args), "lr_scheduler_type": str(getattr(schedule, "value", schedule))}
+    known |= {"lora_dropout": getattr(active_config(host.model), "lora_dropout", None)}
+    return {**known, "optimizer": optimizer_kind(host.optimizer)}
+
+
+def optimizer_kind(optimizer: Any) -> str | None:
+    """Returns package and class of an optimizer, beneath what a host wraps it in; None of none."""
+    kind = type(getattr(optimizer, "optimizer", optimizer))
+    return None if optimizer is None else f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
 @contextmanager

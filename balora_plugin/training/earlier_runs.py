@@ -5,25 +5,32 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
-from ..checkpoint.integrity import checkpoints_in, trained_rows, trained_terms
+from ..checkpoint.integrity import checkpoints_in, trained_rows, trained_settings, trained_terms
 from ..checkpoint.names import STATE_FILE
 from ..config import RegularizerConfig
-from .checkpoints import step_rows
+from .checkpoints import OF_THE_OPTIMIZER, run_settings, step_rows
+from .host import HostTrainer
 from .run_state import RunState
 
 # what changes nothing of what is trained: where outputs are kept, how often shares are measured
 _NEUTRAL = ("task", "share_interval", "teacher_cache")
 
 
-class EarlierRuns(TrainerCallback):
-    """Says, when training begins, which checkpoints in its output directory are others', and which terms changed."""
+class ResumingHost(HostTrainer, Protocol):
+    """A Trainer with the mixin, as it resumes."""
 
-    def __init__(self, run: RunState) -> None:
-        self._run = run
+    ba_lora_fresh_optimizer: bool
+
+
+class EarlierRuns(TrainerCallback):
+    """Says, when training begins, which checkpoints in its output directory are others', and what changed since."""
+
+    def __init__(self, run: RunState, host: ResumingHost) -> None:
+        self._run, self._host = run, host
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self._run
@@ -32,23 +39,57 @@ class EarlierRuns(TrainerCallback):
         others = others_checkpoints(args.output_dir, run.resumed)
         if others:
             run.warn("earlier_run", _earlier(args.output_dir, others, run.resumed))
-        changed = {} if run.resumed is None else changed_terms(run.resumed, run.config)
+        if run.resumed is not None:
+            self._say_changes(run.resumed, args)
+
+    def _say_changes(self, resumed: str, args: Any) -> None:
+        """Says once what the checkpoint that is resumed was trained with, and this run is not."""
+        warn = self._run.warn
+        changed = changed_terms(resumed, self._run.config)
         if changed:
-            listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
-            run.warn(
+            warn(
                 "other_terms",
-                f"{run.resumed} was trained with other terms than this run has: {listed}. From here on the new ones "
-                "count; write the old ones to have the run that was begun.",
+                f"{resumed} was trained with other terms than this run has: {_listed(changed)}. From here on the new "
+                "ones count; write the old ones to have the run that was begun.",
             )
-        resized = {} if run.resumed is None else changed_rows(run.resumed, step_rows(args))
+        resized = changed_rows(resumed, step_rows(args))
         if resized:
-            listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in resized.items())
-            run.warn(
+            warn(
                 "other_rows",
-                f"{run.resumed} was trained with steps of another size: {listed}. The host counts the rows that were "
-                "seen in steps of the new size: some come twice in this pass, or not at all, and a schedule by epochs "
-                "moves. Write the old ones (or others of the same product) to have the run that was begun.",
+                f"{resumed} was trained with steps of another size: {_listed(resized)}. The host counts the rows that "
+                "were seen in steps of the new size: some come twice in this pass, or not at all, and a schedule by "
+                "epochs moves. Write the old ones (or others of the same product) to have the run that was begun.",
             )
+        other = changed_settings(resumed, run_settings(self._host))
+        kept = {
+            key: other.pop(key) for key in OF_THE_OPTIMIZER if key in other and not self._host.ba_lora_fresh_optimizer
+        }
+        if other:
+            warn(
+                "other_settings",
+                f"resumes with other {', '.join(other)} than {resumed} was trained with: {_listed(other)}. From here "
+                "on the new ones count; write the old ones to have the run that was begun.",
+            )
+        if kept:
+            warn(
+                "kept_settings",
+                f"resumes with other {', '.join(kept)} than {resumed} was trained with: {_listed(kept)}. The old ones "
+                "go on, which are a part of the optimizer's state; fresh_optimizer=True in train() takes the new ones.",
+            )
+
+
+def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+
+
+def changed_settings(checkpoint: str, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns {argument: (then, now)} of what else a run is made by; nothing where the checkpoint does not say.
+
+    The class of the optimizer is looked at where its state is loaded.
+    """
+    before = trained_settings(checkpoint)
+    shared = [key for key in now if key in before and key != "optimizer"]
+    return {key: (before[key], now[key]) for key in shared if before[key] != now[key]}
 
 
 def others_checkpoints(output_dir: str, resumed: str | None) -> list[str]:
@@ -76,7 +117,7 @@ def _earlier(output_dir: str, others: list[str], resumed: str | None) -> str:
     )
 
 
-def changed_rows(checkpoint: str, now: dict[str, int]) -> dict[str, tuple[int, int]]:
+def changed_rows(checkpoint: str, now: dict[str, int]) -> dict[str, tuple[Any, Any]]:
     """Returns {argument: (then, now)} where a step takes another number of rows than in a checkpoint's run.
 
     Nothing where the checkpoint does not say, or where the product is the same.

@@ -17,7 +17,7 @@ from ..finite import largest_values
 from .host import HostTrainer
 from .run_state import RunState
 
-_REMEDY = "with a lower learning_rate or max_grad_norm; if it comes back at the same step, look at that batch."
+_HEAVY = 1e3  # a weight from here on multiplies gradients so far that it may be what overflowed
 
 
 class FiniteGuard(TrainerCallback):
@@ -116,4 +116,23 @@ def saved_weight(host: HostTrainer) -> float:
 
 def _go_on(host: HostTrainer) -> str:
     found = recommended(str(host.args.output_dir), our_adapters(host.model))
-    return f"{f'Resume from {found.path}' if found.path else 'Start again'} {_REMEDY}{found.in_words()}"
+    start = f"Resume from {found.path}" if found.path else "Start again"
+    lower = ", ".join([*heavy_weights(getattr(host, "ba_lora_run", None)), "a lower learning_rate or max_grad_norm"])
+    return f"{start} with {lower}; if it comes back at the same step, look at that batch.{found.in_words()}"
+
+
+def heavy_weights(run: RunState | None) -> list[str]:
+    """Returns, for each weight in force that may be what overflowed, what to write instead, in words."""
+    found: list[str] = []
+    if run is None:
+        return found
+    for name, weight in run.own.in_force._asdict().items():
+        if weight < _HEAVY:
+            continue
+        if name == "consistency" and run.config.drift_target is not None:
+            found.append(
+                f"a higher drift_target (now {run.config.drift_target:g}, with lambda_consistency at {weight:.3g})"
+            )
+        else:
+            found.append(f"a lower lambda_{name} (now {weight:g})")
+    return found

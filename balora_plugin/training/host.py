@@ -65,6 +65,7 @@ class HostTrainer(Protocol):
     state: State
     accelerator: Accelerator
     optimizer: Any
+    lr_scheduler: Any
     train_dataset: Any
     eval_dataset: Any
     processing_class: Any

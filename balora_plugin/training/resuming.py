@@ -14,9 +14,10 @@ from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from ..adapter.config import active_config, our_adapters
 from ..adapter.saved.fit import check_checkpoint_fits
-from ..checkpoint.integrity import check_whole, unchecked
+from ..checkpoint.integrity import check_whole, trained_settings, unchecked
 from ..checkpoint.names import STATE_FILE
 from ..settings import as_path
+from .checkpoints import run_settings
 from .checks.arguments import check_checkpoint, check_kind
 from .host import HostTrainer
 from .run_state import RunState
@@ -45,6 +46,28 @@ def asked_for(host: HostTrainer, resume_from_checkpoint: Any, *, fresh_optimizer
             f"new run with balora_plugin.BaLoraModel.from_pretrained(base, {checkpoint!r}, is_trainable=True)."
         )
     return checkpoint
+
+
+def optimizer_begins_anew(host: HostTrainer, checkpoint: str | None, *, fresh_optimizer: bool) -> bool:
+    """Returns whether nothing of the optimizer is to be loaded; its schedule is then taken to the checkpoint's step.
+
+    Raises:
+        ValueError: the checkpoint holds the state of another kind of optimizer, of which no step can be made.
+    """
+    if checkpoint is None:
+        return False
+    if fresh_optimizer:
+        advance(host.lr_scheduler, host.state.global_step)
+        return True
+    before, now = trained_settings(checkpoint), run_settings(host)
+    kinds = before.get("optimizer"), now["optimizer"]
+    if None not in kinds and kinds[0] != kinds[1] and not host.is_deepspeed_enabled:
+        raise ValueError(
+            f"{checkpoint} holds the state of {kinds[0]} (optim={before.get('optim')!r}), and this run's optimizer is "
+            f"{kinds[1]} (optim={now['optim']!r}): write the optimizer of the run that was begun (Axolotl: optimizer), "
+            "or train(resume_from_checkpoint=..., fresh_optimizer=True), which begins with an empty state."
+        )
+    return False
 
 
 def advance(scheduler: Any, steps: int) -> None:

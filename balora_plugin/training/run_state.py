@@ -23,6 +23,8 @@ from ..objective.request import AnchorRows, CompiledPasses
 from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
+from .checks.since import AsMade
+from .checks.tokens import check_ids
 from .cost import CostMeter
 from .first_norms import FirstNorms
 from .metrics import TermMetrics
@@ -74,6 +76,7 @@ class RunState:
         extend: The host's keywords for a forward pass, added to a batch (`extend_ba_lora_inputs`).
         to_device: The host's own way to bring a batch to its device.
         own: The weights in force, and what sets them.
+        as_made: The settings as they were when the trainer was made.
         task_form: The form of the task term that the host's arguments ask for.
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
@@ -85,12 +88,13 @@ class RunState:
         predicts: Whether a batch is being evaluated, though the model may be in training mode.
         wants_logits: Whether the evaluation at hand asks for logits.
         adapted: What the adapter stands on; None in full fine-tuning.
-        reached: Whether a backward pass came to a loss with the terms.
+        reached: Whether a backward pass came to a loss with the terms since that was looked at last.
         finished: The run was resumed after its last step, so that it has nothing to do.
         callbacks: What watches the run, for its trainer to call.
         resumed: The checkpoint that training goes on from.
         first_norms: What looks at the first steps' gradients; None where nothing is clipped, or the start is no PiSSA.
         batch_shape: Rows and tokens of the micro-batch that was begun last.
+        ids: Its token ids, looked at in the first one, and in one that fails.
         counts: False while a classifier's batch holds nothing but samples that were evaluated before.
     """
 
@@ -103,6 +107,7 @@ class RunState:
     extend: Callable[[Inputs], Inputs]
     to_device: Callable[[Inputs], Inputs]
     own: OwnWeights
+    as_made: AsMade
     task_form: TaskForm = PLAIN_TASK
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
@@ -119,6 +124,7 @@ class RunState:
     wants_logits: bool = False
     counts: bool = True
     batch_shape: tuple[int, int] | None = None
+    ids: Tensor | None = None
     finished: bool = False
     reached: bool = False
 
@@ -136,11 +142,14 @@ class RunState:
         """Returns what a batch gives to the model's forward: without a host's notes to itself and to Liger's loss."""
         plain = {key: value for key, value in batch.items() if not key.startswith("_") and key != "skip_logits"}
         rows, length = main_input(plain).shape[:2]
+        first, self.ids = self.batch_shape is None, plain.get("input_ids")
         self.batch_shape = (rows, length)
+        if first and self.ids is not None:
+            check_ids(self.ids, self.model)
         return self.extend(without_crossings(plain))
 
     def follow(self, loss: Tensor) -> None:
-        """Notes, once, that a backward pass came to `loss`, which holds the terms: a subclass may return another."""
+        """Notes that a backward pass came to `loss`, which holds the terms: a subclass may return another."""
         if not self.reached and loss.requires_grad:
             loss.register_hook(self._note)
 

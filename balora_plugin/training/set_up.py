@@ -28,6 +28,7 @@ from .banner import Banner
 from .card_metrics import CardMetrics
 from .checks.arguments import check_arguments, check_compiled_once, check_loss_function, check_saving
 from .checks.model import resolve
+from .checks.since import AsMade
 from .checks.teacher import check_teacher
 from .checks.trained import check_adapters
 from .compiling import Asked, compiled_passes
@@ -59,6 +60,7 @@ class BaLoraHost(HostTrainer, Protocol):
     """A Trainer with the mixin: what its class says of BA-LoRA."""
 
     ba_lora_head_checked: bool
+    ba_lora_fresh_optimizer: bool
     ba_lora_loss_type: str | None
 
     def check_ba_lora_task(self, config: RegularizerConfig) -> None:
@@ -112,6 +114,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         switch=TeacherSwitch(bare),
         metrics=TermMetrics(config, warn, outputs=bare.config.num_labels if config.task == "nlu" else None),
         own=OwnWeights(config),
+        as_made=AsMade.of(regularizers, config, adapter),
         warn=warn,
         # at every batch, so that a method given to the instance later counts too
         extend=lambda batch: host.extend_ba_lora_inputs(batch),
@@ -134,7 +137,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         run.callbacks.append(CardMetrics(run))
     _open_data(run, host)
     warn_at_set_up(run, host.args)
-    run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run)]
+    run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run, host)]
     run.callbacks += [SettingWeights(run, host)] * bool(run.own.rules)
     run.first_norms = FirstNorms.of(adapter, host.args, warn)
     run.callbacks += [FiniteGuard(run, host), RecordedTerms(run, host)]

@@ -28,6 +28,7 @@ from .acting import check_bases
 from .anchors import with_anchors
 from .checkpoints import Sealing, alone_in
 from .checks.data import check_data
+from .checks.tokens import explained
 from .classification import restore_head, save_head
 from .compiling import compile_for_the_host, take_backend
 from .cost import CostCallback, CostMeter
@@ -37,7 +38,7 @@ from .first_norms import WatchesNorms
 from .metrics import TermMetrics
 from .out_of_memory import advised
 from .repeated_samples import drop_rows, refill, repeated_rows
-from .resuming import advance, asked_for, check_resumable, position
+from .resuming import asked_for, check_resumable, optimizer_begins_anew, position
 from .run_state import RunState
 from .searching import SearchesByTask
 from .set_up import Given, open_run
@@ -70,7 +71,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
     model: Any
     ba_lora_run: RunState | None = None
     ba_lora_requests: StepRequests | None = None
-    _fresh_optimizer = False
+    ba_lora_fresh_optimizer = False  # of the training at hand
     ba_lora_head_checked = False  # a host that wrapped the model itself has checked the bare one before
     ba_lora_loss_type: str | None = None  # TRL's "nll" or "dft", for a host whose arguments have no loss_type
 
@@ -168,7 +169,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
         The output directory belongs to this run alone until it ends. A run that is resumed after its last step does
         nothing, and says so. `fresh_optimizer`: resumes weights, step and schedule alone (save_only_model=True).
         """
-        self._fresh_optimizer = fresh_optimizer
+        self.ba_lora_fresh_optimizer = fresh_optimizer
         checkpoint = asked_for(self, resume_from_checkpoint, fresh_optimizer=fresh_optimizer)
         if checkpoint is not None:
             check_resumable(self, self.ba_lora_run, checkpoint, fresh_optimizer=fresh_optimizer)
@@ -183,7 +184,7 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
         # an engine's checkpoint holds what trains; RestoreAdapter puts A0 and B0 beside it
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         try:
-            with alone_in(self), advised(self), native_factors() if sharded else nullcontext():
+            with alone_in(self), advised(self), explained(self), native_factors() if sharded else nullcontext():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._sealing.end()
@@ -220,10 +221,8 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
         return trained if self.ba_lora_run is None else position(self, self.ba_lora_run.resumed, trained)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads both as the host does; with a fresh optimizer neither: the schedule goes to the checkpoint's step."""
-        if checkpoint is not None and self._fresh_optimizer:
-            advance(self.lr_scheduler, self.state.global_step)
-        else:
+        """Loads both as the host does; with a fresh optimizer neither; refuses another kind's state."""
+        if not optimizer_begins_anew(self, checkpoint, fresh_optimizer=self.ba_lora_fresh_optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

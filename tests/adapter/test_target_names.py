@@ -20,7 +20,7 @@ def said(caplog, monkeypatch):
     hf_logging.get_logger("x").warning_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("balora_plugin"), "propagate", True)
-    return lambda: [r.getMessage() for r in caplog.records if "matches nothing" in r.getMessage()]
+    return lambda: [r.getMessage() for r in caplog.records if " matches no" in r.getMessage()]
 
 
 def config(**changes):
@@ -36,6 +36,12 @@ def config(**changes):
          "lm_head?"),
         ({"target_parameters": ["experts.down"]}, "target_parameters: experts.down matches nothing in "
          "LlamaForCausalLM: remove it."),
+        ({"rank_pattern": {"q_prj": 4, "q_proj": 3}}, "rank_pattern: q_prj matches nothing in LlamaForCausalLM: did "
+         "you mean q_proj?"),
+        ({"alpha_pattern": {r"layers\.9\..*": 4}}, r"alpha_pattern: layers\.9\..* matches nothing in LlamaForCausal"
+         "LM: there are down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj."),
+        ({"rank_pattern": {"v_proj": 4}}, "rank_pattern: v_proj matches no target in LlamaForCausalLM: the targets are "
+         "q_proj."),
     ],
 )  # fmt: skip
 def test_one_of_several_is_said_once(wanted, sentence, said):
@@ -64,6 +70,20 @@ def test_what_peft_knows_by_an_older_name_matches(said):
         check_names(config(target_modules=wanted), model)
     check_names(config(target_modules=["model.layers.0.self_attn.q_proj"], modules_to_save=["embed_tokens"]), model)
     assert not said()
+
+
+def test_patterns_that_match_are_not_spoken_of(said):
+    patterns = {"q_proj": 3, r"layers\.0\.self_attn\.v_proj": 2, r".*\.up_.*": 2}
+    get_ba_lora_model(tiny_llama(), config(target_modules="all-linear", rank_pattern=patterns, alpha_pattern=patterns))
+    expression = r".*\.(q|v|up)_proj"
+    get_ba_lora_model(tiny_llama(), config(target_modules=expression, rank_pattern=patterns))
+    with torch.device("meta"):
+        model = tiny_mixtral()
+    targets = ["w1", "w3", "q_proj"]
+    check_names(config(target_modules=targets, rank_pattern={r".*experts\.gate_up_proj": 4, "q_proj": 2}), model)
+    assert not said()
+    check_names(config(target_modules=targets, rank_pattern={"w1": 4}), model)  # which PEFT leaves as it is
+    assert len(said()) == 1 and "rank_pattern: w1 matches nothing" in said()[0]
 
 
 def test_a_second_adapter_finds_the_names_of_the_model_as_it_was(said):

@@ -52,6 +52,21 @@ def test_what_is_wrong_is_said_before_a_model_loads(name, text, said, tmp_path):
         check_anchors(path, "a tokenizer")
 
 
+def test_a_directory_that_is_no_data_set_is_not_crawled(tmp_path, monkeypatch):
+    def crawls(*args, **kwargs):
+        raise AssertionError("the directory was given to datasets")
+
+    monkeypatch.setattr(datasets, "load_dataset", crawls)
+    written(tmp_path, "code.py", "x")
+    with pytest.raises(ValueError, match=r"is a directory without a data file \(.jsonl, .*\): name a file"):
+        check_anchors(str(tmp_path), "a tokenizer")
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ValueError, match="is a directory without a data file"):
+        check_anchors(tmp_path.name, "a tokenizer")  # which could be a name on the hub too
+    with pytest.raises(ValueError, match=r"anchor_data='/usr' is a directory of more than 1000 files: name the file"):
+        check_anchors("/usr", "a tokenizer")
+
+
 def test_other_refusals(tmp_path):
     path = written(tmp_path, "a.txt", "words")
     with pytest.raises(ValueError, match=r"anchor_data='.*a.txt' needs a tokenizer: pass processing_class="):

@@ -107,7 +107,7 @@ def test_a_quantised_base_and_a_cached_teacher_are_read_from_the_yaml(a_yaml):
 def test_a_value_that_is_none_is_named_with_what_to_write(a_yaml):
     values = yaml.safe_load(a_yaml(ba_lora={"lambda_svd": "much"}).read_text())
     (line,) = memory_on(values, [gpu_named("a40")], axolotl=True).lines
-    assert line == "not counted: ba_lora.lambda_svd: 'much' is no value for it: write a number >= 0"
+    assert line == "not counted: ba_lora.lambda_svd: 'much' is no value for it: write a number from 0 to 1e+06"
 
 
 def test_the_gpu_that_is_named_is_judged_in_the_place_of_this_machine(a_yaml, monkeypatch, capsys):

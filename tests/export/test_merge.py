@@ -75,4 +75,4 @@ def test_whole_modules_beside_a_rank_that_is_looked_for_and_in_a_merge(make, opt
 @pytest.mark.parametrize("rank", ["²", "9" * 5000, "-1", "0", "1.5", "٣"])
 def test_what_is_no_rank_is_said_in_one_short_line(rank, tmp_path, capsys):
     line = refused(capsys, "export", tmp_path, "--output", tmp_path / "out", f"--rank={rank}")
-    assert "is no rank: write a whole number >= 1, or auto" in line and len(line) < 200
+    assert "is no rank: write a whole number from 1 to 2147483647, or auto" in line and len(line) < 200

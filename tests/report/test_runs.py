@@ -53,6 +53,16 @@ def test_a_run_is_its_last_checkpoint_or_itself(tmp_path):
     assert math.isnan(read_runs([str(path / "checkpoint-3")])[0].history[0]["loss"])
 
 
+@pytest.mark.parametrize(("key", "value"), [("global_step", "many"), ("max_steps", [3]), ("global_step", True)])
+def test_a_count_that_is_none_is_one_line(key, value, tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    state = out / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "max_steps": 0, key: value}))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(state))}: {key} is .*, not a number of steps: copy the fil"):
+        read_runs([str(out)])
+
+
 def test_a_trial_of_a_search_is_itself_not_the_last_one(tmp_path):
     """The search's directory has one file of costs and settings: the last trial's."""
     out = tmp_path / "out"

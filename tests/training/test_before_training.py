@@ -10,7 +10,7 @@ import torch
 from classifiers import classifier
 from helpers import TERMS, ba_lora
 from models import tiny_llama
-from peft import LoraConfig, prepare_model_for_kbit_training
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from test_acting import arguments, samples, tokens
 from torch.nn import functional as F
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, TrainerCallback
@@ -68,6 +68,33 @@ def test_a_loss_of_ours_that_is_asked_for_and_not_returned_is_said(kind, tmp_pat
         build(tmp_path, cls=OwnLoss).train()
     (line,) = [line for line in said() if "did not act in the first step" in line]
     assert "OwnLoss.compute_loss" in line and "its loss is not in what was trained" in line
+
+
+class Stops(BaLoraTrainer):
+    """Asks for our loss as long as `asks`, and later for the model's own."""
+
+    asks = 1
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.state.global_step < self.asks:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return model(**inputs).loss
+
+
+@pytest.mark.parametrize(
+    ("asks", "logging", "when"),
+    [(1, 1, "step 2 "), (2, 2, "steps 3 to 4 "), (1, 100, "steps 2 to 5 "), (3, 2, "step 5 "), (5, 1, None)],
+)
+def test_terms_that_stop_acting_are_said_at_the_next_log(asks, logging, when, tmp_path, said):
+    class Asks(Stops):
+        pass
+
+    Asks.asks = asks
+    build(tmp_path, cls=Asks, max_steps=5, logging_steps=logging).train()
+    lines = [line for line in said() if "did not act in" in line]
+    assert len(lines) == (when is not None)
+    if when:
+        assert f"did not act in {when}(they did before): Stops.compute_loss" in lines[0]
 
 
 # --- nothing that would move
@@ -159,6 +186,98 @@ def test_an_optimizer_of_the_adapter_trains(tmp_path):
     own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     build(tmp_path, model, optimizers=(own, None)).train()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("held", [2, 8])
+def test_an_optimizer_of_a_part_of_the_adapter_is_said_once_with_the_count(held, tmp_path, said):
+    model = ba_lora(tiny_llama(), targets=TARGETS)
+    own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad][:held], lr=1e-2)
+    trainer = build(tmp_path, model, optimizers=(own, None))
+    trainer.train()
+    trainer.train()
+    lines = [line for line in said() if "trainable tensors" in line]
+    assert len(lines) == (held < 8)
+    if lines:
+        assert "holds 2 of 8 trainable tensors" in lines[0] and "layers.0.self_attn.v_proj.lora_A" in lines[0]
+        assert "and 3 more" in lines[0]
+
+
+def test_a_copy_of_a_trainer_that_has_trained_is_refused_until_its_optimizer_is_made_anew(tmp_path):
+    trainer = build(tmp_path)
+    trainer.train()
+    copied = copy.deepcopy(trainer)
+    with pytest.raises(ValueError, match=r"a copied trainer .*trainer\.optimizer = trainer\.lr_scheduler = None"):
+        copied.train()
+    before = {name: p.detach().clone() for name, p in copied.model.named_parameters() if p.requires_grad}
+    copied.optimizer = copied.lr_scheduler = None
+    copied.train()
+    assert all(not torch.equal(p, before[name]) for name, p in copied.model.named_parameters() if p.requires_grad)
+    copy.deepcopy(build(tmp_path / "new")).train()
+
+
+# --- what was changed since
+
+
+def hooks_the_head(trainer):
+    trainer.model.get_base_model().lm_head.register_forward_hook(lambda module, args, output: output * 2.0)
+
+
+def caps_in_the_config(trainer):
+    trainer.model.config.final_logit_softcapping = 5.0
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("change", [hooks_the_head, caps_in_the_config])
+def test_a_head_that_was_changed_since_is_refused(change, trained, tmp_path):
+    trainer = build(tmp_path)
+    if trained:
+        trainer.train()
+    change(trainer)
+    with pytest.raises(ValueError, match=r"logits are not softcap.*When the trainer was made they were: take away"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("case", ["head in modules_to_save", "full fine-tuning in bfloat16"])
+def test_a_trained_head_is_no_changed_one(case, tmp_path):
+    if case == "head in modules_to_save":
+        trainer = build(tmp_path, ba_lora(tiny_llama(), targets=TARGETS, modules_to_save=["lm_head"]))
+    else:
+        off = RegularizerConfig(lambda_consistency=0.0, lambda_diversity=0.1, lambda_svd=0.0)
+        args = arguments(tmp_path, max_steps=2, bf16=True)
+        trainer = BaLoraTrainer(model=tiny_llama(), args=args, train_dataset=tokens(), regularizers=off)
+    trainer.train()
+    trainer.train()
+
+
+def of_the_adapter(**changes):
+    return lambda trainer: vars(trainer.model.peft_config["default"]).update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: setattr(t.ba_lora, "lambda_consistency", 1.0), r"lambda_consistency .* -> 1\.0: changed in "
+         r"trainer\.ba_lora"),
+        (lambda t: setattr(t.model.peft_config["default"].regularizers, "lambda_svd", 1.0), "lambda_svd .* -> 1.0"),
+        (of_the_adapter(regularizers=ALONE), "lambda_diversity 0.02 -> 0.0, lambda_svd 0.02"),
+        (of_the_adapter(lora_alpha=64), "lora_alpha 4 -> 64: changed in the BaLoraConfig .*make the adapter after"),
+        (of_the_adapter(lora_dropout=0.5, r=8), "r 4 -> 8, lora_dropout 0.0 -> 0.5"),
+    ],
+)  # fmt: skip
+def test_settings_that_were_changed_since_are_refused(change, words, tmp_path):
+    trainer = build(tmp_path)
+    change(trainer)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+
+
+def test_terms_beside_a_plain_lora_that_were_changed_since_are_refused(tmp_path):
+    terms = RegularizerConfig(lambda_consistency=0.5)
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=TARGETS))
+    trainer = BaLoraTrainer(model=model, args=arguments(tmp_path), train_dataset=tokens(), regularizers=terms)
+    terms.lambda_consistency = 0.7
+    with pytest.raises(ValueError, match=r"lambda_consistency 0\.5 -> 0\.7: changed in regularizers"):
+        trainer.train()
 
 
 # --- which terms

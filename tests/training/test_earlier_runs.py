@@ -121,3 +121,46 @@ def test_steps_of_another_size_are_said_with_old_and_new_and_a_step_cut_otherwis
         json.dumps({key: value for key, value in json.loads(manifest.read_text()).items() if key != "rows"})
     )
     assert changed_rows(last, {"gradient_accumulation_steps": 1}) == {}  # of an earlier release
+
+
+# --- what else of a run is not that of its checkpoint
+
+
+def rank_two(**changes):
+    return BaLoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], regularizers=TERMS, **changes)
+
+
+def test_other_settings_than_a_checkpoints_are_said_with_which_of_the_two_act(tmp_path, said):
+    trainer(tmp_path).train()
+    changes = {"seed": 7, "lr_scheduler_type": "cosine", "learning_rate": 1e-3, "max_steps": 3}
+    resumed = trainer(tmp_path, config=rank_two(lora_dropout=0.25), **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert not any("other settings" in line or "other terms" in line for line in said())
+    new, old = sorted((line for line in said() if "resumes with other" in line), key=len, reverse=True)
+    assert "seed 1 -> 7" in new and "lr_scheduler_type 'linear' -> 'cosine'" in new and "From here on the new" in new
+    assert "lora_dropout 0.0 -> 0.25" in new and "learning_rate" not in new
+    assert "other learning_rate than" in old and "0.01 -> 0.001. The old ones go on" in old
+    assert set(resumed.lr_scheduler.base_lrs) == {1e-2}  # which is what that line says
+
+
+def test_a_fresh_optimizer_takes_the_new_rate(tmp_path, said):
+    trainer(tmp_path).train()
+    resumed = trainer(tmp_path, learning_rate=1e-3, max_steps=3)
+    resumed.train(resume_from_checkpoint=True, fresh_optimizer=True)
+    (line,) = [line for line in said() if "resumes with other" in line]
+    assert "learning_rate 0.01 -> 0.001. From here on the new ones count" in line
+    assert set(resumed.lr_scheduler.base_lrs) == {1e-3}
+
+
+def test_the_same_settings_are_not_spoken_of(tmp_path, said):
+    trainer(tmp_path).train()
+    trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+    assert not any("resumes with other" in line for line in said())
+
+
+def test_another_kind_of_optimizer_is_refused_in_one_line_that_names_both(tmp_path):
+    trainer(tmp_path).train()
+    words = r"state of torch\.AdamW \(optim='adamw_torch.*optimizer is torch\.SGD \(optim='sgd'\).*fresh_optimizer=True"
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path, optim="sgd", max_steps=3).train(resume_from_checkpoint=True)
+    trainer(tmp_path, optim="sgd", max_steps=3).train(resume_from_checkpoint=True, fresh_optimizer=True)

@@ -16,6 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
 
 from ...checkpoint.location import AdapterFiles
+from ...checkpoint.lora_config import read_adapter_config
 from ...checkpoint.names import CONFIG_FILE, WEIGHTS_FILE
 from ..delta import PEFT_PREFIX, target_key, unwrapped_name
 from ..targets import injected_layers
@@ -82,7 +83,7 @@ def check_stock_fits(model: PeftModel, adapter_name: str, files: AdapterFiles) -
     config, weights = files.find(CONFIG_FILE), files.find(WEIGHTS_FILE)
     if not isinstance(model.peft_config.get(adapter_name), LoraConfig) or config is None or weights is None:
         return
-    saved = LoraConfig.from_json_file(config)
+    saved = read_adapter_config(config)
     if saved.get("peft_type") != "LORA":
         return
     check_scalings(model, adapter_name, saved, str(files))

@@ -39,7 +39,7 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, *, method: str = "p
     be rounded to (TF32). `weight` may carry leading batch dimensions (experts), which are worked on together.
 
     Raises:
-        ValueError: rank < 1, NaN or inf in the weight, scaling not positive.
+        ValueError: rank < 1, NaN or inf in the weight or in what comes out of it, scaling not positive.
     """
     w = as_worked_on(weight)
     if rank < 1:
@@ -49,12 +49,24 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, *, method: str = "p
     if not bool(torch.isfinite(w).all()):
         raise ValueError("the base weight holds NaN or inf: check the base model's files.")
     rank = started_rank(rank, *w.shape[-2:])
-    with exact_products(w):
-        u, s, vh = _triples(w, rank, TOLERANCES[method])
+    try:
+        with exact_products(w):
+            u, s, vh = _triples(w, rank, TOLERANCES[method])
+    except torch.linalg.LinAlgError:
+        raise ValueError(_beyond(w)) from None
     root = (s / scaling).sqrt()
     a = root[..., :, None] * vh
     b = u * root[..., None, :]
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError(_beyond(w))
     return a.contiguous().to(weight.device), b.contiguous().to(weight.device)
+
+
+def _beyond(w: Tensor) -> str:
+    return (
+        f"no finite singular vectors of the base weight, whose largest magnitude is {float(w.abs().max()):.3g}: check "
+        "the base model's files (weights stay below a thousand)."
+    )
 
 
 def _triples(w: Tensor, rank: int, tolerance: float | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,15 +38,20 @@ def _declared(known: Setting) -> tuple[Any, Any]:
     bounds: dict[str, Any] = {"allow_inf_nan": False} if known.kind == "number" else {}
     if known.minimum is not None:
         bounds["gt" if known.exclusive else "ge"] = known.minimum
-    if known.maximum is not None:
-        bounds["le"] = known.maximum
+        bounds |= _most(known)
     field = Field(default=known.default, description=known.meaning, **bounds)
     return (kind | None if known.optional else kind), field
+
+
+def _most(known: Setting) -> dict[str, float]:
+    """The upper bound, as pydantic names it; nothing where it is that of all floats."""
+    return {} if known.maximum is None and known.kind != "integer" else {"le": known.largest}
 
 
 def _numbers(known: Setting) -> tuple[Any, Any]:
     """The same of a mapping to numbers, each bounded."""
     bounds: dict[str, Any] = {} if known.minimum is None else {"gt" if known.exclusive else "ge": known.minimum}
+    bounds |= _most(known)
     number = Annotated[float, Field(allow_inf_nan=False, **bounds)]
     keys: Any = Literal[known.keys]
     return dict[keys, number] | None, Field(default=known.default, description=known.meaning)
@@ -140,11 +145,19 @@ def _unknown(block: Any) -> Iterator[Finding]:
                 hint = "axolotl ba-lora schema prints what there is"
             yield Finding(name, repr(value), "is not a setting", hint)
         elif isinstance(value, bool) and key not in flags:  # pydantic would make a weight of 1.0 of it
-            yield Finding(name, value, "is no value for it", "write a number or a name")
+            yield Finding(name, value, "is no value for it", f"write {_wanted(str(key))}")
         elif isinstance(value, dict) and key in _SETTINGS and _SETTINGS[key].keys:
             yield from _of_numbers(name, value, _SETTINGS[key].keys)
         elif key == "compile" and value not in (True, False, "layers"):
             yield Finding(name, repr(value), "is no way to compile", "write true, false or layers")
+
+
+def _wanted(key: str) -> str:
+    """What a field of the block takes, in words."""
+    if key in _SETTINGS:
+        return _with_article(_SETTINGS[key].values.replace("`", ""))
+    choices = [name for part in get_args(BaLoraBlock.model_fields[key].annotation) for name in get_args(part)]
+    return " or ".join(map(str, choices)) if all(isinstance(each, str) for each in choices) and choices else "a name"
 
 
 def _of_numbers(name: str, numbers: dict[Any, Any], keys: tuple[str, ...]) -> Iterator[Finding]:
@@ -186,6 +199,8 @@ def _of_pydantic(error: Any) -> Finding:
         wanted = f"number{known.bounds}"
     else:
         wanted = known.values.replace("`", "")
+        if error["type"] == "less_than_equal" and known.maximum is None:
+            wanted += f" and <= {known.largest}"
     return Finding(where, repr(error["input"]), "is no value for it", f"write {_with_article(wanted)}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...adapter.config import DELTA_STARTS
 from ...anchors.reading import check_anchors
+from ...checkpoint.rules import OPTIONS
 from ...config import RegularizerConfig
 from ...findings import Finding
 from ...settings import settings_of
@@ -35,6 +36,21 @@ _OURS = [
 ]
 # the others, refused there where ba_lora is in use
 _BLOCK_ONLY = [*(name for name in settings_of(RegularizerConfig) if name not in _OURS), *HOST_KEYS]
+
+# Axolotl's names of what BaLoraConfig takes by another
+_OF_PEFT = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_exclude_modules": "exclude_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_use_rslora": "use_rslora",
+}
 
 # of Axolotl's keys that are read here: blocks of settings, and lists of blocks
 _BLOCKS = (
@@ -94,7 +110,9 @@ def findings_of(data: dict[str, Any], *, model: bool = True) -> Iterator[Finding
     data = {key: value for key, value in data.items() if key not in wrong}
     yield from refused(data)
     yield from of_classification(data, block)
-    yield from of_adapter_keys(data)
+    unknown = {finding.key: finding for finding in of_adapter_keys(data)}
+    yield from unknown.values()
+    data = {key: value for key, value in data.items() if key not in unknown}
     yield from _adapter(data)
     yield from of_quantisation(data, block)
     yield from _terms(data, block)
@@ -138,8 +156,11 @@ def _terms(data: dict[str, Any], block: dict[str, Any]) -> Iterator[Finding]:
             "remove it",
             False,
         )
+    anchors = block.get("anchor_data")
     try:
-        check_anchors(block.get("anchor_data"), "the model's own")
+        check_anchors(
+            anchors if isinstance(anchors, str) else None, "the model's own"
+        )  # else the block's checks say it
     except ValueError as error:
         yield Finding.of_error(f"ba_lora.{error}")
     start = data.get("peft_init_lora_weights")
@@ -197,14 +218,26 @@ def _adapter(data: dict[str, Any]) -> Iterator[Finding]:
     for key in ("lora_r", "lora_alpha"):
         if data.get(key) is None and not data.get("lora_model_dir"):
             yield Finding(key, None, "is missing, adapter: ba_lora needs it", f"write for example {key}: 16")
-        value = data.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            yield Finding(key, repr(value), "must be a whole number of at least 1, for example 16")
+    yield from _values(data)
     yield from _targets(data)
     start = data.get("peft_init_lora_weights")
     if start not in STARTS:
         remedy = f"write {', '.join(DELTA_STARTS)} or true"
         yield Finding("peft_init_lora_weights", start, "is not a start of BA-LoRA", remedy, True)
+
+
+def _values(data: dict[str, Any]) -> Iterator[Finding]:
+    """Finds values that PEFT would compute or match names with, and cannot."""
+    for key, field in _OF_PEFT.items():
+        value = data.get(key)
+        if value is None or value == []:
+            continue
+        words, holds = OPTIONS[field]
+        if not holds(value):
+            shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "10**20 or more"
+            pattern = isinstance(value, str) and "regular expression" in words  # which then does not compile
+            why = "is no regular expression" if pattern else f"must be {words.removesuffix(' or null')}"
+            yield Finding(key, shown[:60], why, "write a list of names" if pattern else "")
 
 
 def _targets(data: dict[str, Any]) -> Iterator[Finding]:
@@ -214,9 +247,8 @@ def _targets(data: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("lora_target_modules", None, "is missing", remedy)
     modules = data.get("lora_target_modules") or []
     names = [modules] if isinstance(modules, str) else modules
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        yield Finding("lora_target_modules", repr(modules), "must be a list of names, or a regular expression")
-        return
+    if not isinstance(names, list):
+        return  # which is said already
     for name in names:
         if name in ("lm_head", "embed_tokens", "embed_out", "wte"):
             why = "cannot be adapted (the terms read the head's weight)"

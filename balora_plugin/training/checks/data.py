@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...config import RegularizerConfig
+from .tokens import check_row
 
 _IGNORED = -100
 
@@ -69,6 +70,7 @@ def check_classes(dataset: Any, config: Any) -> None:
         return
     check_rows(dataset)
     row = dataset[0]
+    check_row(row, 0)
     for name in ("labels", "label"):  # a collator renames the second
         if isinstance(row, Mapping) and row.get(name) is not None:
             _check_numbers(row[name], 0)
@@ -100,7 +102,9 @@ def check_counted(dataset: Any) -> None:
         return
     check_rows(dataset)
     for index in range(len(dataset)):
-        if _counts(dataset[index], index):
+        row = dataset[index]
+        check_row(row, index)
+        if _counts(row, index):
             return
     raise ValueError(
         f"labels: all are -100 in all {len(dataset)} rows of the training data, so no token counts: look for a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -38,8 +39,10 @@ def check_adapters(model: nn.Module) -> None:
                     )
 
 
-def check_moves(model: nn.Module, optimizer: Any) -> None:
-    """Refuses a training whose optimizer would move nothing that trains.
+def check_moves(model: nn.Module, optimizer: Any, warn: Callable[[str, str], None]) -> None:
+    """Refuses a training whose optimizer would move nothing that trains; says once what it leaves out.
+
+    `warn`: warn(key, message), which says each key once.
 
     Raises:
         ValueError: names a parameter and the usual reasons.
@@ -54,9 +57,37 @@ def check_moves(model: nn.Module, optimizer: Any) -> None:
     if groups is None or "Dummy" in type(getattr(optimizer, "optimizer", optimizer)).__name__:
         return  # one that steps inside the backward pass holds a tensor of its own
     held = {id(p) for group in groups for p in group["params"]}
-    if not held & trained.keys():
+    left = [name for key, name in trained.items() if key not in held]
+    if len(left) == len(trained):
         raise ValueError(
-            f"the optimizer holds nothing that trains, {next(iter(trained.values()))} for one: optimizers=(...) was "
+            f"the optimizer holds nothing that trains, {left[0]} for one: optimizers=(...) was "
             "made of the parameters of a model without the adapter. Leave it out (args: optim, learning_rate), make "
             "it of get_ba_lora_model(model, config), or pass optimizer_cls_and_kwargs."
         )
+    if left:
+        shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        warn(
+            "optimizer_part",
+            f"the optimizer holds {len(trained) - len(left)} of {len(trained)} trainable tensors, so that the others "
+            f"stay as they are: {shown}. Make it of all (optimizers=(...) of every parameter that requires a "
+            "gradient), or freeze what is not to train (requires_grad_(False)).",
+        )
+
+
+def check_steps(optimizer: Any, accelerator: Any) -> None:
+    """Refuses a prepared optimizer that asks another accelerator than the trainer's whether a step is due.
+
+    Accelerate's objects share one state, which a deep copy takes apart: a copied trainer's optimizer holds the right
+    tensors and never steps.
+
+    Raises:
+        ValueError: says how it comes, and what to do.
+    """
+    own = getattr(optimizer, "gradient_state", None)
+    if own is None or vars(own) is vars(accelerator.gradient_state):
+        return
+    raise ValueError(
+        "the optimizer is that of a copied trainer (copy.deepcopy of one that has trained) and would not move a "
+        "weight: make a new trainer of copy.deepcopy(trainer.model), or set trainer.optimizer = trainer.lr_scheduler "
+        "= None on the copy, which begins both anew."
+    )

@@ -73,6 +73,15 @@ def test_lower_precision_works_in_float32(given_dtype):
 
 
 @pytest.mark.parametrize("method", list(TOLERANCES))
+@pytest.mark.parametrize("shape", [(6, 5), (96, 80)])
+def test_a_weight_whose_singular_values_overflow_is_refused(shape, method):
+    weight = torch.full(shape, 3e38)
+    words = r"no finite singular vectors of the base weight, whose largest magnitude is 3e\+38: check the base model's"
+    with pytest.raises(ValueError, match=words):
+        pissa_factors(weight, 2, 1.0, method=method)
+
+
+@pytest.mark.parametrize("method", list(TOLERANCES))
 @pytest.mark.parametrize(
     ("rank", "scaling", "poison", "message"),
     [
