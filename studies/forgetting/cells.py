@@ -20,6 +20,11 @@ def alone(**weight: float) -> dict[str, float]:
     return {**NO_TERMS, **weight}
 
 
+def budget(nats: float) -> dict[str, float]:
+    """Consistency alone, its weight found by the controller."""
+    return {"lambda_diversity": 0.0, "lambda_svd": 0.0, "drift_target": nats}
+
+
 @dataclass(frozen=True)
 class Method:
     """`start` is PEFT's init_lora_weights, `terms` are RegularizerConfig's fields, `decay` is AdamW's weight decay.
@@ -56,7 +61,7 @@ METHODS: dict[str, Method] = {
     "lora-visible": Method(True, 1e-3, VISIBLE),
     "lora-decay": Method(True, 1e-3, decay=30.0),
     "lora-cr1": Method(True, 1e-3, alone(lambda_consistency=1.0)),
-    **{f"drift-{budget:g}": Method("pissa", 3e-4, alone() | {"drift_target": budget}) for budget in BUDGETS},
+    **{f"drift-{nats:g}": Method("pissa", 3e-4, budget(nats)) for nats in BUDGETS},
     "pissa-dr0.02": Method("pissa", 3e-4, alone(lambda_diversity=0.02)),
     "pissa-svd0.02": Method("pissa", 3e-4, alone(lambda_svd=0.02)),
     "pissa-decay": Method("pissa", 3e-4, decay=100.0),
