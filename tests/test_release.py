@@ -16,12 +16,13 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import balora_plugin
+
+tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "balora_plugin"

@@ -24,7 +24,7 @@ from ..pretrained.lm_head import read_head
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
 from .checks.since import AsMade
-from .checks.tokens import check_ids
+from .checks.token_ids import check_ids
 from .cost import CostMeter
 from .first_norms import FirstNorms
 from .metrics import TermMetrics

@@ -28,7 +28,7 @@ from .acting import check_bases
 from .anchors import with_anchors
 from .checkpoints import Sealing, alone_in
 from .checks.data import check_data
-from .checks.tokens import explained
+from .checks.token_ids import explained
 from .classification import restore_head, save_head
 from .compiling import compile_for_the_host, take_backend
 from .cost import CostCallback, CostMeter

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...config import RegularizerConfig
-from .tokens import check_row
+from .token_ids import check_row
 
 _IGNORED = -100
 

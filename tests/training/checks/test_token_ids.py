@@ -10,7 +10,7 @@ from models import VOCABULARY, tiny_llama
 from transformers import TrainingArguments
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer
-from balora_plugin.training.checks.tokens import check_ids, check_row
+from balora_plugin.training.checks.token_ids import check_ids, check_row
 
 pytestmark = pytest.mark.hosts
 
