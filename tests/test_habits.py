@@ -69,14 +69,3 @@ def test_every_test_file_has_a_name_of_its_own():
     """pytest imports test files by their bare names, so that of two of one name only one would be collected."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py")]
     assert sorted({name for name in names if names.count(name) > 1}) == []
-
-
-def test_the_lowest_versions_that_are_tested_are_the_lower_bounds():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    bounds = dict(line.split(">=") for line in {line for group in groups for line in group} if ">=" in line)
-    lines = (ROOT / "requirements" / "lowest.txt").read_text(encoding="utf-8").splitlines()
-    tested = dict(line.split("==") for line in lines if "==" in line)
-    assert {"torch", "transformers", "peft", "trl", "accelerate", "click"} <= tested.keys()
-    for name, version in tested.items():
-        assert f"{version}.".startswith(f"{bounds[name]}."), name

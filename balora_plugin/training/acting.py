@@ -112,6 +112,8 @@ def check_heads_again(run: RunState) -> None:
                 f"{error} When the trainer was made they were: take away what has changed since (a hook on the head, "
                 "a logit cap or scale in model.config)."
             ) from None
+        except RuntimeError as error:  # of memory, say: the first step fails of it too, and says what it was
+            logger.debug("BA-LoRA: the head was not looked at again: %s", error)
 
 
 class RecordedTerms(TrainerCallback):
