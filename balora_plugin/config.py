@@ -225,6 +225,13 @@ class RegularizerConfig:
         help="Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation). 1: on "
         "every micro-batch, exact.",
     )
+    teacher_pass: str = setting(
+        "choice",
+        "shared",
+        choices=("shared", "whole"),
+        help="`shared`: layers below the first adapted one (layers_to_transform), where teacher and student are one, "
+        "are computed once, with the same results; where that cannot be exact, and with `whole`, each computes all.",
+    )
     teacher_cache: str | os.PathLike[str] | None = setting(  # noqa: RUF009  (a field, which is no shared value)
         "path",
         None,
