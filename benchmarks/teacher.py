@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,40 +47,60 @@ class UpperHalf(Bench):
             "teacher from the adapter on": self.ba_lora(lambda_svd=0.0),
         }
 
-    def floor(self) -> float:
-        """FLOP of a step without terms; of the upper half forward, without the adapter; of the head's product."""
+    def upper(self) -> tuple[int, int]:
+        """FLOP of the upper half forward: of the student's and of the teacher's."""
         base = self.ba_lora_trainer().model.get_base_model()
+        inner = base.base_model
+        inner.layers = inner.layers[len(inner.layers) // 2 :]
         ids = torch.tensor(self.rows["input_ids"], device=self.device)
-        with torch.no_grad(), TeacherSwitch(base).off(), FlopCounterMode(display=False) as teacher:
-            base.base_model(input_ids=ids, use_cache=False)
-        head = 2 * self.options.batch * (self.options.length - 1) * base.config.hidden_size * base.config.vocab_size
-        return teacher.get_total_flops() / 2 + head
+
+        def forward() -> None:
+            with torch.no_grad():
+                inner(input_ids=ids, use_cache=False)
+
+        student = _flop(forward)
+        with TeacherSwitch(base).off():
+            return student, _flop(forward)
 
 
 def steps(options: argparse.Namespace, folder: Path) -> str:
-    """The table of steps, with checkpointing and without."""
+    """The table of steps, with checkpointing and without; the floor is what the parts need, counted one by one."""
     rows = []
     device = torch.device("cpu")
+    least = plain = 0
     for checkpointing in (False, True):
         options.checkpointing = checkpointing
         bench = UpperHalf(options, device, folder)
         made = bench.contenders()
-        found = measure(made, options.repeats, device)
+        peaks = measure(made, 0, device)
+        took = _processor_seconds(made, options.repeats)
         work = {name: _flop(run) for name, run in made.items()}
-        least = bench.floor()
-        one, plain = found["no terms"], work["no terms"]
-        for name, result in found.items():
-            label = f"{name}, checkpointing" if checkpointing else name
-            ratio = f"{result.seconds / one.seconds:.2f}"
-            rows.append((label, f"{result.seconds:.3f}", ratio, f"{work[name] / plain:.2f}", f"{result.peak_mib:.0f}"))
-        label = "floor" + (", checkpointing" if checkpointing else "")
-        rows.append((label, "", "", f"{(plain + least) / plain:.2f}", ""))
-    header = ("", "seconds a step", "to no terms", "its products, counted", "peak MiB")
+        student, teacher = bench.upper()
+        plain = plain or work["no terms"]
+        least = plain + teacher + (student if checkpointing else 0)
+        more = ", checkpointing" if checkpointing else ""
+        for name, seconds in took.items():
+            ratio = f"{seconds / took['no terms']:.2f}"
+            flop = f"{work[name] / plain:.2f}"
+            rows.append((name + more, f"{seconds:.3f}", ratio, flop, f"{peaks[name].peak_mib:.0f}"))
+        rows.append((f"floor{more}", "", "", f"{least / plain:.2f}", ""))
+    header = ("", "processor seconds a step", "to no terms", "products, to no terms without checkpointing", "peak MiB")
     return table(header, rows)
 
 
+def _processor_seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Medians of the process's own time, in turn: other processes take the cores away, and are not counted."""
+    took: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            began = time.process_time()
+            function()
+            took[name].append(time.process_time() - began)
+    return {name: median(each) for name, each in took.items()}
+
+
 def _flop(run: Callable[[], None]) -> int:
-    """FLOP of one step, those inside the terms' own operators left out, as the floor's head is added by hand."""
+    """FLOP of what runs, the head's products left out, which are inside the terms' own operators."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
@@ -98,29 +119,27 @@ def dequantising(options: argparse.Namespace) -> str:
         shape, kind = state.shape, state.quant_type
         return torch.ops.bitsandbytes.gemm_4bit.default(x, packed, shape, state.absmax, state.blocksize, kind)
 
+    def apart(x: Tensor) -> None:
+        product(x)
+        product(x)
+
     for count in (64, 256, 1024):
         x = torch.randn(count, 2048)
         both = torch.cat([x, x])
         functions: dict[str, Callable[[], Any]] = {
             "one": lambda: bnb.dequantize_4bit(packed, state),
-            "apart": lambda x=x: (product(x), product(x)),
-            "together": lambda both=both: product(both),
+            "apart": partial(apart, x),
+            "together": partial(product, both),
         }
-        took: dict[str, list[float]] = {name: [] for name in functions}
-        for _ in range(options.repeats):
-            for name, function in functions.items():
-                began = time.process_time()
-                function()
-                took[name].append(time.process_time() - began)
-        one, apart, together = (1e3 * median(took[name]) for name in ("one", "apart", "together"))
-        rows.append((str(count), f"{one:.1f}", f"{apart:.1f}", f"{together:.1f}", f"{together / apart:.2f}"))
+        one, two, together = (1e3 * each for each in _processor_seconds(functions, options.repeats).values())
+        rows.append((str(count), f"{one:.1f}", f"{two:.1f}", f"{together:.1f}", f"{together / two:.2f}"))
     return table(("rows", "dequantising, ms", "two products, ms", "one of both, ms", "to two"), rows)
 
 
 def gathers() -> str:
     """MiB that two ranks under FSDP2 gather in a micro-batch, counted, layers as units; the last row is a prototype."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_gathering, (folder,), nprocs=2)  # type: ignore[attr-defined]
+        torch.multiprocessing.spawn(_gathering, (folder,), nprocs=2)
         found = torch.load(Path(folder, "found.pt"))
     rows = [(name, f"{size / 2**20:.2f}") for name, size in found.items()]
     return table(("upper half adapted, then all layers", "MiB gathered"), rows)
@@ -139,7 +158,7 @@ def _gathering(rank: int, folder: str) -> None:
         gathered[0] += output.numel() * output.element_size()
         return original(output, *args, **kwargs)
 
-    dist.all_gather_into_tensor = counted
+    dist.all_gather_into_tensor = counted  # type: ignore[assignment]
     mesh = init_device_mesh("cpu", (2,))
     found = {}
     ids = torch.randint(2, 128, (2, 32))
@@ -164,9 +183,9 @@ def _gathering(rank: int, folder: str) -> None:
 
 def _adapted(upper: bool) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    shape: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).train()
-    which = {"target_modules": NAMES, "layers_to_transform": [2, 3] if upper else [0, 1, 2, 3]}
+    which: dict[str, Any] = {"target_modules": NAMES, "layers_to_transform": [2, 3] if upper else [0, 1, 2, 3]}
     base = get_ba_lora_model(model, BaLoraConfig(r=4, lora_alpha=4, task_type="CAUSAL_LM", **which)).get_base_model()
     return base, base.model.layers
 
