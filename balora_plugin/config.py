@@ -223,7 +223,7 @@ class RegularizerConfig:
         1,
         minimum=1,
         help="Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation). 1: on "
-        "every micro-batch, exact.",
+        "every micro-batch, exact. Best with a multiple of n micro-batches accumulated.",
     )
     teacher_pass: str = setting(
         "choice",

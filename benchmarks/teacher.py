@@ -152,13 +152,14 @@ def _gathering(rank: int, folder: str) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    gathered, original = [0], dist.all_gather_into_tensor
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch's own rename
+    gathered, original = [0], getattr(dist, name)
 
     def counted(output: Tensor, *args: Any, **kwargs: Any) -> Any:
         gathered[0] += output.numel() * output.element_size()
         return original(output, *args, **kwargs)
 
-    dist.all_gather_into_tensor = counted  # type: ignore[assignment]
+    setattr(dist, name, counted)
     mesh = init_device_mesh("cpu", (2,))
     found = {}
     ids = torch.randint(2, 128, (2, 32))
