@@ -105,8 +105,7 @@ class RegularizerConfig:
         minimum=0.0,
         maximum=LARGEST_WEIGHT,
         presets={"paper": (3e-4, 4e-4), "iclr2026": (0.005, 0.03)},
-        help="Weight of the diversity term: minus the entropy of the predictions; for classifiers the off-diagonal "
-        "covariance.",
+        help="Weight of the diversity term: minus the predictions' entropy; for classifiers off-diagonal covariance.",
     )
     lambda_svd: float | None = setting(
         "number",
@@ -154,8 +153,7 @@ class RegularizerConfig:
         None,
         choices=("nuclear", "frobenius", "none"),
         presets={"paper": ("nuclear", "none"), "iclr2026": ("frobenius", "nuclear")},
-        help="What the sum of the leading singular values is divided by: `nuclear` (the sum of all), `frobenius` or "
-        "`none`.",
+        help="What the sum of the leading singular values is divided by: `nuclear` (of all), `frobenius` or `none`.",
     )
     svd_input: str | None = setting(
         "choice",
@@ -222,8 +220,13 @@ class RegularizerConfig:
         "integer",
         1,
         minimum=1,
-        help="Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation). 1: on "
-        "every micro-batch, exact.",
+        help="Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation). 1: on all.",
+    )
+    teacher_pass: str = setting(
+        "choice",
+        "shared",
+        choices=("shared", "whole"),
+        help="`shared`: layers below the first adapted one are computed once, where that is exact; `whole`: twice.",
     )
     teacher_cache: str | os.PathLike[str] | None = setting(  # noqa: RUF009  (a field, which is no shared value)
         "path",

@@ -87,6 +87,8 @@ class Bench:
         )
         trainer.create_optimizer_and_scheduler(10)
         trainer.current_gradient_accumulation_steps = 1
+        if self.options.checkpointing:  # train() would, which is not called here
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()
         return trainer
 

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = "LlamaDecoderLayer"
 
 
-def work(directory, kind, units=LAYERS, modules_to_save=""):
+def work(directory, kind, units=LAYERS, modules_to_save="", layers=""):
     """The worker's exit code and what it said."""
     directory.mkdir()
     ranks = 1 if kind == "alone" else 2
-    done = run_worker("fsdp.py", str(directory), kind, units, modules_to_save, ranks=ranks)
+    done = run_worker("fsdp.py", str(directory), kind, units, modules_to_save, layers, ranks=ranks)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -35,29 +35,32 @@ def alone(tmp_path_factory):
     """One process, by what is trained beside the adapter."""
     results = {}
 
-    def result(modules_to_save):
-        if modules_to_save not in results:
-            directory = tmp_path_factory.mktemp("alone") / "run"
-            results[modules_to_save] = step(directory, "alone", LAYERS, modules_to_save)
-        return results[modules_to_save]
+    def result(*what):
+        if what not in results:
+            results[what] = step(tmp_path_factory.mktemp("alone") / "run", "alone", LAYERS, *what)
+        return results[what]
 
     return result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "units", "modules_to_save"),
+    ("kind", "units", "modules_to_save", "layers"),
     [
-        ("fsdp1", LAYERS, ""),
-        ("fsdp2", LAYERS, ""),
-        ("fsdp2", LAYERS, "lm_head"),
-        ("fsdp2", f"{LAYERS},OwnUnit", ""),  # the head a unit of its own: gathered for the terms
-        ("fsdp2", f"{LAYERS},OwnUnit", "lm_head"),
+        ("fsdp1", LAYERS, "", ""),
+        ("fsdp2", LAYERS, "", ""),
+        ("fsdp2", LAYERS, "lm_head", ""),
+        ("fsdp2", f"{LAYERS},OwnUnit", "", ""),  # the head a unit of its own: gathered for the terms
+        ("fsdp2", f"{LAYERS},OwnUnit", "lm_head", ""),
+        ("fsdp2", LAYERS, "", "2,3"),  # the two below are computed once for teacher and student
+        pytest.param("fsdp1", LAYERS, "", "2,3", marks=pytest.mark.long),
     ],
 )
-def test_sharding_changes_nothing(kind, units, modules_to_save, alone, tmp_path):
-    one, one_adapter, _ = alone(modules_to_save)
-    two, two_adapter, said = step(tmp_path / "two", kind, units, modules_to_save)
+def test_sharding_changes_nothing(kind, units, modules_to_save, layers, alone, tmp_path):
+    one, one_adapter, _ = alone(modules_to_save, layers)
+    two, two_adapter, said = step(tmp_path / "two", kind, units, modules_to_save, layers)
+    if layers:
+        assert (one["shared"], two["shared"]) == ((2, 3, ""), (2, 1, ""))  # all micro-batches but the first
     assert two["wrapped"].startswith("FullySharded" if kind == "fsdp1" else "FSDP")
     assert "returned a view tensor" not in said
     assert one["gradients"].keys() == two["gradients"].keys()
@@ -72,7 +75,7 @@ def test_sharding_changes_nothing(kind, units, modules_to_save, alone, tmp_path)
     assert one_adapter.keys() == two_adapter.keys()
     for key, value in one_adapter.items():
         torch.testing.assert_close(two_adapter[key], value, rtol=0, atol=1e-5)
-    stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / "two")
+    stock = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=4 if layers else 2), tmp_path / "two")
     assert stock.peft_config["default"].r == 8
 
 

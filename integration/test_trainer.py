@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 
 import pytest
@@ -121,6 +122,35 @@ def test_trains_saves_and_leaves_the_base_alone(model, checkpointing, tmp_path, 
     trainer.save_model(str(tmp_path / "adapter"))
     stock = PeftModel.from_pretrained(model(), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(stock, ids), logits(trainer.model.eval(), ids), rtol=0, atol=1e-5)
+
+
+SETTINGS = {
+    "plain": ({}, ""),
+    "reentrant": ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, ""),
+    "cache": ({}, "the teacher's outputs come from teacher_cache"),
+    "second": ({}, "the teacher is a model of its own"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_layers_below_the_adapter_are_shared_and_give_the_same_run(case, tmp_path, tokenizer):
+    settings, why = SETTINGS[case]
+    more = {"teacher_cache": str(tmp_path / "cache")} if case == "cache" else {}
+    runs = []
+    for teacher_pass in ("whole", "shared"):
+        terms = dataclasses.replace(TERMS, teacher_pass=teacher_pass, **more)
+        config = adapter(target_modules=["q_proj", "up_proj"], layers_to_transform=[1], regularizers=terms)
+        extra = {"teacher_model": tiny_llama()} if case == "second" else {}
+        trainer = build(tmp_path, tokenizer, peft_config=config, **settings, **extra)
+        trainer.train()
+        trainer.evaluate()
+        runs.append(trainer)
+    whole, shared = runs
+    for key in ("loss", "grad_norm", "balora/consistency", "balora/svd", "eval_balora/consistency"):
+        assert history(shared, key) == history(whole, key)
+    report = json.loads((tmp_path / "out" / "ba_lora_cost.json").read_text())["shared_layers"]
+    assert report == {"layers": 0 if why else 1, "of": 2, "passes": 0 if why else 3, "why": why}
+    assert whole.ba_lora_run.shared.why == "teacher_pass='whole'"
 
 
 def test_checkpointing_and_accumulation_give_the_same_run(tmp_path, tokenizer):

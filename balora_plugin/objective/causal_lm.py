@@ -58,6 +58,8 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     if marked is None:
         raise ValueError("the batch holds no labels: BA-LoRA needs them to know the counted tokens.")
     router = bool(inputs.pop("output_router_logits", None)) or _wants_router_logits(model)
+    if router and request.shared is not None:
+        request.shared.stop("a router's balance is taken over every layer")
     given, inputs = inputs, backbone_inputs(inputs)
 
     compiled = request.compiled
@@ -73,6 +75,7 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     if lambdas.consistency:
         with request.part("teacher"):
             teacher = _teacher_pass(model, request, inputs, needed, head)
+    shared = request.shares(model)
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=main_input(inputs).device))
     extra = {"output_router_logits": True} if router else {}
@@ -82,7 +85,8 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     if whole and compiled is not None and compiled.student is not None:
         hidden, sums, ratio, routed = compiled.student(model, {**seen, **extra}, targets, asked, spectrum)
     else:
-        with nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model):
+        by_layer = nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model)
+        with by_layer, nullcontext() if shared is None else shared.student():
             outputs = run_backbone(model, {**seen, **extra})
         hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
         own = own_positions(hidden, targets)
@@ -163,8 +167,9 @@ def _teacher_pass(
         if request.teacher is not None:
             with torch.no_grad():
                 return forward(request.teacher, inputs)
+        shared = request.shares(model)
         with (request.switch or TeacherSwitch(model)).off():
-            return forward(model, inputs)
+            return forward(model, inputs) if shared is None else shared.teacher(partial(forward, model, inputs))
 
     head = partial(_teacher_head, model, request, student_head)
     if request.cache is None or needed is None:

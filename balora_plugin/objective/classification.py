@@ -70,7 +70,9 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
         with request.part("teacher"):
             teacher = _teacher_logits(model, request, inputs).reshape(n, -1)
     layers_off = (request.switch or TeacherSwitch(model)).layers_off if request.head_only else nullcontext
-    with _final_hidden(model, frozen=request.head_only) as captured, layers_off():
+    shared = request.shares(model)
+    once = nullcontext() if shared is None else shared.student()
+    with _final_hidden(model, frozen=request.head_only) as captured, layers_off(), once:
         outputs = model.forward(**inputs, labels=labels if single else labels.float(), return_dict=True)
     logits = outputs.logits.reshape(n, -1)  # (N, D); DeBERTa's come out flat for regression
     found = _Found(count=counted.sum())
@@ -249,8 +251,13 @@ def _teacher_logits(model: PreTrainedModel, request: StepRequest, inputs: dict[s
     if request.teacher is not None:
         with torch.no_grad():
             return request.teacher(**inputs, return_dict=True).logits
-    with (request.switch or TeacherSwitch(model)).off():
+    shared = request.shares(model)
+
+    def run() -> Tensor:
         return model.forward(**inputs, return_dict=True).logits
+
+    with (request.switch or TeacherSwitch(model)).off():
+        return run() if shared is None else shared.teacher(run)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -16,6 +17,7 @@ from ..fused import TopLogProbs
 from ..fused.factor import FactorCache
 from ..fused.head import Head
 from ..fused.loss import PLAIN_TASK, TaskForm
+from ..pretrained.shared_layers import SharedLayers
 from ..pretrained.switch import TeacherSwitch
 from ..schedules import Lambdas
 from ..teacher.cache import TeacherCache
@@ -90,7 +92,8 @@ class StepRequest:
     part of the run's cost. `task_weights`: of each sample's task loss, (B,), or of each label's, (B, L); on the batch's
     device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask. `monitor`:
     every term is measured, at weight 0 too. `measures`: beside the terms, where the teacher runs. `anchors`: rows
-    beside the batch's for the consistency term alone; None where a run has none.
+    beside the batch's for the consistency term alone; None where a run has none. `shared`: the layers that teacher and
+    student need not both compute; None where they do.
     """
 
     config: RegularizerConfig
@@ -115,11 +118,19 @@ class StepRequest:
     measures: Measures = Measures()  # noqa: RUF009  (a tuple)
     anchors: AnchorRows | None = None
     monitor: bool = False
+    shared: SharedLayers | None = None
 
     @property
     def measured(self) -> Lambdas:
         """Returns the weights, 1 in place of 0 where all terms are measured: a term is computed where it has one."""
         return Lambdas(*(weight or 1.0 for weight in self.lambdas)) if self.monitor else self.lambdas
+
+    def shares(self, model: PreTrainedModel) -> SharedLayers | None:
+        """Returns the layers that this pass of `model` computes once; None where it does not."""
+        if self.shared is None or self.head_only or not self.measured.consistency:
+            return None
+        training = model.training and torch.is_grad_enabled()
+        return self.shared if self.shared.serves(model, training=training) else None
 
 
 class CompiledPasses(NamedTuple):

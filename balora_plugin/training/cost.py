@@ -230,6 +230,8 @@ def format_report(report: dict[str, Any]) -> str:
     if speed := report.get("per_second"):
         what = "samples" if report.get("task") == "nlu" else "counted tokens"
         lines.append(f"  {speed:,.0f} {what} a second")
+    if shared := report.get("shared_layers"):
+        lines.append(f"  {_shared_in_words(shared)}")
     if held := report.get("held_bytes"):
         parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in held.items())
         lines.append(f"  held all along, GiB: {parts}")
@@ -238,6 +240,14 @@ def format_report(report: dict[str, Any]) -> str:
     elif report.get("compiled"):
         lines.append("  (compiled by layer)")
     return "\n".join(lines)
+
+
+def _shared_in_words(shared: dict[str, Any]) -> str:
+    if not shared["layers"]:
+        return f"teacher and student share no layer: {shared['why'] or 'no pass has shown yet that they may'}"
+    return (
+        f"{shared['layers']} of {shared['of']} layers computed once for teacher and student, {shared['passes']} times"
+    )
 
 
 def write_report(report: dict[str, Any], directory: str) -> str:

@@ -17,7 +17,7 @@ from .host import HostTrainer
 from .run_state import RunState
 
 # what changes nothing of what is trained: where outputs are kept, how often shares are measured
-_NEUTRAL = ("task", "share_interval", "teacher_cache")
+_NEUTRAL = ("task", "share_interval", "teacher_cache", "teacher_pass")
 
 
 class ResumingHost(HostTrainer, Protocol):

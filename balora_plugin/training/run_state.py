@@ -21,6 +21,7 @@ from ..fused.project import project
 from ..objective.batches import main_input, without_crossings
 from ..objective.request import AnchorRows, CompiledPasses
 from ..pretrained.lm_head import read_head
+from ..pretrained.shared_layers import SharedLayers
 from ..pretrained.switch import TeacherSwitch
 from ..teacher.cache import TeacherCache
 from .checks.since import AsMade
@@ -80,6 +81,7 @@ class RunState:
         task_form: The form of the task term that the host's arguments ask for.
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
+        shared: The layers that teacher and student compute once; None where no teacher runs.
         cache: The teacher's outputs on disk.
         anchors: Text without labels for the consistency term; None where there is none.
         packing: Asks once whether packed documents see each other; None for classifiers.
@@ -111,6 +113,7 @@ class RunState:
     task_form: TaskForm = PLAIN_TASK
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
+    shared: SharedLayers | None = None
     cache: TeacherCache | None = None
     anchors: Anchors | None = None
     packing: PackingProbe | None = None

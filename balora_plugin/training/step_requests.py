@@ -72,6 +72,7 @@ class StepRequests:
             monitor=monitor and not warming,
             measures=run.own.measures._replace(drift=True, student_entropy=True) if monitor else run.own.measures,
             anchors=anchors,
+            shared=run.shared,
         )
 
     def may_judge(self) -> bool:

@@ -93,8 +93,19 @@ def gather(model: torch.nn.Module, unwrap: bool = True) -> dict[str, torch.Tenso
         return {key.replace(PREFIX, ""): value.detach().clone() for key, value in model.named_parameters()}
 
 
-def main(directory: str, kind: str, units: str, modules_to_save: str = "") -> None:
-    """Eight samples a step, in two micro-batches or on two ranks; stores gradients, logs, factorisations (rank 0)."""
+def adapted_layers(layers: str) -> dict[str, Any]:
+    """What names them to PEFT."""
+    if not layers:
+        return {"target_modules": "all-linear"}
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return {"target_modules": names, "layers_to_transform": [int(layer) for layer in layers.split(",")]}
+
+
+def main(directory: str, kind: str, units: str, modules_to_save: str = "", layers: str = "") -> None:
+    """Eight samples a step, in two micro-batches or on two ranks; stores gradients, logs, factorisations (rank 0).
+
+    `layers`: those that are adapted, of four; the two below them all teacher and student share. Left out: both of two.
+    """
     torch.set_num_threads(1)
     made, keep = count_factors(), Keep()
     terms = RegularizerConfig(
@@ -103,9 +114,9 @@ def main(directory: str, kind: str, units: str, modules_to_save: str = "") -> No
     config = BaLoraConfig(
         r=4,
         lora_alpha=4,
-        target_modules="all-linear",
         regularizers=terms,
         modules_to_save=modules_to_save.split(",") if modules_to_save else None,
+        **adapted_layers(layers),
     )
     args = TrainingArguments(
         output_dir=directory,
@@ -125,7 +136,7 @@ def main(directory: str, kind: str, units: str, modules_to_save: str = "") -> No
     )
     if kind != "alone":
         pass_as_gpus(args)
-    model = tiny_llama()
+    model = tiny_llama(num_hidden_layers=4 if layers else 2)
     model.lm_head.__class__ = OwnUnit
     trainer = BaLoraTrainer(
         model=model,
@@ -143,7 +154,9 @@ def main(directory: str, kind: str, units: str, modules_to_save: str = "") -> No
     if trainer.accelerator.is_main_process:
         logs = rows_of(trainer.state.log_history)
         wrapped = type(trainer.model_wrapped).__name__
+        shared = trainer.ba_lora_run.shared  # type: ignore[union-attr]
         result = {"gradients": keep.gradients, "logs": logs, "factors": heads, "wrapped": wrapped}
+        result |= {"shared": (shared.first, shared.passes, shared.why)}  # type: ignore[union-attr]
         torch.save(result, Path(directory, "result.pt"))
 
 

@@ -196,6 +196,26 @@ def test_a_classifiers_terms_are_of_samples():
     assert "token terms" in format_report({**report, "task": "nlg"})
 
 
+@pytest.mark.parametrize(
+    ("shared", "said"),
+    [
+        (
+            {"layers": 3, "of": 12, "passes": 99, "why": ""},
+            "3 of 12 layers computed once for teacher and student, 99 times",
+        ),
+        (
+            {"layers": 0, "of": 12, "passes": 0, "why": "the first layer is adapted"},
+            "no layer: the first layer is adapted",
+        ),
+        ({"layers": 0, "of": 12, "passes": 0, "why": ""}, "no layer: no pass has shown yet that they may"),
+    ],
+)
+def test_what_teacher_and_student_share_is_said(shared, said):
+    report = CostMeter(torch.device("cpu")).report(shared_layers=shared)
+    assert said in format_report(report)
+    assert "share" not in format_report({**report, "shared_layers": None})
+
+
 def test_a_part_that_never_ran_has_no_line(clock):
     meter = CostMeter(torch.device("cpu"))
     for _ in range(2):

@@ -1,0 +1,254 @@
+"""The layers below the first adapted one: teacher and student are one there, so they are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..distributed import any_process
+from .backbone import language_model_of
+
+
+class SharedLayers:
+    """Lets the student begin where the adapter begins, with what the teacher's pass found there.
+
+    The first training pass proves it: the teacher's states without the layers below are bit for bit those with them,
+    and the student's whole pass brings the first adapted layer what the teacher's brought. What differs (a model's own
+    dropout, NEFTune's noise, a layer with a state of its own) ends the sharing, and `why` says it.
+
+    Args:
+        model: The model inside any adapter, adapted; read once, before an engine wraps its layers.
+        why: A reason not to share that is known already.
+
+    Attributes:
+        first: The first adapted layer; those before it are shared.
+        total: All layers.
+        why: Why nothing is shared, in words; "" where it is, or may be.
+        proven: Whether the first pass has shown it.
+        passes: How many student's passes left the shared layers out.
+    """
+
+    def __init__(self, model: PreTrainedModel, why: str = "") -> None:
+        self.model = model
+        self.proven = False
+        self.passes = 0
+        self._layers = _layers_of(model)
+        self.first, self.total = 0, len(self._layers or ())
+        self.why = why or self._find()
+        self._kept: _Kept | None = None
+        self._repeats = False  # the teacher's states without the layers below were the same
+
+    def serves(self, model: nn.Module, *, training: bool) -> bool:
+        """Returns whether a pass of `model` may use this; evaluation proves nothing, so it comes after training."""
+        return model is self.model and not self.why and (training or self.proven)
+
+    def stop(self, why: str) -> None:
+        """Ends the sharing; every process of a job has to say it at the same pass."""
+        self.why, self.proven = self.why or why, False
+
+    def teacher(self, run: Callable[[], Tensor]) -> Tensor:
+        """Returns the teacher's states, `run()`, and keeps what enters the first adapted layer."""
+        kept = self._kept = _Kept()
+        handle = self._last().register_forward_hook(kept.take, with_kwargs=True)
+        try:
+            states = run()
+        finally:
+            handle.remove()
+        if not self.proven:
+            self._repeats = self._is_repeated(run, states)
+        return states
+
+    @contextmanager
+    def student(self) -> Iterator[None]:
+        """Inside: the student's pass goes without the shared layers; the first time whole, and compared."""
+        if self._kept is None or not self._kept.whole:
+            self.why = self.why or "the layers give back more than their states"
+        try:
+            if self.why:
+                yield
+            elif self.proven:
+                with self._left_out():
+                    yield
+                self.passes += 1
+            else:
+                seen = _Seen(self._kept)
+                handle = self._last().register_forward_hook(seen.compare)
+                try:
+                    yield
+                finally:
+                    handle.remove()
+                self._decide(seen)
+        finally:
+            self._kept = None
+
+    def _decide(self, seen: _Seen) -> None:
+        if not self._repeats:
+            self.why = "the model's states are others without the layers below"
+        elif not seen.same:
+            self.why = "teacher and student differ below the adapter: dropout or noise of the model's own"
+        if any_process(bool(self.why), seen.device):  # else the processes of a split model would gather other layers
+            self.why = self.why or "another process found a difference"
+        self.proven = not self.why
+
+    def _is_repeated(self, run: Callable[[], Tensor], states: Tensor) -> bool:
+        if self._kept is None or not self._kept.whole:
+            return False
+        try:
+            with self._left_out():
+                return torch.equal(run(), states)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
+            return False  # the model asks something of a layer that is not there
+
+    @contextmanager
+    def _left_out(self) -> Iterator[None]:
+        """Inside: what was kept stands in the place of the shared layers."""
+        assert self._layers is not None and self._kept is not None
+        before = [self._layers[index] for index in range(self.first)]
+        try:
+            for index, layer in enumerate(before):
+                self._layers[index] = _LeftOut(layer, self._kept, last=index == self.first - 1)
+            yield
+        finally:
+            for index, layer in enumerate(before):
+                self._layers[index] = layer
+
+    def _last(self) -> nn.Module:
+        assert self._layers is not None
+        return self._layers[self.first - 1]  # asked anew: FSDP1 puts a wrapper in a layer's place
+
+    def _find(self) -> str:
+        """Finds the first adapted layer; returns why nothing is shared, or ""."""
+        if self._layers is None:
+            return "the model's layers were not found"
+        adapted = [index for index, layer in enumerate(self._layers) if any(map(_differs, layer.modules()))]
+        if not adapted:
+            return "no layer is adapted"
+        self.first = adapted[0]
+        if not self.first:
+            return "the first layer is adapted"
+        beside = _beside(self.model, self._layers)
+        return f"{beside} is adapted or trained, beside the layers" if beside else ""
+
+
+class _Kept:
+    """What the last shared layer gave in the teacher's pass.
+
+    `side`: the mappings that layers fill for later ones (keys and values that Gemma's upper layers share), by keyword.
+    """
+
+    def __init__(self) -> None:
+        self.output: Any = None
+        self.side: dict[str, dict[Any, Any]] = {}
+
+    def take(self, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.output = output
+        self.side = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one tensor of states, alone or with nothing beside it."""
+        return isinstance(_states(self.output), Tensor) and not _beside_states(self.output)
+
+
+class _Seen:
+    """Compares what the last shared layer gives in the student's pass with what was kept."""
+
+    def __init__(self, kept: _Kept | None) -> None:
+        self._kept = kept
+        self.same = False
+        self.device = torch.device("cpu")
+
+    def compare(self, layer: nn.Module, args: Any, output: Any) -> None:
+        states, kept = _states(output), _states(None if self._kept is None else self._kept.output)
+        if isinstance(states, Tensor) and isinstance(kept, Tensor) and states.shape == kept.shape:
+            self.device = states.device
+            self.same = torch.equal(states.detach(), kept)
+
+
+class _LeftOut(nn.Module):
+    """Stands in a shared layer's place: nothing is gathered, nothing computed; the last one gives what was kept."""
+
+    def __init__(self, layer: nn.Module, kept: _Kept, *, last: bool) -> None:
+        super().__init__()
+        self.__dict__["stands_for"] = layer  # no child: it is not to be found by a walk over modules
+        self.__dict__["kept"] = kept
+        self.last = last
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stands_for"], name)  # what a model asks of its layers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kept: _Kept = self.__dict__["kept"]
+        given = args[0] if args else kwargs["hidden_states"]
+        if not self.last:
+            return _with_states(kept.output, given)
+        for name, entries in kept.side.items():
+            kwargs[name].update(entries)
+        states = _states(kept.output)
+        if torch.is_grad_enabled() and given.requires_grad:  # embeddings that require it, for reentrant checkpointing
+            states = states.detach().requires_grad_()
+        return _with_states(kept.output, states)
+
+
+def _states(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _beside_states(output: Any) -> bool:
+    return isinstance(output, (tuple, list)) and any(each is not None for each in output[1:])
+
+
+def _with_states(output: Any, states: Tensor) -> Any:
+    return type(output)([states, *output[1:]]) if isinstance(output, (tuple, list)) else states
+
+
+def _differs(module: nn.Module) -> bool:
+    """Whether a module may be another one for the student than for the teacher, what is in it left out."""
+    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        return True
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def _layers_of(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The decoder layers of a language model, its one list of transformers' repeated layers; None: not found."""
+    found = [
+        module
+        for module in language_model_of(model).modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_repeats(layer) for layer in module)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _repeats(layer: nn.Module) -> bool:
+    return isinstance(layer, GradientCheckpointingLayer)
+
+
+def _beside(model: PreTrainedModel, layers: nn.ModuleList) -> str:
+    """The name of a module outside layers and head that differs between teacher and student; "" where none does."""
+    after = {id(module) for head in _heads(model) for module in head.modules()}
+    inside = {id(module) for module in layers.modules()}
+    for name, module in model.named_modules():
+        if id(module) not in after and id(module) not in inside and _differs(module):
+            return name
+    return ""
+
+
+def _heads(model: PreTrainedModel) -> list[nn.Module]:
+    """What reads the final hidden states: the LM head, or what a classifier has beside its backbone."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        return [head]
+    return [] if model.base_model is model else [child for child in model.children() if child is not model.base_model]
