@@ -46,8 +46,8 @@ def some_keys(directory: Path, count: int) -> list[bytes]:
     draw = np.random.default_rng(1)
     paths = sorted(directory.glob("*.index.npy"))
     found = []
-    for path in draw.choice(paths, count):
-        keys = np.load(path, mmap_mode="r")["key"]
+    for chosen in draw.integers(len(paths), size=count):
+        keys = np.load(paths[chosen], mmap_mode="r")["key"]
         found.append(keys[draw.integers(len(keys))].tobytes())
     return found
 

@@ -236,7 +236,7 @@ class CacheFiles:
         self._index.verify(found.number)
         return rows
 
-    def _entry(self, key: bytes, found: Entry) -> np.ndarray | None:
+    def _entry(self, key: bytes, found: Entry) -> Any:
         """Reads an entry of an index; None if it is not what it was when the directory was read."""
         kind = INDEXES[self.version]
         with open(self.directory / f"{found.shard}.index.npy", "rb") as file:
@@ -247,9 +247,9 @@ class CacheFiles:
             data = file.read(kind.itemsize)
         if len(data) != kind.itemsize:
             return None
-        entry = np.frombuffer(data, kind)
-        checked = CHECK not in _names(kind) or entry[CHECK][0] == _checks(entry)[0]
-        return entry[0] if checked and entry["key"][0].tobytes() == key and entry["rows"][0] > 0 else None
+        (entry,) = np.frombuffer(data, kind)
+        checked = CHECK not in _names(kind) or entry[CHECK] == zlib.crc32(data[: INDEXES[1].itemsize])
+        return entry if checked and entry["key"].tobytes() == key and entry["rows"] > 0 else None
 
     def _width(self) -> int:
         """Returns how many bytes a row takes."""
