@@ -181,7 +181,7 @@ def report() -> None:
         "teacher, counted",
         "teacher, measured",
         "MiB, counted",
-        "MiB, measured",
+        "MiB, allocated",
     )
     print(table(header, list(rows_of_sizes(known))), flush=True)
     header = ("", "values", "FLOP", "seconds", "MiB, counted", "MiB, allocated")

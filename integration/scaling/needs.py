@@ -15,7 +15,7 @@ from ..configs.counted import Size, at_layers, layers_of
 LOGIT_BYTES = 26 * 4 + 24
 # the start's iteration at rank 128, measured (docs/benchmarks.md): columns from both sides, 2 FLOP an entry and column
 START_COLUMNS = (1248, 3360)
-CORE = 22e9  # FLOP/s of one CPU core there, all of the start's work counted as its products
+CORE = (31e9, 20e9)  # FLOP/s of one CPU core there with either, all of the start's time counted as its products
 DOCUMENT_BYTES = 21  # of the index of a teacher cache in memory
 TOP_K_BYTES = 6 * 128 + 4
 USED = 0.4  # of a device's peak, as docs/paper.md takes it

@@ -84,15 +84,15 @@ def shares_table(found: Counted) -> str:
 def kept_table(found: Counted) -> str:
     header = (
         "",
-        "start, PFLOP",
+        "start, TFLOP",
         "start on one CPU core, minutes",
         "cache of hidden states",
         "of 128 log-probabilities",
     )
     rows = []
     for setup, need in found.items():
-        low, high = (f"{flop / 1e15:.1f}" for flop in need.start)
-        minutes = [f"{flop / CORE / 60:.0f}" for flop in need.start]
+        low, high = (f"{flop / 1e12:.0f}" for flop in need.start)
+        minutes = [f"{flop / rate / 60:.0f}" for flop, rate in zip(need.start, CORE, strict=True)]
         kept = [f"{bytes_ / 1e9 * 1e6:.1f} GB" for bytes_ in (need.hidden, TOP_K_BYTES)]
         rows.append((setup.title, f"{low} to {high}", f"{minutes[0]} to {minutes[1]}", *kept))
     return table(header, rows)
