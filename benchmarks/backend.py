@@ -23,7 +23,7 @@ from balora_plugin import BaLoraConfig, get_ba_lora_model
 from balora_plugin.objective.causal_lm_terms import backbone_pass, student_pass
 from balora_plugin.objective.request import CompiledPasses
 
-from .measuring import machine, measure, quiet, synchronize, table
+from .measuring import Measured, in_words, machine, measure, quiet, synchronize, table
 from .step import Bench
 
 CPU_SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8}
@@ -109,11 +109,17 @@ def count(step: Callable[[], object], device: torch.device) -> Counts:
     )
 
 
-def compare(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> str:
-    """A row a way of compiling: time, its ratio to inductor, products counted, what the first call took longer.
+class Compared(NamedTuple):
+    """One way of compiling: what was measured, what a step has, and what the first call took longer."""
 
-    Nothing that was compiled before is found on disk.
-    """
+    name: str
+    measured: Measured
+    counts: Counts
+    compiling: float
+
+
+def compared(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> list[Compared]:
+    """All ways in one run. Nothing that was compiled before is found on disk."""
     first, failed = {}, {}
     for name, step in steps.items():
         began = time.perf_counter()
@@ -121,26 +127,37 @@ def compare(steps: dict[str, Callable[[], None]], repeats: int, device: torch.de
             with fresh_cache():
                 step()
         except Exception as error:  # a baseline that does not run here is a line of the table
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+            failed[name] = Measured(note=in_words(error))
             continue
         synchronize(device)
         first[name] = time.perf_counter() - began
     found = measure({name: step for name, step in steps.items() if name not in failed}, repeats, device)
-    counts = {name: count(steps[name], device) for name in found}
+    made = []
+    for name in steps:
+        measured = failed.get(name) or found[name]
+        counts = Counts(0, 0, ()) if measured.note else count(steps[name], device)
+        made.append(Compared(name, measured, counts, first.get(name, float("nan")) - measured.seconds))
+    return made
+
+
+def compare(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> str:
+    """A row a way of compiling: time, its ratio to inductor, products counted, what the first call took longer."""
+    found = compared(steps, repeats, device)
+    inductor = next(way.measured.seconds for way in found if way.name == "inductor")
     rows = [
-        (name, failed[name], "", "", "")
-        if name in failed
+        (way.name, way.measured.note, "", "", "")
+        if way.measured.note
         else (
-            name,
-            f"{found[name].seconds * 1000:.1f}",
-            f"{found[name].seconds / found['inductor'].seconds:.2f}",
-            counts[name].in_words(),
-            "" if name == "eager" else f"{first[name] - found[name].seconds:.0f}",
+            way.name,
+            f"{way.measured.seconds * 1000:.1f}",
+            f"{way.measured.seconds / inductor:.2f}",
+            way.counts.in_words(),
+            "" if way.name == "eager" else f"{way.compiling:.0f}",
         )
-        for name in steps
+        for way in found
     ]
     products = "matrix products / kernels" if device.type == "cuda" else "matrix products"
-    kernels = sorted({name for found in counts.values() for name in found.attention})
+    kernels = sorted({name for way in found for name in way.counts.attention})
     attention = f"\n\nAttention by {', '.join(f'`{name}`' for name in kernels)}." if kernels else ""
     return table(("", "ms a step", "to inductor", products, "seconds to compile"), rows) + attention
 

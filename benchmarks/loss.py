@@ -145,6 +145,13 @@ def torch_linear_cross_entropy(case: Case) -> Callable[[], None]:
     return lambda: case.backward(function(case.hidden, case.weight, case.labels, reduction="sum"))
 
 
+def cut_cross_entropy(case: Case) -> Callable[[], None]:
+    """The kernels of the package cut-cross-entropy (a GPU's): cross-entropy alone."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda: case.backward(linear_cross_entropy(case.hidden, case.weight, case.labels, reduction="sum"))
+
+
 CONTENDERS: dict[str, Callable[[Case], Callable[[], None]]] = {
     "bare GEMMs": gemms,
     "ours": ours,
@@ -154,6 +161,7 @@ CONTENDERS: dict[str, Callable[[Case], Callable[[], None]]] = {
     "Liger distillation (no entropy)": liger,
     "chunked CE alone (recomputed)": checkpointed_cross_entropy,
     "torch linear_cross_entropy (CE alone)": torch_linear_cross_entropy,
+    "cut-cross-entropy (CE alone)": cut_cross_entropy,
 }
 
 

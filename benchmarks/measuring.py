@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +35,9 @@ def measure(functions: Mapping[str, Callable[[], object]], repeats: int, device:
         try:
             results[name].peak_mib = peak_memory(function, device)
         except Exception as error:  # a baseline that cannot run here is a line of the table, not the end of it
-            results[name].note = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            results[name].note = in_words(error)
+            if device.type == "cuda":  # what did not fit leaves its pieces
+                torch.cuda.empty_cache()
     for _ in range(repeats):
         for name, function in functions.items():
             if not results[name].note:
@@ -43,6 +45,12 @@ def measure(functions: Mapping[str, Callable[[], object]], repeats: int, device:
     for result in results.values():
         result.seconds = statistics.median(result.samples) if result.samples else float("nan")
     return results
+
+
+def in_words(error: BaseException) -> str:
+    """An error in one short line, fit for a cell of a table."""
+    lines = str(error).replace("|", "/").split("\n")
+    return f"{type(error).__name__}: {lines[0][:80]}"
 
 
 def quiet() -> None:
@@ -95,15 +103,23 @@ def _status(key: str) -> float:
 
 def machine(device: torch.device) -> str:
     """Hardware and versions, for the head of a table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     parts = [name, f"{torch.get_num_threads()} thread(s)", f"Python {platform.python_version()}"]
-    for library in ("torch", "transformers", "peft", "trl", "liger_kernel"):
-        with suppress(PackageNotFoundError):
-            parts.append(f"{library} {version(library)}")
+    parts += [
+        f"{library} {found}" for library, found in versions("torch", "transformers", "peft", "trl", "liger_kernel")
+    ]
     return ", ".join(parts)
 
 
-def _processor() -> str:
+def versions(*libraries: str) -> Iterator[tuple[str, str]]:
+    """Names and versions of those that are installed."""
+    for library in libraries:
+        with suppress(PackageNotFoundError):
+            yield library, version(library)
+
+
+def processor() -> str:
+    """The CPU's name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

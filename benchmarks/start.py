@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from balora_plugin.adapter.start.pissa import TOLERANCES, pissa_factors
 from balora_plugin.adapter.start.subspace import block_of, leading_triples
 
+from . import measuring
 from .measuring import machine, table
 
 # shape -> how many of a Llama of 7B parameters
@@ -25,8 +26,10 @@ SEVEN_BILLION = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
 CPU = torch.device("cpu")
 
 
-def timed(function: Callable[[], object]) -> float:
-    """Processor seconds of one call, of all threads together: other load on the machine does not count."""
+def timed(function: Callable[[], object], device: torch.device = CPU) -> float:
+    """Seconds of one call. On a CPU the processor's, of all threads together: other load does not count."""
+    if device.type != "cpu":
+        return measuring.timed(function, device)
     began = time.process_time()
     function()
     return time.process_time() - began
@@ -61,7 +64,7 @@ def energy(weight: Tensor, factors: tuple[Tensor, Tensor]) -> float:
 def products(weight: Tensor, columns: int, rank: int) -> None:
     """As many columns from either side as the iteration takes, in blocks of its size, and nothing else."""
     block = block_of(rank)
-    right, left = torch.randn(weight.shape[-1], block), torch.randn(weight.shape[-2], block)
+    right, left = (torch.randn(side, block, device=weight.device) for side in weight.shape[:-3:-1])
     for _ in range(columns // (2 * block)):
         weight @ right
         weight.mT @ left
@@ -76,11 +79,11 @@ def rows_of(weight: Tensor, rank: int, methods: list[str]) -> Iterator[tuple[str
         def work(method: str = method, found: list[tuple[Tensor, Tensor]] = found) -> None:
             found.append(pissa_factors(weight, rank, 1.0, method=method))
 
-        seconds = timed(work)
+        seconds = timed(work, weight.device)
         columns = 0 if tolerance is None else leading_triples(weight, rank, tolerance).columns  # a second run, untimed
         yield method, seconds, columns, energy(weight, found[0])
         if method == "pissa":
-            alone = timed(functools.partial(products, weight, columns, rank))
+            alone = timed(functools.partial(products, weight, columns, rank), weight.device)
             yield "its products alone", alone, columns, float("nan")
 
 
@@ -108,15 +111,23 @@ def matrices(
     return seconds
 
 
+def rows_of_experts(weight: Tensor, rank: int, methods: Sequence[str]) -> list[tuple[str, float]]:
+    """Seconds of one call for all experts, and of one by one by each method."""
+    one_by_one = weight[:4]
+    rows = [("pissa, one call", timed(lambda: pissa_factors(weight, rank, 1.0), weight.device))]
+    for method in methods:
+        share = timed(functools.partial(_one_by_one, one_by_one, rank, method), weight.device)
+        rows.append(
+            (f"{method}, one by one ({len(one_by_one)} of them, scaled)", share * len(weight) / len(one_by_one))
+        )
+    return rows
+
+
 def experts(shape: tuple[int, ...], rank: int) -> None:
     """Prints one call for all experts against one by one, exactly and to the tolerance."""
-    weight = like_power(*shape)
-    together = timed(lambda: pissa_factors(weight, rank, 1.0))
-    rows = [("pissa, one call", together)]
-    for method, name in (("pissa", "pissa, one by one"), ("pissa_exact", "exact, one by one")):
-        share = timed(functools.partial(_one_by_one, weight[:4], rank, method))
-        rows.append((f"{name} (4 of them, scaled)", share * len(weight) / 4))
-    print(f"\n**{len(weight)} experts of {shape[1]} x {shape[2]}, rank {rank}**\n")
+    rows = rows_of_experts(like_power(*shape), rank, ("pissa", "pissa_exact"))
+    together = rows[0][1]
+    print(f"\n**{shape[0]} experts of {shape[1]} x {shape[2]}, rank {rank}**\n")
     print(table(["", "seconds", "to one call"], [[n, f"{s:.2f}", f"{s / together:.2f}"] for n, s in rows]))
 
 

@@ -1,7 +1,12 @@
-"""What differs on a CUDA device: chunks, precisions, compiled kernels, clocks. Where there is one: pytest -m gpu"""
+"""What differs on a CUDA device: chunks, precisions, compiled kernels, clocks. Where there is one: pytest -m gpu
+
+With BALORA_TEST_DEVICE=cpu what needs no function of CUDA's own runs on the CPU: so is seen, before there is a device,
+that the tests themselves are right.
+"""
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -22,12 +27,13 @@ from balora_plugin.teacher.cache import TeacherCache
 from balora_plugin.teacher.rows import RowChoice
 from balora_plugin.training.cost import CostMeter
 
-DEVICE = "cuda"
+DEVICE = os.environ.get("BALORA_TEST_DEVICE", "cuda")
 LAMBDAS = Lambdas(0.5, 0.02, 0.02)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+of_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="of CUDA's own clocks and memory")
 
 
 def inputs(n, d, v, device, dtype):
@@ -69,10 +75,13 @@ def test_token_terms_are_the_cpus(dtype, tolerance, form):
 def test_token_terms_from_log_probabilities_are_the_cpus(dtype, tolerance, form):
     hidden, teacher, weight, labels = inputs(300, 64, 1000, "cpu", torch.float64)
     top = top_log_probs(teacher, weight, k=20, temperature=2.0)
-    assert relative(top_log_probs(teacher.cuda(), weight.cuda(), k=20, temperature=2.0).log_tail, top.log_tail) < 1e-12
+    assert (
+        relative(top_log_probs(teacher.to(DEVICE), weight.to(DEVICE), k=20, temperature=2.0).log_tail, top.log_tail)
+        < 1e-12
+    )
     options = {"lambda_consistency": 0.5, "lambda_diversity": 0.2, "form": form, "temperature": 2.0}
     results = []
-    for device, precision in (("cpu", torch.float64), ("cuda", dtype)):
+    for device, precision in (("cpu", torch.float64), (DEVICE, dtype)):
         hidden, _, weight, labels = inputs(300, 64, 1000, device, precision)
         here = TopLogProbs(*(x.to(device) for x in top))
         terms = token_terms(hidden, None, weight, labels, teacher_top=here, **options)
@@ -121,6 +130,8 @@ def test_a_step_from_a_zero_consistency(precision, compile):
     from balora_plugin.objective.causal_lm_terms import backbone_pass, student_pass
     from balora_plugin.objective.request import CompiledPasses
 
+    if compile and DEVICE == "cpu" and precision != "float32":
+        pytest.skip("one precision is enough to rehearse; tests/compile has the others")
     torch._dynamo.reset()
     mixed = precision == "autocast"
     model = ba_lora(tiny_llama().to(DEVICE, torch.float32 if mixed else getattr(torch, precision))).train()
@@ -178,10 +189,13 @@ def test_an_autocast_step_is_the_float32_step():
     ],
 )
 def test_packed_documents_have_the_terms_they_have_alone(kernel, dtype, tolerance):
-    """By the device's kernels, teacher and student by the same one. (On a CPU FlexAttention has no gradients.)"""
-    lacks = flash_lacks(kernel, DEVICE, torch.cuda.get_device_capability(), importable)
+    """By the device's kernels, teacher and student by the same one."""
+    capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
+    lacks = flash_lacks(kernel, DEVICE, capability, importable)
     if is_flash(kernel) and (lacks or not importable(FLASH[kernel].module)):
         pytest.skip(f"{kernel} {lacks[0] if lacks else 'would come from the hub'}")
+    if kernel == "flex_attention" and DEVICE == "cpu":
+        pytest.skip("FlexAttention has no gradients on a CPU")
     base = tiny_llama(hidden_size=128, intermediate_size=128, max_position_embeddings=512).to(DEVICE, dtype)
     base.set_attn_implementation(kernel)
     model = ba_lora(base)
@@ -243,6 +257,7 @@ def test_the_cache_gives_the_device_what_it_was_given(tmp_path):
     assert (states[~needed] == 0).all() and (states[needed] != 0).any(-1).all()
 
 
+@of_cuda
 def test_the_cost_of_parts_is_the_devices(monkeypatch):
     """Kernels run after the host has left the part that launched them; within a step nothing waits for them."""
     meter = CostMeter(torch.device(DEVICE))
@@ -269,6 +284,7 @@ def test_the_cost_of_parts_is_the_devices(monkeypatch):
     assert sum(value for name, value in seconds.items() if name != "step") == pytest.approx(seconds["step"], rel=0.01)
 
 
+@of_cuda
 def test_the_clock_stands_when_the_device_has_finished():
     """What the last step launched, its optimizer above all, is its own and not the evaluation's."""
     meter = CostMeter(torch.device(DEVICE))
@@ -283,6 +299,7 @@ def test_the_clock_stands_when_the_device_has_finished():
         meter.resume()
 
 
+@of_cuda
 def test_memory_of_parts_is_the_devices():
     meter = CostMeter(torch.device(DEVICE))
     for _ in range(3):
@@ -305,8 +322,8 @@ def test_memory_of_parts_is_the_devices():
 def test_a_quantised_base(kind, tmp_path):
     pytest.importorskip("bitsandbytes")
     tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
-    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1)).cuda()
-    base = load_quantised(tmp_path, kind, device="cuda")
+    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    base = load_quantised(tmp_path, kind, device=DEVICE)
     before = base(input_ids=ids).logits.detach()
     model = ba_lora(base, start_from=tmp_path).train()
     assert len(quantised_layers(model)) == 14

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..distributed import any_process
 from ..fused.head import Head
 from .documents import BOUNDARIES, Cutter, Document
-from .files import FORMAT_VERSION, INDEXES, CacheFiles, Place
+from .files import FORMAT_VERSION, INDEXES, CacheFiles
 from .in_memory import MemoryFiles
 from .rows import RowChoice, Rows, Teacher, placed
 
@@ -71,8 +71,6 @@ class TeacherCache:
         self._attention = attention
         self._tolerance = 0.01 if precision in ("float32", "float64") else 0.1
         self._cutter = Cutter(self.directory, attention, rope_limit)
-        self._places: dict[bytes, Place] = {}
-        self._verified: set[bytes] = set()
         self._pending: dict[bytes, np.ndarray] = {}
         self._pending_bytes = 0
         self._compared: set[str] = set()
@@ -92,7 +90,7 @@ class TeacherCache:
 
     def __len__(self) -> int:
         """Returns how many documents it holds."""
-        return len(self._places) + len(self._pending)
+        return len(self._files) + len(self._pending)
 
     # --- what the objective calls
 
@@ -148,7 +146,7 @@ class TeacherCache:
 
     def missing(self, inputs: dict[str, Any], counted: Tensor) -> bool:
         """Returns whether a document of this micro-batch is not there yet."""
-        return any(d.key not in self._places and d.key not in self._pending for d in self._cutter.cut(inputs, counted))
+        return any(d.key not in self._files and d.key not in self._pending for d in self._cutter.cut(inputs, counted))
 
     @torch.compiler.disable
     def settle(self, device: torch.device) -> Rows:
@@ -168,7 +166,7 @@ class TeacherCache:
     def _refuse_if_frozen(self, documents: list[Document]) -> None:
         if not self.frozen:
             return
-        lacking = [d for d in documents if d.key not in self._places and d.key not in self._pending]
+        lacking = [d for d in documents if d.key not in self._files and d.key not in self._pending]
         what = (
             f"the document at tokens {lacking[0].start}:{lacking[0].stop} of row {lacking[0].row}"
             if lacking
@@ -225,7 +223,7 @@ class TeacherCache:
     @torch.compiler.disable
     def _add(self, documents: list[Document], hidden: Tensor, head: Head | None) -> None:
         assert self.rows is not None
-        new = {d.key: d for d in documents if d.key not in self._places and d.key not in self._pending}
+        new = {d.key: d for d in documents if d.key not in self._files and d.key not in self._pending}
         if not new:
             return
         rows = np.concatenate([np.full(len(d.kept), d.row) for d in new.values()])
@@ -248,7 +246,7 @@ class TeacherCache:
 
         All of them are looked at before that is said: what is computed then is everything that has to be.
         """
-        if self.rows is None or any(d.key not in self._places and d.key not in self._pending for d in documents):
+        if self.rows is None or any(d.key not in self._files and d.key not in self._pending for d in documents):
             return None
         sizes = [int(d.wanted.sum()) for d in documents]
         out = np.empty((sum(sizes), *self.rows.shape), dtype=self.rows.dtype)
@@ -256,7 +254,7 @@ class TeacherCache:
         for document, n in zip(documents, sizes, strict=True):
             rows = self._pending.get(document.key)
             if rows is None:
-                rows = self._read_place(document.key)
+                rows = self._files.read(document.key)
             if rows is None:
                 whole = False
                 continue
@@ -264,28 +262,15 @@ class TeacherCache:
             at += n
         return out if whole else None
 
-    def _read_place(self, key: bytes) -> np.ndarray | None:
-        """Returns one document's rows; None if the file does not hold what its index says."""
-        place = self._places.get(key)
-        if place is None:  # given up with another document of its file
-            return None
-        rows = self._files.read(place, verify=key not in self._verified)
-        if rows is None:
-            self._places = {k: p for k, p in self._places.items() if p.shard != place.shard}
-        else:
-            self._verified.add(key)
-        return rows
-
     def refresh(self) -> None:
         """Reads the directory again: what other processes have finished is found, what is broken is ignored."""
-        self._places = self._files.scan()
-        self._verified = set()
+        self._files.refresh()
 
     def flush(self) -> None:
         """Writes what is in memory to a new pair of files."""
         if not self._pending:
             return
-        self._places.update(self._files.write(self._pending))
+        self._files.write(self._pending)
         self._pending, self._pending_bytes = {}, 0
 
     def size(self) -> int:

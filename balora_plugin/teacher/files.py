@@ -4,6 +4,8 @@ A pair is `<id>.npy`, the rows, and then `<id>.index.npy`, which says where in i
 is whole; both have a temporary name while they are written. A process killed at any time leaves files that the next run
 ignores, and later removes, as it does those that were damaged.
 
+Of all indexes together only the keys stay in memory (`index`); what an entry says of its rows is read with them.
+
 What is in a file is believed when its checksums say so: each document's rows have one in the index, and since format
 version 2 each entry of the index and the header have one of their own. Directories of version 1 are read, and
 completed, as they are.
@@ -19,16 +21,18 @@ import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ..atomic import create_text, reason, replacing
 from ..checkpoint.json_file import read_object
+from .index import Entry, Index
 
 FORMAT_VERSION = 2
 HEADER = "cache.json"
@@ -38,18 +42,9 @@ RETRIES = (0.1, 1.0, 5.0)  # seconds before a file that cannot be read is tried 
 CHECK = "check"  # the header's key of its checksum
 _ENTRY = [("key", "u1", (16,)), ("start", "<i8"), ("rows", "<i8"), ("crc", "<u4")]
 INDEXES = {1: np.dtype(_ENTRY), 2: np.dtype([*_ENTRY, (CHECK, "<u4")])}  # by format version: an entry of the index
-_HEAD_BYTES = 1 << 16  # holds the header of any array
+_HEAD_BYTES = 1 << 12  # holds the header of any array of ours
+_PREFIX = 10  # bytes of it before its text: a magic string, a version, the text's length
 _OURS = re.compile(r"[0-9a-f]{32}(\.index)?\.npy(\.([0-9a-f]{32}\.)?tmp)?|cache\.json\.[0-9a-f]{32}\.tmp")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one document's rows are: `offset` in bytes."""
-
-    shard: str
-    offset: int
-    rows: int
-    crc: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,22 @@ class CacheFiles:
         self.version = FORMAT_VERSION
         self.dtype = np.dtype("<u2")
         self.shape: tuple[int, ...] = ()
+        self._index = Index()
+
+    def __len__(self) -> int:
+        """Returns how many documents it holds, as far as it was read."""
+        return len(self._index)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._index
+
+    def __iter__(self) -> Iterator[bytes]:
+        """All keys."""
+        return iter(self._index)
+
+    def memory(self) -> int:
+        """Returns how many bytes its index takes in memory."""
+        return self._index.memory()
 
     # --- header
 
@@ -122,26 +133,26 @@ class CacheFiles:
 
     # --- arrays
 
-    def scan(self) -> dict[bytes, Place]:
-        """Returns all documents of whole pairs, and removes what is broken or half written once it is old."""
-        found: dict[bytes, Place] = {}
+    def refresh(self) -> None:
+        """Reads the directory: finds all documents of whole pairs, removes what is broken or half written and old."""
+        shards: list[tuple[str, np.ndarray]] = []
         now = time.time()
         for path in sorted(self.directory.iterdir()):  # of two copies of a document every process takes the same
             if path.name.endswith(".index.npy") and _OURS.fullmatch(path.name):
                 try:
-                    places = self._read_index(path)
+                    keys = self._keys(path)
                 except OSError:  # what cannot be read just now is not broken
                     continue
-                if places is None:
+                if keys is None:
                     for part in (path, self.directory / path.name.replace(".index", "")):
                         _remove_if_stale(part, now)
-                for key, place in (places or {}).items():
-                    found.setdefault(key, place)
+                else:
+                    shards.append((path.name.removesuffix(".index.npy"), keys))
             elif path.name.endswith(".tmp") or (
                 path.name != HEADER and not (self.directory / f"{path.stem}.index.npy").exists()
             ):
                 _remove_if_stale(path, now)
-        return found
+        self._index = Index(shards)
 
     def size(self) -> int:
         """Returns how many bytes the cache takes on disk."""
@@ -151,8 +162,8 @@ class CacheFiles:
                 total += path.stat().st_size if _OURS.fullmatch(path.name) else 0
         return total
 
-    def write(self, documents: dict[bytes, np.ndarray]) -> dict[bytes, Place]:
-        """Writes a new pair of files with these rows by key; returns their places.
+    def write(self, documents: dict[bytes, np.ndarray]) -> None:
+        """Writes a new pair of files with these rows by key.
 
         Raises:
             OSError: names the directory.
@@ -171,78 +182,111 @@ class CacheFiles:
         try:
             _write(self.directory / f"{name}.npy", rows)
             _write(self.directory / f"{name}.index.npy", index)
-            places = self._read_index(self.directory / f"{name}.index.npy")
+            whole = self._keys(self.directory / f"{name}.index.npy") is not None
         except OSError as error:
             raise self._error("cannot be written", error) from error
-        if places is None:
+        if not whole:
             raise OSError(f"teacher_cache={self.directory}: {name}.npy was not written whole; is the disk full?")
-        return places
+        self._index.add(name, list(documents))
 
-    def read(self, place: Place, *, verify: bool) -> np.ndarray | None:
-        """Reads rows, (n, *shape); None if the file does not hold what its index says: the pair is then given up.
+    def read(self, key: bytes) -> np.ndarray | None:
+        """Reads a document's rows, (n, *shape), and compares them with their checksum when they are read first.
+
+        Returns:
+            None if it is not here, or its file does not hold what its index says: the pair is then given up.
 
         Raises:
             OSError: the file cannot be read just now (too many open files, a network file system); names the directory.
         """
-        rows = np.empty((place.rows, *self.shape), dtype=self.dtype)
-        path = self.directory / f"{place.shard}.npy"
+        found = self._index.find(key)
+        if found is None:  # perhaps given up with another document of its file
+            return None
+        rows = self._retried(found.shard, lambda: self._rows(key, found))
+        if rows is None:
+            self._index.drop(found.shard)
+            with suppress(OSError):
+                (self.directory / f"{found.shard}.index.npy").unlink()
+        return rows
+
+    def _retried(self, shard: str, read: Callable[[], np.ndarray | None]) -> np.ndarray | None:
         for wait in (*RETRIES, None):
             try:
-                with open(path, "rb") as file:  # not a memory map: a cut file is no crash
-                    file.seek(place.offset)
-                    whole = file.readinto(_bytes(rows)) == rows.nbytes
-                break
+                return read()
             except FileNotFoundError:
-                whole = False
-                break
+                return None
             except OSError as error:  # what cannot be read now is not broken
                 if wait is None:
-                    raise self._error(f"{path.name} cannot be read", error) from error
+                    raise self._error(f"{shard}.npy cannot be read", error) from error
                 time.sleep(wait)
-        if whole and (not verify or zlib.crc32(_bytes(rows)) == place.crc):
-            return rows
-        with suppress(OSError):
-            (self.directory / f"{place.shard}.index.npy").unlink()
         return None
+
+    def _rows(self, key: bytes, found: Entry) -> np.ndarray | None:
+        entry = self._entry(key, found)
+        if entry is None:
+            return None
+        with open(self.directory / f"{found.shard}.npy", "rb") as file:  # not a memory map: a cut file is no crash
+            layout = _layout(file)
+            if layout is None:
+                return None
+            rows = np.empty((int(entry["rows"]), *self.shape), dtype=self.dtype)
+            file.seek(layout.begin + int(entry["start"]) * self._width())
+            whole = file.readinto(_bytes(rows)) == rows.nbytes
+        if not whole or not (self._index.is_verified(found.number) or zlib.crc32(_bytes(rows)) == entry["crc"]):
+            return None
+        self._index.verify(found.number)
+        return rows
+
+    def _entry(self, key: bytes, found: Entry) -> Any:
+        """Reads an entry of an index; None if it is not what it was when the directory was read."""
+        kind = INDEXES[self.version]
+        with open(self.directory / f"{found.shard}.index.npy", "rb") as file:
+            layout = _layout(file)
+            if layout is None or layout.dtype != kind:
+                return None
+            file.seek(layout.begin + found.row * kind.itemsize)
+            data = file.read(kind.itemsize)
+        if len(data) != kind.itemsize:
+            return None
+        (entry,) = np.frombuffer(data, kind)
+        checked = CHECK not in _names(kind) or entry[CHECK] == zlib.crc32(data[: INDEXES[1].itemsize])
+        return entry if checked and entry["key"].tobytes() == key and entry["rows"] > 0 else None
+
+    def _width(self) -> int:
+        """Returns how many bytes a row takes."""
+        return self.dtype.itemsize * int(np.prod(self.shape))
 
     def _error(self, what: str, error: OSError) -> OSError:
         """Returns the error that names this directory."""
         text = f"teacher_cache={self.directory}: {what}: {reason(error)}"
         return OSError(text) if error.errno is None else OSError(error.errno, text)
 
-    def _read_index(self, path: Path) -> dict[bytes, Place] | None:
-        """Returns the documents of one pair of files, or None if the pair is not whole.
+    def _keys(self, path: Path) -> np.ndarray | None:
+        """Returns the keys (n, 16) of one pair of files, or None if the pair is not whole.
 
         Raises:
             OSError: one of them cannot be read just now.
         """
-        shard = path.name.removesuffix(".index.npy")
-        payload = self.directory / f"{shard}.npy"
         try:
             data = path.read_bytes()
-            with open(payload, "rb") as file:
-                rows = _layout(file.read(_HEAD_BYTES))
+            with open(self.directory / path.name.replace(".index", ""), "rb") as file:
+                rows = _layout(file)
                 size = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             return None
-        index = self._index(data)
+        index = self._entries(data)
         if index is None or rows is None or rows.fortran or rows.dtype != self.dtype:
             return None
-        width = self.dtype.itemsize * int(np.prod(self.shape))
         ends = np.cumsum(index["rows"])
         total = int(ends[-1]) if len(index) else 0
-        if rows.shape != (total, *self.shape) or size != rows.begin + total * width:
+        if rows.shape != (total, *self.shape) or size != rows.begin + total * self._width():
             return None
         if (index["rows"] < 1).any() or (index["start"] != ends - index["rows"]).any():
             return None
-        return {
-            entry["key"].tobytes(): Place(shard, rows.begin + int(entry["start"]) * width, int(entry["rows"]), crc)
-            for entry, crc in zip(index, index["crc"].tolist(), strict=True)
-        }
+        return index["key"].copy()
 
-    def _index(self, data: bytes) -> np.ndarray | None:
+    def _entries(self, data: bytes) -> np.ndarray | None:
         """Returns the entries of an index file, or None if it is not whole."""
-        layout, kind = _layout(data), INDEXES[self.version]
+        layout, kind = _layout(io.BytesIO(data)), INDEXES[self.version]
         if layout is None or layout.dtype != kind or len(layout.shape) != 1:
             return None
         if len(data) != layout.begin + layout.shape[0] * kind.itemsize:
@@ -255,8 +299,14 @@ def _names(kind: np.dtype[Any]) -> tuple[str, ...]:
     return kind.names or ()
 
 
-def _layout(head: bytes) -> _Layout | None:
-    """Reads an array's header out of a file's first bytes; None if it is damaged."""
+def _layout(file: IO[bytes]) -> _Layout | None:
+    """Reads an array's header; None if it is damaged."""
+    head = file.read(_HEAD_BYTES)
+    return _layout_of(head[: _PREFIX + int.from_bytes(head[_PREFIX - 2 : _PREFIX], "little")])
+
+
+@lru_cache(maxsize=1024)  # by the text: most pairs of a cache begin alike, and numpy parses it as a program
+def _layout_of(head: bytes) -> _Layout | None:
     file = io.BytesIO(head)
     try:
         if np.lib.format.read_magic(file) != (1, 0):
@@ -273,10 +323,28 @@ def _check(header: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(dict(header), sort_keys=True).encode())
 
 
-def _checks(index: np.ndarray) -> list[int]:
-    """Returns the checksum of each entry of an index, over everything in it but itself."""
+def _checks(index: np.ndarray) -> np.ndarray:
+    """Returns the CRC-32 of each entry of an index, over everything in it but itself.
+
+    All of them at once: of one length a CRC is the exclusive or of what each byte at its place adds.
+    """
     size = INDEXES[1].itemsize
-    return [zlib.crc32(entry.tobytes()[:size]) for entry in index]
+    entries = np.frombuffer(_bytes(index), np.uint8).reshape(len(index), -1)[:, :size]
+    found = np.full(len(index), zlib.crc32(bytes(size)), "<u4")
+    for added, column in zip(_added(size), np.ascontiguousarray(entries.T), strict=True):
+        found ^= added[column]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _added(size: int) -> np.ndarray:
+    """Returns what a byte adds to the CRC-32 of so many bytes, by its place and value, (size, 256)."""
+    zeros = zlib.crc32(bytes(size))
+    rows = [
+        [zlib.crc32(bytes(place) + bytes([value]) + bytes(size - 1 - place)) ^ zeros for value in range(256)]
+        for place in range(size)
+    ]
+    return np.array(rows, "<u4")
 
 
 def _bytes(rows: np.ndarray) -> memoryview:

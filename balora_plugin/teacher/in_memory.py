@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import FORMAT_VERSION, Place
+from .files import FORMAT_VERSION
 
 
 class MemoryFiles:
@@ -24,8 +24,14 @@ class MemoryFiles:
         self.dtype = np.dtype("<u2")
         self.shape: tuple[int, ...] = ()
         self._header: dict[str, Any] | None = None
-        self._places: dict[bytes, Place] = {}
-        self._rows: list[np.ndarray] = []
+        self._rows: dict[bytes, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Returns how many documents it holds."""
+        return len(self._rows)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows
 
     def read_header(self) -> dict[str, Any] | None:
         return None if self._header is None else dict(self._header)
@@ -33,23 +39,17 @@ class MemoryFiles:
     def write_header(self, values: Mapping[str, Any]) -> None:
         self._header = dict(values)
 
-    def scan(self) -> dict[bytes, Place]:
-        """Returns all documents."""
-        return dict(self._places)
+    def refresh(self) -> None:
+        """No other process adds to it."""
 
     def size(self) -> int:
         """Returns how many bytes its rows take."""
-        return sum(rows.nbytes for rows in self._rows)
+        return sum(rows.nbytes for rows in self._rows.values())
 
-    def write(self, documents: dict[bytes, np.ndarray]) -> dict[bytes, Place]:
-        """Keeps these rows by key; returns their places."""
-        written = {}
-        for key, rows in documents.items():
-            written[key] = Place("", len(self._rows), len(rows), 0)
-            self._rows.append(rows)
-        self._places |= written
-        return written
+    def write(self, documents: dict[bytes, np.ndarray]) -> None:
+        """Keeps these rows by key."""
+        self._rows |= documents
 
-    def read(self, place: Place, *, verify: bool) -> np.ndarray | None:
-        """Returns rows, (n, *shape)."""
-        return self._rows[place.offset]
+    def read(self, key: bytes) -> np.ndarray | None:
+        """Returns a document's rows, (n, *shape); None if it is not here."""
+        return self._rows.get(key)

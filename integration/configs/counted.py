@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,13 +33,24 @@ class Counted:
     flop: float
 
 
-class _Size(NamedTuple):
-    """What a model with some number of layers takes: bytes held, bytes beside them by moment, one layer's, FLOP."""
+class Size(NamedTuple):
+    """What a model with some number of layers takes.
 
-    held: float
+    Attributes:
+        held: Bytes that are held all along, by part.
+        passing: Bytes beside them, by moment.
+        layer: Bytes of the largest decoder layer.
+        flop: FLOP of a token, by part.
+        streamed: Numbers that a pass's products read and write of one token, their matrices aside.
+        adapted: Entries of the matrices that have an adapter.
+    """
+
+    held: dict[str, float]
     passing: dict[str, float]
     layer: int
-    flop: float
+    flop: dict[str, float]
+    streamed: float
+    adapted: float
 
 
 def counted(values: dict[str, Any]) -> Counted:
@@ -57,7 +69,8 @@ def counted(values: dict[str, Any]) -> Counted:
     passing = max(extended(few.passing[moment], more.passing[moment]) for moment in few.passing)
     if gpus > 1:  # a layer is whole while it computes, and the next one on its way
         passing += 2 * few.layer
-    return Counted((extended(few.held, more.held) / gpus + passing) / GIB, gpus, extended(few.flop, more.flop))
+    held, flop = (extended(sum(a.values()), sum(b.values())) for a, b in ((few.held, more.held), (few.flop, more.flop)))
+    return Counted((held / gpus + passing) / GIB, gpus, flop)
 
 
 def layers_of(values: dict[str, Any]) -> tuple[int, int]:
@@ -68,16 +81,17 @@ def layers_of(values: dict[str, Any]) -> tuple[int, int]:
     return config.num_hidden_layers, period
 
 
-def at_layers(values: dict[str, Any], layers: int) -> _Size:
+def at_layers(values: dict[str, Any], layers: int) -> Size:
     """Returns what it takes with so many layers."""
     given = {**spelled_out(values), "gradient_checkpointing": _checkpoints(values)}
     with mock.patch.object(shapes, "load_model_config", lambda cfg: config_of(cfg, layers)):
         case = workload.case_of(given)
         found = case.estimate()
-    held = found.weights + found.frozen_factors + found.trained + found.optimizer
-    passing = {moment: float(total - held) for moment, total in found.by_moment.items()}
-    layer = _largest_layer(case.twin.base)
-    return _Size(held, passing, layer, flop_a_token(case.twin.model, given, case.work))
+    held = {part: float(getattr(found, part)) for part in ("weights", "frozen_factors", "trained", "optimizer")}
+    passing = {moment: total - sum(held.values()) for moment, total in found.by_moment.items()}
+    model = case.twin.model
+    flop = flop_by_part(model, given, case.work)
+    return Size(held, passing, _largest_layer(case.twin.base), flop, _streamed(model), _adapted(model))
 
 
 def _checkpoints(values: dict[str, Any]) -> bool:
@@ -92,6 +106,11 @@ def _largest_layer(base: nn.Module) -> int:
 
 
 def flop_a_token(model: nn.Module, values: dict[str, Any], work: Any) -> float:
+    """Returns the FLOP of one training token, see [`flop_by_part`]."""
+    return sum(flop_by_part(model, values, work).values())
+
+
+def flop_by_part(model: nn.Module, values: dict[str, Any], work: Any) -> dict[str, float]:
     """Returns the FLOP of one training token: 2 a multiplication, products of matrices alone.
 
     A frozen matrix of n entries takes 2 n in a forward pass and 2 n for the gradient of its input; one that trains 2 n
@@ -99,27 +118,53 @@ def flop_a_token(model: nn.Module, values: dict[str, Any], work: Any) -> float:
     Of fused experts those count that a token is sent to. Attention is counted whole, as its kernels' products are.
     """
     config = model.config.get_text_config() if hasattr(model, "config") else model.base_model.config
-    head = base_head(model)
     frozen = trained = 0.0
+    for parameter, active in _matrices(model):
+        if parameter.requires_grad:
+            trained += parameter.numel() * active
+        else:
+            frozen += parameter.numel() * active
+    attention = _attention(config, work.length)
+    forward = 2 * (frozen + trained) + attention
+    adapters = 2 * sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or "frozen_" in n)
+    taught = not (work.cached or not work.terms.lambda_consistency)
+    head = base_head(model)
+    rows = head.numel() if head is not None else 0
+    return {
+        "student": forward,
+        "recomputed": forward if work.checkpointing else 0,
+        "backward": 2 * frozen + 4 * trained + 2 * attention,
+        "teacher": forward - adapters if taught else 0,
+        "head": 4 * rows,
+        "teacher's head": 2 * rows * taught,
+    }
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[nn.Parameter, float]]:
+    """Gives the matrices of the layers, and the part of each that a token is multiplied with."""
+    config = model.config.get_text_config() if hasattr(model, "config") else model.base_model.config
+    head = base_head(model)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or parameter is head or "embed" in name or "wte" in name or "wpe" in name:
             continue
         if any(part in name for part in ("vision", "visual", "multi_modal", "embed_vision", "audio")):
             continue
-        entries = parameter.numel() * (_active(config) if parameter.dim() == 3 else 1)
-        if parameter.requires_grad:
-            trained += entries
-        else:
-            frozen += entries
-    attention = _attention(config, work.length)
-    forward = 2 * (frozen + trained) + attention
-    adapters = 2 * sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or "frozen_" in n)
-    backward = 2 * frozen + 4 * trained + 2 * attention
-    again = forward if work.checkpointing else 0
-    teacher = 0 if work.cached or not work.terms.lambda_consistency else forward - adapters
-    rows = head.numel() if head is not None else 0
-    heads = 2 * rows * (2 + bool(teacher))
-    return forward + again + backward + teacher + heads
+        yield parameter, _active(config) if parameter.dim() == 3 else 1.0
+
+
+def _streamed(model: nn.Module) -> float:
+    """Inputs and outputs of every product, of one token."""
+    return sum(
+        sum(parameter.shape[-2:]) * (parameter.shape[0] * active if parameter.dim() == 3 else 1)
+        for parameter, active in _matrices(model)
+    )
+
+
+def _adapted(model: nn.Module) -> float:
+    """Entries of the base's matrices under an adapter."""
+    layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "get_base_layer")]
+    weights = [getattr(layer.get_base_layer(), "weight", None) for layer in layers]
+    return float(sum(weight.numel() for weight in weights if weight is not None))
 
 
 def base_head(model: nn.Module) -> torch.Tensor | None:

@@ -336,7 +336,7 @@ def test_no_flipped_bit_of_a_header_or_an_index_raises_or_is_believed(version, t
     wanted = cache.states(*batch, Teacher())
     cache.flush()
     assert json.loads((tmp_path / HEADER).read_text())["format_version"] == version
-    keys = sorted(cache._places)
+    keys = sorted(cache._files)
     (rows,), (index,) = payloads(tmp_path), files(tmp_path, ".index.npy")
     draw = random.Random(version).sample
     heads = range(8 * 128)
@@ -347,7 +347,7 @@ def test_no_flipped_bit_of_a_header_or_an_index_raises_or_is_believed(version, t
         for bit in bits:
             path.write_bytes(flipped(whole[path], bit))
             found = opened(tmp_path)
-            noticed += sorted(found._places) != keys
+            noticed += sorted(found._files) != keys
             if (held := found._read(found._cutter.cut(*batch))) is not None:
                 assert_equal(placed(found.rows.decode(held), batch[1], torch.device("cpu")), wanted)
             index.write_bytes(whole[index])  # reading rows that are broken removes it

@@ -1,0 +1,1 @@
+"""docs/scaling.md: what large models take, counted from their configs, and the counts held against measurements."""
