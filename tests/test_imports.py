@@ -30,7 +30,7 @@ LAYERS = (
     ("export",),
     ("classification",),
     ("training",),
-    ("hosts.transformers", "hosts.trl", "hosts.axolotl"),
+    ("hosts.transformers", "hosts.trl", "hosts.axolotl", "hosts.llamafactory"),
     ("doctor",),
     ("glue",),
     ("evaluation",),
@@ -192,7 +192,9 @@ def test_the_core_names_no_host_framework():
     known = modules(trees=("balora_plugin",))
     for name in known:
         if not name.startswith("balora_plugin.hosts."):
-            assert not {other.split(".")[0] for other in imports(name, known)} & {"trl", "axolotl"}, name
+            assert not {other.split(".")[0] for other in imports(name, known)} & {"trl", "axolotl", "llamafactory"}, (
+                name
+            )
 
 
 def test_no_public_name_stands_twice():

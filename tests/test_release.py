@@ -30,7 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # where an import has another name
 BROUGHT = {"torch": {"triton"}}  # by a declared one
 # the one part that may import an extra's packages as it is imported itself
-PARTS = {"hosts/axolotl": "axolotl", "hosts/trl.py": "trl"}
+PARTS = {"hosts/axolotl": "axolotl", "hosts/trl.py": "trl", "hosts/llamafactory": "llamafactory"}
 
 
 def declared(*extras):

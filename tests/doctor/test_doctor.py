@@ -74,7 +74,7 @@ def test_the_bounds_are_those_of_the_project():
         for name, version in said.items():
             assert name not in pins or Version(version).release[:2] == pins[name].release[:2], name
     lowest = requirements("lowest.txt")
-    assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl"} <= set(lowest)
+    assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl", "llamafactory"} <= set(lowest)
     for name, pin in lowest.items():
         assert Version(versions.BOUNDS[name].least) == Version(f"{pin.major}.{pin.minor}"), name
     assert Version(versions.BOUNDS["peft"].least) == Version(TESTED_PEFT[0])

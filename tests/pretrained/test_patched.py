@@ -58,5 +58,5 @@ def test_a_patched_model_gets_no_adapter_and_stays_as_it_was(kind):
 def test_one_that_is_patched_behind_the_adapter_does_not_train(tmp_path):
     model = get_ba_lora_model(tiny_llama(), BaLoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]))
     patch_attribute(model.get_base_model())
-    with pytest.raises(ValueError, match="^Unsloth has patched"):
+    with pytest.raises(ValueError, match=r"^Unsloth has patched"):
         BaLoraTrainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
