@@ -109,6 +109,8 @@ def _versions(machine: Machine) -> Iterator[Line]:
         else:
             tested = "" if bounds is None or standing == versions.TESTED else f" (tested: {_span(bounds)})"
             yield Line(name, f"{version}  {standing}{tested}")
+        if version is not None and name in versions.UNTESTED:
+            yield Line(name, f"not tried with it: {versions.UNTESTED[name]}")
     found = versions.conflicts(machine.versions)
     for conflict in found:
         yield Line(

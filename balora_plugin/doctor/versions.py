@@ -36,6 +36,9 @@ TOGETHER: tuple[dict[str, str], ...] = (  # what the sets of requirements/ insta
     {"trl": "1.16", "peft": "0.21", "transformers": "5.24"},
     {"llamafactory": "0.9.5", "trl": "0.24", "peft": "0.18", "transformers": "5.6"},
 )
+UNTESTED = {  # of hosts that CI does not run, what nobody has tried
+    "llamafactory": "GPUs, DeepSpeed, FSDP, images, predict_with_generate, use_unsloth_gc (docs/llamafactory.md)",
+}
 OTHERS = ("deepspeed", "flash-attn")  # optional, and no release of theirs is pinned
 NAMES = (*BOUNDS, *OTHERS)
 

@@ -7,18 +7,16 @@ import re
 
 import pytest
 import torch
-from helpers import fresh, logits, train
+from helpers import fresh, logits, reads_experts, train
 from models import tiny_mixtral
 from peft import PeftModel
 
 from balora_plugin import BaLoraConfig, BaLoraModel, get_ba_lora_model
 from balora_plugin.adapter.delta import DeltaParamWrapper, delta_layers_of
-from balora_plugin.adapter.peft_releases import FUSED_EXPERTS, peft_is
 from balora_plugin.commands import main
 from balora_plugin.pretrained.switch import TeacherSwitch
 
 pytestmark = pytest.mark.hosts
-reads_experts = pytest.mark.skipif(not peft_is(FUSED_EXPERTS), reason="this PEFT lays experts out in its own way")
 
 
 def adapt(base, **changes):

@@ -129,6 +129,13 @@ def test_a_version_and_the_command_that_mends_it(changes, state, words, remedy):
     assert report.usable == (state != "PROBLEM")
 
 
+def test_a_host_is_named_with_what_is_untested():
+    assert [line.text for line in lines(about(CPU), "llamafactory")] == ["not installed"]
+    version, untested = lines(about(with_versions(CPU, llamafactory="0.9.5")), "llamafactory")
+    assert version.text == "0.9.5  tested" and untested.text.startswith("not tried with it: GPUs, ")
+    assert about(with_versions(CPU, llamafactory="0.9.5", trl="0.24.0", peft="0.18.1", transformers="5.6.0")).usable
+
+
 def test_packages_that_ask_for_other_versions_of_one_another():
     asked = {"axolotl": ["trl==1.9.0", "peft==0.20.0; python_version < '4'", "torch>=9; extra == 'x'", "no such line"]}
     found = versions.conflicts({"axolotl": "0.19.0", "trl": "1.16.0", "peft": "0.20.0", "torch": "2.13.0"}, asked)
