@@ -38,6 +38,7 @@ LINES = {  # a command line of every subcommand
     "eval": ["ADAPTER", "--base", "BASE", "--drift", __file__],
     "export": ["ADAPTER", "--output", "OUTPUT"],
     "glue": ["--recipe", "ADAPTER", "--output", "OUTPUT"],
+    "llamafactory": ["init", "OUTPUT/starter.yaml"],
     "report": ["ADAPTER"],
     "verify": ["ADAPTER", "--base", "BASE"],
 }

@@ -75,8 +75,9 @@ def test_the_bounds_are_those_of_the_project():
             assert name not in pins or Version(version).release[:2] == pins[name].release[:2], name
     lowest = requirements("lowest.txt")
     assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl", "llamafactory"} <= set(lowest)
+    bounds = dict(least)
     for name, pin in lowest.items():
-        assert Version(versions.BOUNDS[name].least) == Version(f"{pin.major}.{pin.minor}"), name
+        assert Version(bounds[name]) == Version(f"{pin.major}.{pin.minor}"), name
     assert Version(versions.BOUNDS["peft"].least) == Version(TESTED_PEFT[0])
     last = Version(versions.BOUNDS["peft"].last).release
     assert Version(TESTED_PEFT[1]).release == (last[0], last[1] + 1)
