@@ -65,7 +65,7 @@ def test_it_trains_from_the_pre_trained_model_and_logs_every_term(sft):
 def test_without_terms_it_trains_what_ms_swift_does(sft, weights, monkeypatch):
     """Loss, gradient norm and token_acc of a plain LoRA, ms-swift's weights for single tokens included."""
     if weights != "default":
-        from swift.loss_scale import REACTLossScale
+        from swift.loss_scale.agent import REACTLossScale
 
         monkeypatch.setattr(
             REACTLossScale,
@@ -101,7 +101,7 @@ def test_the_hosts_own_merge_is_the_trained_model(sft, tmp_path):
     trainer = sft(save_steps=3)
     adapter = str(tmp_path / "out" / "checkpoint-3")
     words = ["--adapters", adapter, "--merge_lora", "true", "--output_dir", str(tmp_path / "merged"), "--use_hf", "true"]
-    export_main([*words, "--check_model", "false"])
+    export_main(words)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(trainer.model), rtol=0, atol=2e-5)
 
@@ -132,26 +132,32 @@ def test_it_goes_on_from_an_adapter_with_the_terms_of_now(sft, tmp_path):
         sft("third", adapters=adapters, lora_rank=16)
 
 
-def test_documents_of_a_packed_row_see_themselves_alone(sft, monkeypatch):
-    """packing and padding_free, which ms-swift has for flash attention alone: here by its functions in PyTorch."""
-    from attention_kernels import install_reference_flash_attention
+@pytest.fixture
+def without_flash(monkeypatch):
+    """ms-swift asks for flash attention before it packs; transformers' own masks keep documents apart as well."""
     from swift.arguments import SftArguments
 
-    install_reference_flash_attention(monkeypatch)
-    monkeypatch.setattr(SftArguments, "_check_padding_free", lambda self: setattr(self, "padding_free", True))
-    prepare = Run._prepare_model_tokenizer
+    monkeypatch.setattr(
+        SftArguments, "_check_padding_free", lambda self: setattr(self, "padding_free", self.padding_free or self.packing)
+    )
 
-    def with_reference(self, **kwargs):
-        prepare(self, **kwargs)
-        self.model.config._attn_implementation = "flash_attention_2"
 
-    monkeypatch.setattr(Run, "_prepare_model_tokenizer", with_reference)
+def test_documents_of_a_row_without_padding_see_themselves_alone(sft, without_flash):
     settings = {"max_steps": 2, "train_dataloader_shuffle": False, "dataset_shuffle": False, "split_dataset_ratio": 0.0}
-    free = sft("free", **settings, padding_free=True)
-    monkeypatch.undo()
-    padded = sft("padded", **settings)
-    torch.testing.assert_close(history(free, "balora/task"), history(padded, "balora/task"), rtol=1e-4, atol=1e-5)
+    free, padded = sft("free", **settings, padding_free=True), sft("padded", **settings)
+    for key in ("loss", "balora/task", "balora/consistency", "balora/diversity", "token_acc"):
+        torch.testing.assert_close(history(free, key), history(padded, key), rtol=1e-4, atol=1e-5)
     assert history(free, "balora/consistency")[0] == 0
+
+
+def test_packing_trains_what_ms_swift_does(sft, without_flash):
+    settings = {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    ours = sft("ours", OFF, init_weights="lora", **settings)
+    stock = sft("stock", None, tuner_type="lora", **settings)
+    for key in ("loss", "grad_norm", "token_acc"):
+        torch.testing.assert_close(history(ours, key), history(stock, key), rtol=2e-5, atol=1e-7)
+    terms = sft("terms", **settings)
+    assert history(terms, "balora/consistency")[0] == 0 and history(terms, "balora/consistency")[1] > 0
 
 
 def test_a_classifier_has_the_nlu_terms(sft, files, tmp_path):

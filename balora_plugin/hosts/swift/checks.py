@@ -18,6 +18,7 @@ from .starts import of_start
 
 Arguments = Mapping[str, Any]
 _HEADS = ("lm_head", "embed_tokens", "embed_out", "wte", "all-embedding")
+_DERIVED = {"optimizer: lorap": "lorap_lr_ratio", "optimizer: galore": "use_galore"}  # what ms-swift sets by another key
 _UNREAD_BY_DEFAULT = {"lora_rank": 8, "lora_alpha": 32.0}  # ms-swift's own: what was not written
 
 
@@ -62,6 +63,8 @@ def of_other_tuner(values: Arguments, block: Mapping[str, Any] | None) -> Iterat
 def _refused(values: Arguments) -> Iterator[Finding]:
     for key, (why, remedy, changes, refused) in REFUSED.items():
         value = values.get(key)
+        if values.get(_DERIVED.get(f"{key}: {value}", "")):
+            continue
         if (value in refused if refused else value not in (None, False, 0, "", [], {})) and not (
             key in NOT_ONE and str(value) == "1"
         ):

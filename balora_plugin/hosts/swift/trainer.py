@@ -66,3 +66,17 @@ class SwiftBaLoraTrainer(_SwiftHost, Seq2SeqTrainer):
 
 class SwiftBaLoraClassifierTrainer(_SwiftHost, SampleTrainer):
     """Classifiers of sequences."""
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the loss, and counts ms-swift's `acc` as its own compute_loss does."""
+        if self.ba_lora_run is not None:
+            self.ba_lora_run.wants_logits = True  # in evaluation; the host's prediction_step puts it back
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._compute_acc(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
