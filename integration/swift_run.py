@@ -1,4 +1,4 @@
-"""ms-swift's own training code, in this process (imports are slow): arguments as on the command line, and its trainer."""
+"""ms-swift's own training code, in this process (imports are slow): a command line, and its trainer."""
 
 from __future__ import annotations
 

@@ -100,7 +100,16 @@ def test_what_is_saved_is_a_lora_that_needs_nothing_of_ours(sft, files, tmp_path
 def test_the_hosts_own_merge_is_the_trained_model(sft, tmp_path):
     trainer = sft(save_steps=3)
     adapter = str(tmp_path / "out" / "checkpoint-3")
-    words = ["--adapters", adapter, "--merge_lora", "true", "--output_dir", str(tmp_path / "merged"), "--use_hf", "true"]
+    words = [
+        "--adapters",
+        adapter,
+        "--merge_lora",
+        "true",
+        "--output_dir",
+        str(tmp_path / "merged"),
+        "--use_hf",
+        "true",
+    ]
     export_main(words)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(trainer.model), rtol=0, atol=2e-5)
@@ -138,7 +147,9 @@ def without_flash(monkeypatch):
     from swift.arguments import SftArguments
 
     monkeypatch.setattr(
-        SftArguments, "_check_padding_free", lambda self: setattr(self, "padding_free", self.padding_free or self.packing)
+        SftArguments,
+        "_check_padding_free",
+        lambda self: setattr(self, "padding_free", self.padding_free or self.packing),
     )
 
 
@@ -178,7 +189,7 @@ def test_a_classifier_without_terms_trains_what_ms_swift_does(sft, files):
 
 
 def test_everything_wrong_is_said_at_once_before_the_model_loads(sft, monkeypatch):
-    monkeypatch.setattr("swift.pipelines.train.sft.SwiftSft._prepare_model_tokenizer", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr(Run, "_prepare_model_tokenizer", lambda self: pytest.fail("loaded"))
     with pytest.raises(WrongArguments) as raised:
         sft(
             terms={"lambda_svdd": 0.1},
@@ -247,13 +258,15 @@ def rows_of(output):
 
 def test_two_ranks_are_one_process(files, tmp_path, sft, monkeypatch):
     """By the command line and a YAML, whose ENV holds the settings as a mapping."""
-    from balora_plugin.hosts.swift.names import PLUGIN_FILE  # noqa: F401
-
     terms = {**TERMS, "lambda_svd": 0.0}
     monkeypatch.delenv("BA_LORA", raising=False)
     shared = {"train_dataloader_shuffle": False, "save_steps": 3, "ddp_backend": "gloo"}
     values = {**defaults(files, tmp_path / "two"), **shared, "gradient_accumulation_steps": 1}
-    command = [str(Path(sys.executable).with_name("swift")), "sft", str(write_yaml(tmp_path / "two.yaml", values, terms))]
+    command = [
+        str(Path(sys.executable).with_name("swift")),
+        "sft",
+        str(write_yaml(tmp_path / "two.yaml", values, terms)),
+    ]
     port = str(20000 + os.getpid() % 20000)
     done = subprocess.run(
         command, env=environment(NPROC_PER_NODE="2", MASTER_PORT=port), capture_output=True, text=True, cwd=tmp_path

@@ -31,7 +31,9 @@ def run(args: Values) -> int:
         print(PLUGIN_FILE)
         return 0
     if not args.file:
-        print(f"# the plug-in: {PLUGIN_FILE}\n# balora swift FILE writes what follows\n\n{swift_starter('FILE')}", end="")
+        print(
+            f"# the plug-in: {PLUGIN_FILE}\n# balora swift FILE writes what follows\n\n{swift_starter('FILE')}", end=""
+        )
         return 0
     path = Path(args.file)
     if path.exists() and not args.force:

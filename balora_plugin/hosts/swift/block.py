@@ -1,4 +1,4 @@
-"""The variable BA_LORA: RegularizerConfig's fields and `start_from`, as the YAML's `ENV:` or the shell has written them."""
+"""The variable BA_LORA: RegularizerConfig's fields and `start_from`, as the YAML's `ENV:` or the shell has them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def of_settings(block: Mapping[str, Any], task: str) -> Iterator[Finding]:
 def _unknown(key: str, value: Any) -> Finding:
     name = f"{VARIABLE}.{key}"
     if key == "compile":
-        return Finding(name, value, "is not supported in ms-swift, which checkpoints as no graph can", "remove it", False)
+        return Finding(
+            name, value, "is not supported in ms-swift, which checkpoints as no graph can", "remove it", False
+        )
     own = _ADAPTERS.get(key) or (key if key.startswith("lora_") else None)
     near = nearest_setting(key, [_START_FROM])
     if own:

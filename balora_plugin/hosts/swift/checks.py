@@ -1,4 +1,4 @@
-"""What a `swift sft` would train otherwise than it says, found in its arguments as plain values, before the model loads."""
+"""What `swift sft` would train otherwise than it says: found in its arguments as plain values, before it loads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from .starts import of_start
 
 Arguments = Mapping[str, Any]
 _HEADS = ("lm_head", "embed_tokens", "embed_out", "wte", "all-embedding")
-_DERIVED = {"optimizer: lorap": "lorap_lr_ratio", "optimizer: galore": "use_galore"}  # what ms-swift sets by another key
+_DERIVED = {
+    "optimizer: lorap": "lorap_lr_ratio",
+    "optimizer: galore": "use_galore",
+}  # what ms-swift sets by another key
 _UNREAD_BY_DEFAULT = {"lora_rank": 8, "lora_alpha": 32.0}  # ms-swift's own: what was not written
 
 
@@ -106,7 +109,12 @@ def _terms(values: Arguments, block: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding.of_error(f"{VARIABLE}.{error}")
     if block.get("teacher_cache") and values.get("streaming"):
         why = "needs all documents before the first step"
-        yield Finding(f"{VARIABLE}.teacher_cache", block["teacher_cache"], f"{why}, and streaming: true has none", "remove one of the two")
+        yield Finding(
+            f"{VARIABLE}.teacher_cache",
+            block["teacher_cache"],
+            f"{why}, and streaming: true has none",
+            "remove one of the two",
+        )
 
 
 def _continued(values: Arguments) -> Iterator[Finding]:
@@ -124,4 +132,6 @@ def _continued(values: Arguments) -> Iterator[Finding]:
     for name, ours in (("lora_rank", "r"), ("lora_alpha", "lora_alpha")):
         asked, there = values.get(name), settings["config"].get(ours)
         if asked not in (None, _UNREAD_BY_DEFAULT[name]) and there is not None and asked != there:
-            yield Finding(name, asked, f"contradicts the adapter in {path}, which has {there}", f"write {name}: {there}")
+            yield Finding(
+                name, asked, f"contradicts the adapter in {path}, which has {there}", f"write {name}: {there}"
+            )

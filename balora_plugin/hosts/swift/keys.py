@@ -101,8 +101,7 @@ MAPPED: dict[str, str] = {
 }
 
 # what ms-swift reads for another tuner or another kind of training alone: not read, as beside `tuner_type: lora`
-UNREAD = frozenset(
-    """
+_UNREAD = """
     freeze_parameters freeze_parameters_regex freeze_parameters_ratio
     lora_ga_batch_size lora_ga_iters lora_ga_max_length lora_ga_direction lora_ga_scale lora_ga_stable_gamma
     fourier_n_frequency fourier_scaling boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout
@@ -117,12 +116,11 @@ UNREAD = frozenset(
     ray_exp_name device_groups
     max_new_tokens temperature top_k top_p repetition_penalty num_beams stream stop_words logprobs top_logprobs
     structured_outputs_regex
-    """.split()
-)
+"""
+UNREAD = frozenset(_UNREAD.split())
 
 # of ms-swift's own keys those that reach it as they are written; transformers' training arguments do too
-PASSED = frozenset(
-    """
+_PASSED = """
     model model_type model_revision torch_dtype attn_impl experts_impl new_special_tokens num_labels problem_type
     rope_scaling device_map max_memory max_model_len local_repo_path init_strategy model_kwargs enable_npu_model_patch
     quant_bits hqq_axis bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_quant_storage
@@ -142,5 +140,5 @@ PASSED = frozenset(
     swanlab_token swanlab_project swanlab_workspace swanlab_exp_name swanlab_notification_method swanlab_webhook_url
     swanlab_secret swanlab_sender_email swanlab_receiver_email swanlab_smtp_server swanlab_smtp_port
     swanlab_email_language swanlab_mode
-    """.split()
-)
+"""
+PASSED = frozenset(_PASSED.split())

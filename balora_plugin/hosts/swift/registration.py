@@ -30,7 +30,7 @@ _before: dict[str, str] = {}  # the trainers that stood in the table
 
 
 def register(file: str) -> None:
-    """Puts `tuner_type: ba_lora` into ms-swift's tables; `file` is the plug-in, which nothing that is saved may name."""
+    """Puts `tuner_type: ba_lora` into ms-swift's tables; `file` is the plug-in, by which saved arguments know it."""
     if os.path.realpath(file) != os.path.realpath(PLUGIN_FILE):
         raise ValueError(f"{file} is a copy of the plug-in: name {PLUGIN_FILE} itself (balora swift prints it).")
     print_without_traceback()
@@ -105,7 +105,7 @@ def _trainer(task: str, **given: Any) -> Any:
 
 
 def causal_lm_trainer(**given: Any) -> Any:
-    """Makes the trainer of a language model, with the terms beside `tuner_type: ba_lora`, else what was there before."""
+    """Makes a language model's trainer: with the terms beside `tuner_type: ba_lora`, else what was there before."""
     return _trainer("causal_lm", **given)
 
 

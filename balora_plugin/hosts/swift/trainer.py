@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class _SwiftHost(BaLoraTrainerMixin):
         return {key: value for key, value in inputs.items() if key not in _NOTES}
 
     def _update(self, training: bool, name: str, values: Tensor) -> None:
-        self.custom_metrics["train" if training else "eval"][name].update(values)  # type: ignore[attr-defined]
+        self.custom_metrics["train" if training else "eval"][name].update(values)
 
 
 class SwiftBaLoraTrainer(_SwiftHost, Seq2SeqTrainer):

@@ -72,9 +72,7 @@ class BaLoraTuner(PeftTuner):
         """Writes the adapter; `state_dict` is what an engine has gathered, which ms-swift's own PeftTuner drops."""
         kwargs.setdefault("selected_adapters", ["default"])
         saves: Any = model
-        saves.save_pretrained(
-            save_directory, safe_serialization=safe_serialization, state_dict=state_dict, **kwargs
-        )
+        saves.save_pretrained(save_directory, safe_serialization=safe_serialization, state_dict=state_dict, **kwargs)
 
 
 def check_kind_of_model(task_type: str, model: Any) -> None:
