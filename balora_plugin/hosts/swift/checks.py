@@ -25,7 +25,7 @@ _DERIVED = {
 _UNREAD_BY_DEFAULT = {"lora_rank": 8, "lora_alpha": 32.0}  # ms-swift's own: what was not written
 
 
-def findings_of(values: Arguments, block: Mapping[str, Any] | None) -> Iterator[Finding]:
+def findings_in(values: Arguments, block: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Finds everything in the arguments that would be ignored, or would train something else.
 
     Args:

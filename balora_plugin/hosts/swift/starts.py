@@ -27,5 +27,6 @@ def of_start(init_weights: Any) -> Iterator[Finding]:
         if str(start).startswith(_ITERATIONS) and not str(start).removeprefix(_ITERATIONS).isdigit():
             yield Finding("init_weights", start, "names no number of iterations", f"write {_ITERATIONS}16")
         return
-    why = OTHER_STARTS.get(str(start).lower().replace("-", "_"), "is not a start of BA-LoRA").partition(":")[0]
+    reason = OTHER_STARTS.get(str(start).lower().replace("-", "_"), "").partition(":")[0]
+    why = "is not a start of BA-LoRA" + (f" ({reason})" if reason else "")
     yield Finding("init_weights", init_weights, why, f"write {', '.join(DELTA_STARTS)} or {LORA}", True)

@@ -20,7 +20,7 @@ from .names import VARIABLE
 from .starts import start_of
 
 
-def adapter_config(args: Any, model: Any) -> BaLoraConfig:
+def adapter_of(args: Any, model: Any) -> BaLoraConfig:
     """Returns ms-swift's `lora_*` keys as a BaLoraConfig with the terms of BA_LORA."""
     terms, source = terms_and_source(read_block(os.environ.get(VARIABLE)))
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -46,7 +46,7 @@ class BaLoraTuner(PeftTuner):
     @staticmethod
     def prepare_model(args: Any, model: torch.nn.Module) -> torch.nn.Module:
         """Checks the bare model, before the SVDs, and puts the adapter on it."""
-        config = adapter_config(args, model)
+        config = adapter_of(args, model)
         check_kind_of_model(args.task_type, model)
         if resolve(model, config.regularizers, adapter_follows=True).task == "nlg":
             check_head(model)
