@@ -301,3 +301,46 @@ def test_a_merge_needs_nothing_of_ours(sft, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(merged), logits(trainer.model), rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    from multimodal import tiny_multimodal, tiny_processor
+
+    return write_workspace(tmp_path_factory.mktemp("llava"), tiny_multimodal("llava"), tiny_processor("llava"))
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_text_trains_a_multimodal_model_as_ms_swift_does(sft, llava, monkeypatch, encoded):
+    """Also where ms-swift embeds the tokens in a hook before the forward, which knows its own keywords alone."""
+    from swift.template.templates.llava import LlavaHfTemplate
+
+    if encoded:
+
+        def post_encode(self, model, inputs):
+            return {"inputs_embeds": self.get_base_model(model).get_input_embeddings()(inputs["input_ids"])}
+
+        monkeypatch.setattr(LlavaHfTemplate, "_post_encode", post_encode)
+    settings = {
+        "model": str(llava / "base"),
+        "model_type": "llava1_5_hf",
+        "template": "llava1_5_hf",
+        "max_length": 100,
+        "max_steps": 2,
+    }
+    ours = sft("ours", OFF, init_weights="lora", **settings)
+    stock = sft("stock", None, tuner_type="lora", **settings)
+    for key in ("loss", "grad_norm", "token_acc"):
+        torch.testing.assert_close(history(ours, key), history(stock, key), rtol=2e-5, atol=1e-7)
+    terms = sft("terms", **settings)
+    assert history(terms, "balora/consistency")[0] == 0 and history(terms, "balora/consistency")[1] > 0
+    assert not [name for name, p in terms.model.named_parameters() if p.requires_grad and "vision" in name]
+
+
+def test_what_encodes_images_for_the_teacher_too_is_not_adapted(sft, llava):
+    settings = {"model": str(llava / "base"), "model_type": "llava1_5_hf", "template": "llava1_5_hf", "max_length": 100}
+    with pytest.raises(WrongArguments, match=r"freeze_vit: false adapts what encodes images") as raised:
+        sft(freeze_vit=False, modules_to_save=["embed_tokens"], **settings)
+    assert len(raised.value.findings) == 2
+    with pytest.raises(WrongArguments, match=r"target_modules: match model\.vision_tower\..*, which encodes images"):
+        sft(target_regex=".*(vision_tower|language_model).*q_proj", **settings)

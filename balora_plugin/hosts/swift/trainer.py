@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...objective.request import StepOutput
 from ...training.trainer import BaLoraTrainerMixin
+from .multimodal import carrying
 from .saved import write_as_stock
 
 _NOTES = ("compute_loss_func", "loss_scale", "channel", "text_position_ids")  # of a batch, to ms-swift's own loss
@@ -21,6 +22,8 @@ class _SwiftHost(BaLoraTrainerMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.model_meta.is_multimodal:
+            self.template.pre_forward_hook = carrying(self.template.pre_forward_hook)
         if self.is_world_process_zero():
             write_as_stock(self.args.output_dir)
 

@@ -16,6 +16,8 @@ from ...pretrained.classifier_head import is_classifier
 from ...pretrained.lm_head import check_head
 from ...training.checks.model import resolve
 from .block import read_block, terms_and_source
+from .errors import refuse_arguments
+from .multimodal import adapted_towers, of_multimodal
 from .names import VARIABLE
 from .starts import start_of
 
@@ -48,9 +50,12 @@ class BaLoraTuner(PeftTuner):
         """Checks the bare model, before the SVDs, and puts the adapter on it."""
         config = adapter_of(args, model)
         check_kind_of_model(args.task_type, model)
+        refuse_arguments(of_multimodal(args, model, config.regularizers.teacher_cache))
         if resolve(model, config.regularizers, adapter_follows=True).task == "nlg":
             check_head(model)
-        return get_ba_lora_model(model, config)
+        wrapped = get_ba_lora_model(model, config)
+        refuse_arguments(adapted_towers(wrapped))
+        return wrapped
 
     @staticmethod
     def from_pretrained(model: torch.nn.Module, model_id: str, **kwargs: Any) -> torch.nn.Module:
