@@ -18,9 +18,10 @@ PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 NEWEST_TORCH = .venv-newest-torch/bin/python
 LLAMAFACTORY = .venv-llamafactory/bin/python
+SWIFT = .venv-swift/bin/python
 DOCS = .venv-docs/bin/python
 
-.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs test-llamafactory lint clean
+.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs test-llamafactory test-swift lint clean
 
 quickstart: .venv-axolotl/.smollm2
 	$(PINS) -m studies.quickstart $(ARGS)
@@ -70,6 +71,10 @@ test-long: .venv-axolotl/.ready
 # before a release: wheel and source distribution, installed where nothing of the clone is seen
 test-release: .venv-axolotl/.ready
 	$(THREADS) $(PINS) $(PYTEST) tests/test_release.py
+
+# ms-swift, in an environment of its own (2.3 GB); SWIFT_EXAMPLES may name the folder `examples` of its repository
+test-swift: .venv-swift/.ready
+	$(THREADS) $(SWIFT) -m pytest integration/test_swift.py tests/hosts/test_swift_checks.py tests/hosts/test_swift_scripts.py
 
 # every architecture of docs/architectures.md: rewrites that page, then each of them in `axolotl train`
 test-models: .venv-axolotl/.ready
@@ -122,6 +127,9 @@ test-llamafactory: .venv-llamafactory/.ready .cache/llamafactory/.ready
 	$(LLAMAFACTORY) -c "import torchvision" 2>/dev/null || $(LLAMAFACTORY) -m pip uninstall --quiet --yes torchvision
 	$(LLAMAFACTORY) -c "import torchaudio" 2>/dev/null || rm -f .venv-llamafactory/lib/python3*/site-packages/torchaudio/lib/*.so
 
+.venv-swift/.ready: requirements/swift.txt requirements/dev.txt pyproject.toml
+	$(call environment,.venv-swift,-r requirements/swift.txt -r requirements/dev.txt)
+
 # the package itself is not installed there, and torch is not needed
 .venv-docs/.ready: requirements/docs.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
@@ -142,4 +150,4 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .venv-llamafactory .venv-docs .cache outputs site build dist
+	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .venv-llamafactory .venv-swift .venv-docs .cache outputs site build dist

@@ -28,6 +28,7 @@ BOUNDS = {
     "trl": Bounds("1.9", "1.9", "1.16"),
     "axolotl": Bounds("0.19", "0.19", "0.19"),
     "llamafactory": Bounds("0.9.5", "0.9.5", "0.9.5"),
+    "ms-swift": Bounds("4.6", "4.6", "4.6"),
     "accelerate": Bounds("1.11", "1.11", "1.15"),
     "bitsandbytes": Bounds("0.50", "0.50", "0.50"),
 }
@@ -35,9 +36,11 @@ TOGETHER: tuple[dict[str, str], ...] = (  # what the sets of requirements/ insta
     {"axolotl": "0.19", "trl": "1.9", "peft": "0.20", "transformers": "5.16"},
     {"trl": "1.16", "peft": "0.21", "transformers": "5.24"},
     {"llamafactory": "0.9.5", "trl": "0.24", "peft": "0.18", "transformers": "5.6"},
+    {"ms-swift": "4.6", "trl": "0.29", "peft": "0.20", "transformers": "5.19"},
 )
 UNTESTED = {  # of hosts that CI does not run, what nobody has tried
     "llamafactory": "GPUs, DeepSpeed, FSDP, images, predict_with_generate, use_unsloth_gc (docs/llamafactory.md)",
+    "ms-swift": "GPUs, DeepSpeed, FSDP, device_map over several GPUs, images, use_liger_kernel (docs/swift.md)",
 }
 OTHERS = ("deepspeed", "flash-attn")  # optional, and no release of theirs is pinned
 NAMES = (*BOUNDS, *OTHERS)
@@ -81,7 +84,7 @@ def standing(name: str, version: str | None) -> str:
 def asked_by_a_host(name: str, versions: Mapping[str, str | None]) -> str | None:
     """Returns the installed host that was tested with an older release of `name` than is needed elsewhere, or None.
 
-    Only TRL has such: LLaMA-Factory brings one that BaLoraSFTTrainer cannot use, and needs none itself.
+    Only TRL has such: LLaMA-Factory and ms-swift bring one that BaLoraSFTTrainer cannot use, and need none here.
     """
     for together in TOGETHER:
         host = next(iter(together))

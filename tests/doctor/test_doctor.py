@@ -65,16 +65,16 @@ def test_the_bounds_are_those_of_the_project():
         if name in versions.BOUNDS:
             assert versions.BOUNDS[name].least == version, name
     older, newest = requirements("quickstart.txt") | requirements("axolotl.txt"), requirements("newest.txt")
-    llamafactory = requirements("llamafactory.txt")
+    llamafactory, swift = requirements("llamafactory.txt"), requirements("swift.txt")
     for name, (_, first, last, _) in versions.BOUNDS.items():
-        for bound, pins in ((first, older | llamafactory), (last, newest)):
+        for bound, pins in ((first, swift | older | llamafactory), (last, newest)):
             if name in pins:
                 assert Version(bound).release[:2] == pins[name].release[:2], name
-    for said, pins in zip(versions.TOGETHER, (older, newest, llamafactory), strict=True):
+    for said, pins in zip(versions.TOGETHER, (older, newest, llamafactory, swift), strict=True):
         for name, version in said.items():
             assert name not in pins or Version(version).release[:2] == pins[name].release[:2], name
     lowest = requirements("lowest.txt")
-    assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl", "llamafactory"} <= set(lowest)
+    assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl", "llamafactory", "ms-swift"} <= set(lowest)
     bounds = dict(least)
     for name, pin in lowest.items():
         assert Version(bounds[name]) == Version(f"{pin.major}.{pin.minor}"), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,13 @@ def test_a_key_stands_in_one_table():
     tables = [set(keys.REFUSED), set(keys.SUPERSEDED), set(keys.MAPPED), keys.PASSED, keys.UNREAD]
     assert sum(map(len, tables)) == len(set().union(*tables))
     assert set(keys.NOT_ONE) <= set(keys.REFUSED)
+
+
+def test_the_page_names_every_key_that_is_not_plainly_passed():
+    page = (Path(__file__).parents[2] / "docs" / "swift.md").read_text(encoding="utf-8")
+    said: dict[str, set[str]] = {}
+    for row in re.findall(r"^\| (`.+?) \| (\w+) \|", page, re.MULTILINE):
+        said.setdefault(row[1], set()).update(re.findall(r"`(\w+)", row[0]))
+    assert said["refused"] == set(keys.REFUSED) and said["superseded"] == set(keys.SUPERSEDED)
+    assert said["mapped"] == set(keys.MAPPED)
+    assert not said["passed"] & (set(keys.SUPERSEDED) | set(keys.MAPPED))
