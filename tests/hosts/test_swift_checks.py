@@ -17,7 +17,7 @@ from balora_plugin.hosts.swift.errors import WrongArguments, refuse_arguments
 from balora_plugin.hosts.swift.names import PLUGIN_FILE
 from balora_plugin.hosts.swift.saved import as_stock, write_as_stock
 from balora_plugin.hosts.swift.starter import swift_starter
-from balora_plugin.hosts.swift.starts import start_of
+from balora_plugin.hosts.swift.starts import swift_start
 
 GOOD = {"tuner_type": "ba_lora", "lora_rank": 16, "lora_alpha": 16, "model": "m", "dataset": ["d"]}
 
@@ -164,7 +164,7 @@ def test_every_setting_of_the_method_is_a_setting_here():
     ],
 )
 def test_the_hosts_default_start_means_pissa(written, start):
-    assert start_of(written) == start and found(init_weights=written) == []
+    assert swift_start(written) == start and found(init_weights=written) == []
 
 
 def test_what_is_saved_names_a_lora_and_no_plugin_of_ours(tmp_path):

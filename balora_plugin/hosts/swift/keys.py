@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class RefusedKey(NamedTuple):
+class ArgumentRefusal(NamedTuple):
     """Why a key is refused, what to write instead, and whether that trains something else.
 
     `values`: the values that are refused; empty: every one that is set.
@@ -21,40 +21,40 @@ class RefusedKey(NamedTuple):
     values: tuple[object, ...] = ()
 
 
-_LOSS = RefusedKey("replaces the loss that the terms are a part of", "remove it", True)
+_LOSS = ArgumentRefusal("replaces the loss that the terms are a part of", "remove it", True)
 _OTHERS = "is read by ms-swift's own tuners alone, and would be ignored here"
-_BASE = RefusedKey("trains or changes base parameters that the teacher shares", "remove it", True)
-_SPLIT = RefusedKey("is not supported with BA-LoRA yet", "use NPROC_PER_NODE (DDP), or deepspeed", False, ())
+_BASE = ArgumentRefusal("trains or changes base parameters that the teacher shares", "remove it", True)
+_SPLIT = ArgumentRefusal("is not supported with BA-LoRA yet", "use NPROC_PER_NODE (DDP), or deepspeed", False)
 
-REFUSED: dict[str, RefusedKey] = {
-    "tuner_backend": RefusedKey(
+REFUSED: dict[str, ArgumentRefusal] = {
+    "tuner_backend": ArgumentRefusal(
         "reads lora_A and lora_B past the layer's forward, so that nothing would train",
         "write tuner_backend: peft",
         False,
         ("unsloth",),
     ),
-    "use_swift_lora": RefusedKey(_OTHERS, "remove it", False),
-    "lora_bias": RefusedKey("trains biases of the base, which the teacher shares", "write none", True, ("all",)),
-    "lora_dtype": RefusedKey(_OTHERS, "remove it (the factors are float32 over a base in half precision)", None),
-    "lorap_lr_ratio": RefusedKey(_OTHERS, "remove it", True),
-    "use_dora": RefusedKey("is another adapter", "remove it", True),
-    "trainable_parameters": RefusedKey("is read in full fine-tuning alone", "write modules_to_save", None),
-    "trainable_parameters_regex": RefusedKey("is read in full fine-tuning alone", "write modules_to_save", None),
+    "use_swift_lora": ArgumentRefusal(_OTHERS, "remove it", False),
+    "lora_bias": ArgumentRefusal("trains biases of the base, which the teacher shares", "write none", True, ("all",)),
+    "lora_dtype": ArgumentRefusal(_OTHERS, "remove it (the factors are float32 over a base in half precision)", None),
+    "lorap_lr_ratio": ArgumentRefusal(_OTHERS, "remove it", True),
+    "use_dora": ArgumentRefusal("is another adapter", "remove it", True),
+    "trainable_parameters": ArgumentRefusal("is read in full fine-tuning alone", "write modules_to_save", None),
+    "trainable_parameters_regex": ArgumentRefusal("is read in full fine-tuning alone", "write modules_to_save", None),
     "enable_dft_loss": _LOSS,
-    "enable_channel_loss": RefusedKey("logs per-token losses that are never made here", "remove it", False),
+    "enable_channel_loss": ArgumentRefusal("logs per-token losses that are never made here", "remove it", False),
     "loss_type": _LOSS,
-    "use_galore": RefusedKey("projects the gradients of whole weights, which do not train here", "remove it", True),
+    "use_galore": ArgumentRefusal("projects gradients of whole weights, which do not train here", "remove it", True),
     "lisa_activated_layers": _BASE,
-    "optimizer": RefusedKey(
+    "optimizer": ArgumentRefusal(
         "needs ms-swift's own tuners, or clips the base's weights",
         "remove it, or write muon or multimodal",
         True,
         ("lorap", "galore", "muonclip"),
     ),
-    "predict_with_generate": RefusedKey(
+    "predict_with_generate": ArgumentRefusal(
         "evaluates by generated text, of which no term is measured", "remove it, and generate with swift infer", False
     ),
-    "quant_method": RefusedKey(
+    "quant_method": ArgumentRefusal(
         "stores weights in a form that A0 and B0 cannot be taken from",
         "write quant_method: bnb with quant_bits: 4 or 8, or remove it",
         True,
@@ -63,9 +63,11 @@ REFUSED: dict[str, RefusedKey] = {
     "sequence_parallel_size": _SPLIT,
     "deepspeed_autotp_size": _SPLIT,
     "use_ray": _SPLIT,
-    "use_flash_ckpt": RefusedKey("saves in parts that are no adapter", "remove it", False),
-    "safe_serialization": RefusedKey("saves by pickle: adapters are safetensors only", "remove it", False, (False,)),
-    "mrl_dims": RefusedKey("is for embedding models, which BA-LoRA does not train", "remove it", True),
+    "use_flash_ckpt": ArgumentRefusal("saves in parts that are no adapter", "remove it", False),
+    "safe_serialization": ArgumentRefusal(
+        "saves by pickle, and adapters are safetensors", "remove it", False, (False,)
+    ),
+    "mrl_dims": ArgumentRefusal("is for embedding models, which BA-LoRA does not train", "remove it", True),
 }
 NOT_ONE = ("sequence_parallel_size", "deepspeed_autotp_size")  # sizes, of which 1 is none
 

@@ -13,7 +13,7 @@ LORA = "lora"  # the ordinary start: ms-swift's own word for it, true, is its de
 _ITERATIONS = "pissa_niter_"
 
 
-def start_of(init_weights: Any) -> str | bool:
+def swift_start(init_weights: Any) -> str | bool:
     """Returns `init_lora_weights`: PiSSA for true, which ms-swift has by default, and for what was not written."""
     if init_weights in (None, True, "true", "True"):
         return DELTA_STARTS[0]
@@ -22,7 +22,7 @@ def start_of(init_weights: Any) -> str | bool:
 
 def of_start(init_weights: Any) -> Iterator[Finding]:
     """Finds a start that is not one of BA-LoRA's."""
-    start = start_of(init_weights)
+    start = swift_start(init_weights)
     if start is True or start in DELTA_STARTS or str(start).startswith(_ITERATIONS):
         if str(start).startswith(_ITERATIONS) and not str(start).removeprefix(_ITERATIONS).isdigit():
             yield Finding("init_weights", start, "names no number of iterations", f"write {_ITERATIONS}16")

@@ -19,7 +19,7 @@ from .block import read_block, terms_and_source
 from .errors import refuse_arguments
 from .multimodal import adapted_towers, of_multimodal
 from .names import VARIABLE
-from .starts import start_of
+from .starts import swift_start
 
 
 def adapter_of(args: Any, model: Any) -> BaLoraConfig:
@@ -36,7 +36,7 @@ def adapter_of(args: Any, model: Any) -> BaLoraConfig:
         modules_to_save=whole or None,
         target_modules=get_target_modules(args, model),
         target_parameters=args.target_parameters,
-        init_lora_weights=start_of(args.init_weights),
+        init_lora_weights=swift_start(args.init_weights),
         start_from=source,
         regularizers=terms,
     )
