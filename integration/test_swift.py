@@ -344,3 +344,16 @@ def test_what_encodes_images_for_the_teacher_too_is_not_adapted(sft, llava):
     assert len(raised.value.findings) == 2
     with pytest.raises(WrongArguments, match=r"target_modules: match model\.vision_tower\..*, which encodes images"):
         sft(target_regex=".*(vision_tower|language_model).*q_proj", **settings)
+
+
+def test_what_an_engine_has_gathered_reaches_the_writer():
+    """ms-swift's own PeftTuner drops it, so that under ZeRO-3 each process would write its own part."""
+    from balora_plugin.hosts.swift.tuner import BaLoraTuner
+
+    class Model:
+        def save_pretrained(self, directory, **given):
+            self.given = given
+
+    model, gathered = Model(), {"a": 1}
+    BaLoraTuner.save_pretrained(model, "somewhere", state_dict=gathered)
+    assert model.given["state_dict"] is gathered and model.given["selected_adapters"] == ["default"]

@@ -23,7 +23,7 @@ def carrying(hook: Hook) -> Hook:
     return carried
 
 
-def of_multimodal(args: Any, model: Any, teacher_cache: str | None) -> list[Finding]:
+def of_multimodal(args: Any, model: Any, teacher_cache: Any) -> list[Finding]:
     """Finds what the teacher would see as the student does: the batch is encoded once, with the adapter on.
 
     Args:
