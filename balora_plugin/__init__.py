@@ -1,4 +1,4 @@
-"""BA-LoRA: bias-alleviating low-rank adaptation for TRL, transformers and Axolotl."""
+"""BA-LoRA: bias-alleviating low-rank adaptation for TRL, transformers, Axolotl and LLaMA-Factory."""
 
 from __future__ import annotations
 

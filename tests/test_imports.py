@@ -30,7 +30,7 @@ LAYERS = (
     ("export",),
     ("classification",),
     ("training",),
-    ("hosts.transformers", "hosts.trl", "hosts.axolotl"),
+    ("hosts.transformers", "hosts.trl", "hosts.axolotl", "hosts.llamafactory", "hosts.swift"),
     ("doctor",),
     ("glue",),
     ("evaluation",),
@@ -39,6 +39,7 @@ LAYERS = (
     ("compare",),
     ("commands",),
 )
+HOSTS = {"trl", "axolotl", "llamafactory", "swift"}
 TREES = ("balora_plugin", "benchmarks", "studies", "integration")
 # third-party packages a part may import, where fewer than the plug-in needs
 ALONE = {
@@ -192,7 +193,7 @@ def test_the_core_names_no_host_framework():
     known = modules(trees=("balora_plugin",))
     for name in known:
         if not name.startswith("balora_plugin.hosts."):
-            assert not {other.split(".")[0] for other in imports(name, known)} & {"trl", "axolotl"}, name
+            assert not {other.split(".")[0] for other in imports(name, known)} & HOSTS, name
 
 
 def test_no_public_name_stands_twice():

@@ -164,7 +164,7 @@ def test_every_command_can_be_parsed(monkeypatch):
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
         else:
-            assert words[0] in {"accelerate", "axolotl", "hf", "ollama", "pip", "python", "vllm"}, words
+            assert words[0] in {"accelerate", "axolotl", "hf", "ollama", "pip", "python", "swift", "vllm"}, words
     assert seen == set(runpy.run_path(str(DOCS / "cli.py"))["names"]())
 
 

@@ -27,10 +27,15 @@ tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "balora_plugin"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # where an import has another name
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "swift": "ms-swift"}  # where an import has another name
 BROUGHT = {"torch": {"triton"}}  # by a declared one
 # the one part that may import an extra's packages as it is imported itself
-PARTS = {"hosts/axolotl": "axolotl", "hosts/trl.py": "trl"}
+PARTS = {
+    "hosts/axolotl": "axolotl",
+    "hosts/trl.py": "trl",
+    "hosts/llamafactory": "llamafactory",
+    "hosts/swift": "swift",
+}
 
 
 def declared(*extras):

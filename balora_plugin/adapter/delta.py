@@ -11,14 +11,11 @@ ZeRO-3, and as parameters (not buffers) DDP does not broadcast them at every ste
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import peft
 import torch
-from packaging.version import Version
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant, ParamWrapper
@@ -29,23 +26,11 @@ from torch import Tensor, nn
 from ..pretrained.quantised import dequantised, is_quantised_linear
 from ..pretrained.quantised_experts import StoredParameter, forget_cached, stored_parameter
 from .guard import REMEDY, guard_layer
+from .peft_releases import out_first
 
-TESTED_PEFT = ("0.20", "0.22")  # from, below
 FROZEN = ("frozen_A", "frozen_B")
 PEFT_PREFIX = "base_model.model."
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def check_peft_version() -> None:
-    """Refuses a PEFT that is too old, warns once about one this file was not tested with."""
-    version = Version(Version(peft.__version__).base_version)
-    if version < Version(TESTED_PEFT[0]):
-        raise ImportError(f"BA-LoRA needs peft >= {TESTED_PEFT[0]}, found {peft.__version__}: pip install -U peft")
-    if version >= Version(TESTED_PEFT[1]):
-        warnings.warn(
-            f"balora-plugin was tested with peft {TESTED_PEFT[0]} to below {TESTED_PEFT[1]}, found {peft.__version__}.",
-            stacklevel=3,
-        )
 
 
 class DeltaVariant(LoraVariant):
@@ -120,8 +105,7 @@ class DeltaParamWrapper(ParamWrapper):
         a = a.reshape(self.num_experts, -1, a.shape[-1])  # (E, 2r, in)
         b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)  # (E, out, 2r)
         param = stored_of(self)
-        out_first = len(param.shape) == 2 or self._did_swap_in_out_features
-        lhs, rhs = (b, a) if out_first else (a.mT, b.mT)
+        lhs, rhs = (b, a) if out_first(self, len(param.shape)) else (a.mT, b.mT)
         return lhs.to(param.dtype), rhs.to(param.dtype), self.scaling[adapter_name]
 
     @contextmanager
@@ -311,7 +295,7 @@ def base_matrix(layer: LoraLayer) -> Tensor:
     """Returns the weight as (out, in), or (experts, out, in), dequantised."""
     if isinstance(layer, ParamWrapper):
         param = layer.get_param().data
-        return param if param.ndim == 2 or layer._did_swap_in_out_features else param.mT
+        return param if out_first(layer, param.ndim) else param.mT
     base = layer.get_base_layer()
     if is_quantised_linear(base):
         return dequantised(base)

@@ -23,7 +23,8 @@ from ..checkpoint.placing import withdraw
 from ..pretrained.classifier_head import with_head
 from ..pretrained.quantised import protect_weights
 from .config import BaLoraConfig
-from .delta import FROZEN, attach_delta, check_peft_version, fill_empty, is_delta
+from .delta import FROZEN, attach_delta, fill_empty, is_delta
+from .peft_releases import add_stock_adapter, check_peft_version
 from .saved import card
 from .saved.fit import check_stock_fits
 from .saved.reading import LoadOptions, SavedAdapter, check_same_base, load_delta, restore_teacher_head
@@ -282,7 +283,8 @@ class BaLoraModelMixin(_Base):
         if start:
             leave_towers_out(config, self.get_base_model())
         with expert_dropout_explained(config):
-            super().add_adapter(adapter_name, injected_config(config), autocast_adapter_dtype=autocast_adapter_dtype)
+            stock = injected_config(config)
+            add_stock_adapter(super().add_adapter, self, adapter_name, stock, autocast=autocast_adapter_dtype)
         try:
             self._adopt(config, adapter_name, start=start)
         except Exception:

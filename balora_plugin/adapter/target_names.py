@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.utils import logging
+
+from .peft_releases import as_peft_reads
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +63,7 @@ def _listed(wanted: Any) -> list[str]:
 def _as_read(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """The config as PEFT takes it, which knows the layers that were before experts were fused (w1 of Mixtral)."""
     config = copy.deepcopy(config)
-    convert_peft_config_for_transformers(config, model, None)
+    as_peft_reads(config, model)
     return config
 
 

@@ -14,9 +14,11 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_M
 from torch import nn
 
 from ..pretrained.classifier_head import DEFAULT_TARGETS, with_head
+from ..pretrained.patched import check_unpatched
 from .config import BaLoraConfig
 from .delta import PEFT_PREFIX, is_supported_layer, refused_by_peft, split_name
 from .excluding import exclude
+from .peft_releases import check_experts
 
 
 def fill_targets(config: BaLoraConfig, model: nn.Module) -> None:
@@ -115,6 +117,8 @@ def check_targets(base: Any, layers: list[tuple[str, LoraLayer]], custom: Collec
         ValueError: names the module and what to write.
     """
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    check_unpatched(base)
+    check_experts(layers)
     for name, layer in layers:
         if layer is head or layer.get_base_layer() is head:
             raise ValueError(

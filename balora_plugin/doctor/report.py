@@ -15,11 +15,6 @@ from .memory import Memory
 from .requested import problems
 from .versions import ABSENT, BOUNDS, NEWER, OLD
 
-_HOSTS = ("axolotl", "trl", "peft", "transformers")
-TOGETHER = (  # what the two sets of requirements/ pin
-    ", ".join(f"{name} {BOUNDS[name].first}" for name in _HOSTS),
-    ", ".join(f"{name} {BOUNDS[name].last}" for name in _HOSTS[1:]),
-)
 HERE = "here"
 OK, NOTE, PROBLEM = "", "note", "PROBLEM"
 
@@ -102,6 +97,9 @@ def _versions(machine: Machine) -> Iterator[Line]:
         if standing == ABSENT:
             needed = bounds is not None and bounds.needed
             yield Line(name, ABSENT, PROBLEM if needed else OK, versions.remedy(name))
+        elif standing == OLD and (host := versions.asked_by_a_host(name, machine.versions)):
+            assert bounds is not None
+            yield Line(name, f"{version}  for {host}; used without it, needs {bounds.least} or newer")
         elif standing == OLD:
             assert bounds is not None
             yield Line(name, f"{version}  {OLD}: needs {bounds.least} or newer", PROBLEM, versions.remedy(name))
@@ -111,6 +109,8 @@ def _versions(machine: Machine) -> Iterator[Line]:
         else:
             tested = "" if bounds is None or standing == versions.TESTED else f" (tested: {_span(bounds)})"
             yield Line(name, f"{version}  {standing}{tested}")
+        if version is not None and name in versions.UNTESTED:
+            yield Line(name, f"not tried with it: {versions.UNTESTED[name]}")
     found = versions.conflicts(machine.versions)
     for conflict in found:
         yield Line(
@@ -120,7 +120,8 @@ def _versions(machine: Machine) -> Iterator[Line]:
             f'pip install "{conflict.requirement}"',
         )
     if not found:
-        yield Line("together", "; or ".join(TOGETHER))
+        sets = (", ".join(f"{name} {release}" for name, release in each.items()) for each in versions.TOGETHER)
+        yield Line("together", "; or ".join(sets))
 
 
 def _span(bounds: versions.Bounds) -> str:

@@ -23,12 +23,24 @@ class Bounds(NamedTuple):
 BOUNDS = {
     "python": Bounds("3.10", "3.11", "3.11", needed=True),
     "torch": Bounds("2.10", "2.10", "2.13", needed=True),
-    "transformers": Bounds("5.16", "5.16", "5.24", needed=True),
-    "peft": Bounds("0.20", "0.20", "0.21", needed=True),
+    "transformers": Bounds("5.6", "5.6", "5.24", needed=True),
+    "peft": Bounds("0.18", "0.18", "0.21", needed=True),
     "trl": Bounds("1.9", "1.9", "1.16"),
     "axolotl": Bounds("0.19", "0.19", "0.19"),
-    "accelerate": Bounds("1.13", "1.13", "1.15"),
+    "llamafactory": Bounds("0.9.5", "0.9.5", "0.9.5"),
+    "ms-swift": Bounds("4.6", "4.6", "4.6"),
+    "accelerate": Bounds("1.11", "1.11", "1.15"),
     "bitsandbytes": Bounds("0.50", "0.50", "0.50"),
+}
+TOGETHER: tuple[dict[str, str], ...] = (  # what the sets of requirements/ install, the host first
+    {"axolotl": "0.19", "trl": "1.9", "peft": "0.20", "transformers": "5.16"},
+    {"trl": "1.16", "peft": "0.21", "transformers": "5.24"},
+    {"llamafactory": "0.9.5", "trl": "0.24", "peft": "0.18", "transformers": "5.6"},
+    {"ms-swift": "4.6", "trl": "0.29", "peft": "0.20", "transformers": "5.19"},
+)
+UNTESTED = {  # of hosts that CI does not run, what nobody has tried
+    "llamafactory": "GPUs, DeepSpeed, FSDP, images, predict_with_generate, use_unsloth_gc (docs/llamafactory.md)",
+    "ms-swift": "GPUs, DeepSpeed, FSDP, device_map over several GPUs, images, use_liger_kernel (docs/swift.md)",
 }
 OTHERS = ("deepspeed", "flash-attn")  # optional, and no release of theirs is pinned
 NAMES = (*BOUNDS, *OTHERS)
@@ -67,6 +79,19 @@ def standing(name: str, version: str | None) -> str:
     if here > last:
         return NEWER
     return TESTED if here >= first else SUPPORTED
+
+
+def asked_by_a_host(name: str, versions: Mapping[str, str | None]) -> str | None:
+    """Returns the installed host that was tested with an older release of `name` than is needed elsewhere, or None.
+
+    Only TRL has such: LLaMA-Factory and ms-swift bring one that BaLoraSFTTrainer cannot use, and need none here.
+    """
+    for together in TOGETHER:
+        host = next(iter(together))
+        tested = together.get(name)
+        if host != name and tested is not None and versions.get(host) and standing(name, tested) == OLD:
+            return host
+    return None
 
 
 def remedy(name: str) -> str:

@@ -19,6 +19,7 @@ from ..objective.classification import classification_step
 from ..objective.install import install
 from ..pretrained.attention import check_attention, check_same_attention
 from ..pretrained.lm_head import check_head
+from ..pretrained.patched import check_unpatched
 from ..pretrained.quantised import protect_weights
 from ..pretrained.switch import TeacherSwitch
 from . import classification
@@ -182,6 +183,7 @@ def _check(
     if isinstance(adapter, BaLoraConfig):
         check_saving(host.accelerator)
     check_loss_function(getattr(host, "compute_loss_func", None), task_form_of(host.args, host.ba_lora_loss_type))
+    check_unpatched(host.model)
     check_adapters(bare)
     check_attention(bare, host.args)
     config = resolve(bare, regularizers)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers import fresh, logits, train
+from helpers import fresh, logits, reads_experts, train
 from models import tiny_mixtral
 from peft import PeftModel
 
@@ -33,6 +33,7 @@ EXPERTS = {
 }
 
 
+@reads_experts
 @pytest.mark.parametrize("targets", EXPERTS)
 def test_fused_experts(targets, ids, tmp_path):
     base = tiny_mixtral()
@@ -69,6 +70,18 @@ def test_fused_experts(targets, ids, tmp_path):
     torch.testing.assert_close(logits(ours.merge_and_unload(), ids), expected, rtol=0, atol=1e-5)
 
 
+def test_a_release_of_peft_that_lays_experts_out_in_its_own_way_is_refused_them(monkeypatch):
+    """Their files are read by no later release. The base is left as it was, and everything beside them trains."""
+    monkeypatch.setattr("peft.__version__", "0.18.1")
+    base = tiny_mixtral()
+    names = set(dict(base.named_parameters()))
+    with pytest.raises(ValueError, match=r"^target_parameters matches .*experts\.\w+_proj.*install peft >="):
+        adapt(base, **EXPERTS["experts"])
+    assert set(dict(base.named_parameters())) == names
+    assert delta_layers_of(adapt(base, target_modules=["q_proj"]))
+
+
+@reads_experts
 def test_unequal_scalings_in_one_module_are_refused_by_export_with_a_remedy_that_works(ids, tmp_path, capsys):
     """Its file names the module alone, so nothing but a loaded model can tell whose scaling is whose."""
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

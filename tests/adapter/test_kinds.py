@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import FALCON_H1, LEFT_OUT, tiny
-from helpers import ba_lora, fresh, logits, train
+from helpers import ba_lora, fresh, logits, reads_experts, train
 from models import tiny_llama, tiny_mixtral
 from peft import PeftModel
 
@@ -15,6 +15,7 @@ from balora_plugin.adapter.kinds import what_is_adapted
 pytestmark = pytest.mark.hosts
 
 
+@reads_experts
 @pytest.mark.parametrize(
     "model_type",
     [pytest.param(name, marks=[] if name in ("gpt_oss", "llama4_text") else pytest.mark.slow) for name in LEFT_OUT],
@@ -75,7 +76,9 @@ def test_all_linear_on_a_hybrid_is_all_that_peft_adapts(model_type, changes, exc
         (tiny_llama, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         (tiny_llama, {"r": 40}),
         (tiny_mixtral, {}),
-        (tiny_mixtral, {"target_modules": None, "target_parameters": ["mlp.experts.down_proj"]}),
+        pytest.param(
+            tiny_mixtral, {"target_modules": None, "target_parameters": ["mlp.experts.down_proj"]}, marks=reads_experts
+        ),
     ],
 )
 def test_numbers_and_matrices_are_those_of_the_model(build, changes):

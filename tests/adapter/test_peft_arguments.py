@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import TERMS, logits, train
+from helpers import TERMS, logits, reads_experts, train
 from models import tiny_llama, tiny_mixtral
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
@@ -52,6 +52,7 @@ def test_low_cpu_mem_usage_gives_the_same_model_bit_for_bit(kind, dtype, autocas
         assert torch.equal(here[name], value), name
 
 
+@reads_experts
 def test_low_cpu_mem_usage_of_experts_trains_the_same(ids):
     losses = []
     for low in (False, True):
@@ -140,6 +141,7 @@ def test_a_layer_that_would_leave_the_start_out_is_refused_before_anything_is_ch
     assert not config.custom_modules
 
 
+@reads_experts
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_an_ordinary_start_takes_any_layer(ids):
     config = config_of(target_modules=["down_proj"], init_lora_weights=True, regularizers=TERMS)

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from helpers import reads_experts
 from models import tiny_llama, tiny_mixtral
 from transformers.utils import logging as hf_logging
 
@@ -63,6 +64,7 @@ def test_nothing_left_is_refused(wanted, sentence):
         get_ba_lora_model(tiny_llama(), config(target_modules=wanted))
 
 
+@reads_experts
 def test_what_peft_knows_by_an_older_name_matches(said):
     with torch.device("meta"):
         model = tiny_mixtral()
@@ -72,6 +74,7 @@ def test_what_peft_knows_by_an_older_name_matches(said):
     assert not said()
 
 
+@reads_experts
 def test_patterns_that_match_are_not_spoken_of(said):
     patterns = {"q_proj": 3, r"layers\.0\.self_attn\.v_proj": 2, r".*\.up_.*": 2}
     get_ba_lora_model(tiny_llama(), config(target_modules="all-linear", rank_pattern=patterns, alpha_pattern=patterns))
@@ -86,6 +89,7 @@ def test_patterns_that_match_are_not_spoken_of(said):
     assert len(said()) == 1 and "rank_pattern: w1 matches nothing" in said()[0]
 
 
+@reads_experts
 def test_a_second_adapter_finds_the_names_of_the_model_as_it_was(said):
     experts = config(target_modules=None, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     model = get_ba_lora_model(tiny_mixtral(), experts)

@@ -11,9 +11,8 @@ pytestmark = pytest.mark.hosts
 
 
 def of_groups():
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
-
-    return DeepseekV4GroupedLinear(8, 32, n_groups=4)
+    module = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    return module.DeepseekV4GroupedLinear(8, 32, n_groups=4)
 
 
 def of_falcon():

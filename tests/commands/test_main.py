@@ -38,7 +38,9 @@ LINES = {  # a command line of every subcommand
     "eval": ["ADAPTER", "--base", "BASE", "--drift", __file__],
     "export": ["ADAPTER", "--output", "OUTPUT"],
     "glue": ["--recipe", "ADAPTER", "--output", "OUTPUT"],
+    "llamafactory": ["init", "OUTPUT/starter.yaml"],
     "report": ["ADAPTER"],
+    "swift": ["OUTPUT/starter.yaml"],
     "verify": ["ADAPTER", "--base", "BASE"],
 }
 
@@ -54,7 +56,7 @@ def test_help_comes_at_once():
         f"for words in ([], *([name] for name in {list(LINES)})):\n"
         "    assert main([*words, '--help']) == main([*words, '-h']) == 0\n"
         "assert main(['--version']) == 0\n"
-        "print([name for name in ('torch', 'transformers', 'peft', 'trl', 'axolotl') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'peft', 'trl', 'axolotl', 'swift') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()

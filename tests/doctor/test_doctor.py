@@ -15,11 +15,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from balora_plugin.adapter.delta import TESTED_PEFT
+from balora_plugin.adapter.peft_releases import TESTED_PEFT
 from balora_plugin.commands import main
 from balora_plugin.doctor import Machine, about, look, problems, versions
 from balora_plugin.doctor import machine as facts
-from balora_plugin.doctor.report import TOGETHER
 
 pytestmark = pytest.mark.hosts
 
@@ -31,6 +30,7 @@ OLDER = {
     "peft": "0.20.0",
     "trl": "1.9.0",
     "axolotl": None,
+    "llamafactory": None,
     "accelerate": "1.13.0",
     "bitsandbytes": "0.50.2",
     "deepspeed": None,
@@ -65,17 +65,19 @@ def test_the_bounds_are_those_of_the_project():
         if name in versions.BOUNDS:
             assert versions.BOUNDS[name].least == version, name
     older, newest = requirements("quickstart.txt") | requirements("axolotl.txt"), requirements("newest.txt")
+    llamafactory, swift = requirements("llamafactory.txt"), requirements("swift.txt")
     for name, (_, first, last, _) in versions.BOUNDS.items():
-        for bound, pins in ((first, older), (last, newest)):
+        for bound, pins in ((first, swift | older | llamafactory), (last, newest)):
             if name in pins:
-                assert Version(bound).release == pins[name].release[:2], name
-    for said, pins in zip(TOGETHER, (older, newest), strict=True):
-        for name, version in (one.split() for one in said.split(", ")):
-            assert name not in pins or Version(version).release == pins[name].release[:2], name
+                assert Version(bound).release[:2] == pins[name].release[:2], name
+    for said, pins in zip(versions.TOGETHER, (older, newest, llamafactory, swift), strict=True):
+        for name, version in said.items():
+            assert name not in pins or Version(version).release[:2] == pins[name].release[:2], name
     lowest = requirements("lowest.txt")
-    assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl"} <= set(lowest)
+    assert {name for name, _ in least} & set(versions.BOUNDS) - {"axolotl", "llamafactory", "ms-swift"} <= set(lowest)
+    bounds = dict(least)
     for name, pin in lowest.items():
-        assert Version(dict(least)[name]) == Version(f"{pin.major}.{pin.minor}"), name
+        assert Version(bounds[name]) == Version(f"{pin.major}.{pin.minor}"), name
     assert Version(versions.BOUNDS["peft"].least) == Version(TESTED_PEFT[0])
     last = Version(versions.BOUNDS["peft"].last).release
     assert Version(TESTED_PEFT[1]).release == (last[0], last[1] + 1)
@@ -86,8 +88,8 @@ def test_the_bounds_are_those_of_the_project():
 @pytest.mark.parametrize(
     ("name", "version", "standing"),
     [
-        ("peft", "0.19.1", "too old"),
-        ("peft", "0.20.0", "tested"),
+        ("peft", "0.17.1", "too old"),
+        ("peft", "0.18.1", "tested"),
         ("peft", "0.21.9", "tested"),
         ("peft", "0.22.0", "newer than tested"),
         ("peft", None, "not installed"),
@@ -95,6 +97,7 @@ def test_the_bounds_are_those_of_the_project():
         ("torch", "2.11.0+cu126", "tested"),
         ("torch", "2.14.0.dev20260101", "newer than tested"),
         ("axolotl", "0.19.0.dev0", "tested"),
+        ("llamafactory", "0.9.5", "tested"),
         ("transformers", "a-checkout", "supported"),
         ("deepspeed", "0.1", "supported"),
     ],
@@ -110,8 +113,10 @@ def lines(report, subject):
 @pytest.mark.parametrize(
     ("changes", "state", "words", "remedy"),
     [
-        ({"peft": "0.18.0"}, "PROBLEM", "too old: needs 0.20 or newer", 'pip install "peft>=0.20,<0.22"'),
-        ({"transformers": None}, "PROBLEM", "not installed", 'pip install "transformers>=5.16,<5.25"'),
+        ({"peft": "0.17.0"}, "PROBLEM", "too old: needs 0.18 or newer", 'pip install "peft>=0.18,<0.22"'),
+        ({"transformers": None}, "PROBLEM", "not installed", 'pip install "transformers>=5.6,<5.25"'),
+        ({"trl": "0.24.0"}, "PROBLEM", "too old: needs 1.9 or newer", 'pip install "trl>=1.9,<1.17"'),
+        ({"trl": "0.24.0", "llamafactory": "0.9.5"}, "", "0.24.0  for llamafactory; used without it, needs 1.9", ""),
         ({"trl": "2.0"}, "note", "2.0  newer than tested (1.9 to 1.16)", 'pip install "trl>=1.9,<1.17"'),
         ({"trl": None}, "", "not installed", 'pip install "trl>=1.9,<1.17"'),
         ({"python": "3.9.1"}, "PROBLEM", "too old: needs 3.10", "make an environment with python 3.11"),
@@ -123,6 +128,13 @@ def test_a_version_and_the_command_that_mends_it(changes, state, words, remedy):
     assert (line.state, line.remedy) == (state, remedy)
     assert words in line.text
     assert report.usable == (state != "PROBLEM")
+
+
+def test_a_host_is_named_with_what_is_untested():
+    assert [line.text for line in lines(about(CPU), "llamafactory")] == ["not installed"]
+    version, untested = lines(about(with_versions(CPU, llamafactory="0.9.5")), "llamafactory")
+    assert version.text == "0.9.5  tested" and untested.text.startswith("not tried with it: GPUs, ")
+    assert about(with_versions(CPU, llamafactory="0.9.5", trl="0.24.0", peft="0.18.1", transformers="5.6.0")).usable
 
 
 def test_packages_that_ask_for_other_versions_of_one_another():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from classifiers import batch, classifier
 from datasets import Dataset
-from helpers import TERMS, ba_lora, fresh, stock, trainable
+from helpers import TERMS, ba_lora, counts_what_is_predicted, fresh, stock, trainable
 from models import tiny_gpt2, tiny_llama
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -292,6 +292,7 @@ class TokenWeights(BaLoraTrainer):
         return inputs["labels"] % 5 / 2.0
 
 
+@counts_what_is_predicted
 def test_weights_of_tokens_give_the_weighted_loss_and_gradient(tmp_path):
     """Against dense logits; the terms beside are those without weights."""
     data, keep = tokens(4), First()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from classifiers import batch, classifier
 from datasets import Dataset
-from helpers import TERMS, ba_lora, fresh, stock
+from helpers import TERMS, ba_lora, counts_what_is_predicted, fresh, stock
 from models import tiny_llama
 from torch.nn import functional as F
 from transformers import TrainingArguments
@@ -75,6 +75,7 @@ def kl(before, after):
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
+@counts_what_is_predicted
 @pytest.mark.parametrize("method", METHODS)
 def test_any_method_measures_its_drift_from_the_pretrained_model(method, tmp_path):
     data, model = tokens(), METHODS[method]()

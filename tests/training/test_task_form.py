@@ -8,7 +8,7 @@ import pytest
 import torch
 from classifiers import batch, classifier
 from datasets import Dataset
-from helpers import TERMS, ba_lora, fresh
+from helpers import TERMS, ba_lora, counts_what_is_predicted, fresh
 from models import VOCABULARY, tiny_llama
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -119,6 +119,7 @@ def test_a_loss_of_ones_own_is_refused_whatever_the_form():
 # --- language models
 
 
+@counts_what_is_predicted
 @pytest.mark.parametrize("cut", [(8, 1), (2, 4)])
 def test_smoothing_without_terms_is_the_trainers_own(cut, tmp_path):
     model = ba_lora(tiny_llama(), regularizers=OFF)
@@ -244,6 +245,7 @@ def test_shares_are_over_the_task_term_in_its_form():
 # --- classifiers
 
 
+@counts_what_is_predicted
 @pytest.mark.parametrize("cut", [(8, 1), (2, 4)])
 def test_a_smoothed_classifier_without_terms_is_the_trainers_own(cut, tmp_path):
     model = ba_lora(classifier(), targets=["query", "value"], task_type="SEQ_CLS", regularizers=OFF)

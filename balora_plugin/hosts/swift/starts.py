@@ -1,0 +1,32 @@
+"""ms-swift's `init_weights` as BaLoraConfig's `init_lora_weights`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...adapter.config import DELTA_STARTS
+from ...adapter.options import OTHER_STARTS
+from ...findings import Finding
+
+LORA = "lora"  # the ordinary start: ms-swift's own word for it, true, is its default, which means PiSSA here
+_ITERATIONS = "pissa_niter_"
+
+
+def swift_start(init_weights: Any) -> str | bool:
+    """Returns `init_lora_weights`: PiSSA for true, which ms-swift has by default, and for what was not written."""
+    if init_weights in (None, True, "true", "True"):
+        return DELTA_STARTS[0]
+    return True if init_weights == LORA else str(init_weights)
+
+
+def of_start(init_weights: Any) -> Iterator[Finding]:
+    """Finds a start that is not one of BA-LoRA's."""
+    start = swift_start(init_weights)
+    if start is True or start in DELTA_STARTS or str(start).startswith(_ITERATIONS):
+        if str(start).startswith(_ITERATIONS) and not str(start).removeprefix(_ITERATIONS).isdigit():
+            yield Finding("init_weights", start, "names no number of iterations", f"write {_ITERATIONS}16")
+        return
+    reason = OTHER_STARTS.get(str(start).lower().replace("-", "_"), "").partition(":")[0]
+    why = "is not a start of BA-LoRA" + (f" ({reason})" if reason else "")
+    yield Finding("init_weights", init_weights, why, f"write {', '.join(DELTA_STARTS)} or {LORA}", True)
