@@ -21,6 +21,7 @@ from .switch import TeacherSwitch
 
 logger = logging.get_logger(__name__)
 _AMPLIFIED = 1000.0
+_PASSED = ("logit", "cap", "scal", "multiplier")  # in the names of what configs do to logits
 _PROBED = 64  # tokens: a scale that begins at a later position than the first few is seen
 _FEW = 4
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -102,6 +103,18 @@ def _softcap(config: Any) -> float | None:
         if getattr(config, name, None):
             return float(getattr(config, name))
     return None
+
+
+def head_marks(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Returns what the logits are made by: the head, its hooks, its own forward, the numbers in the config they pass.
+
+    Where two of these are equal nothing has been changed that [`check_head`] would see, and it need not be run again.
+    """
+    head: Any = model.get_output_embeddings()
+    hooks = () if head is None else (*head._forward_hooks, *head._forward_pre_hooks, vars(head).get("forward"))
+    config = model.config.get_text_config().to_dict()
+    numbers = {key: value for key, value in config.items() if any(part in key for part in _PASSED)}
+    return id(head), hooks, numbers
 
 
 def check_head(model: PreTrainedModel) -> None:

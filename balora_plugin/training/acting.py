@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..adapter.config import active_config
 from ..distributed import is_sharded
 from ..pretrained.classifier_head import is_classifier
-from ..pretrained.lm_head import check_head
+from ..pretrained.lm_head import check_head, head_marks
 from ..weights.in_words import weights_in_words
 from .checks.arguments import check_loss_function
 from .checks.teacher import check_teacher
@@ -68,6 +68,7 @@ class BeforeTraining(TrainerCallback):
 
     def __init__(self, run: RunState, host: HostTrainer) -> None:
         self._run, self._host = run, host
+        self._heads = [head_marks(model) for model in _with_heads(run)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         run, config = self._run, self._run.config
@@ -78,7 +79,7 @@ class BeforeTraining(TrainerCallback):
         if not (self._host.is_fsdp_enabled or self._host.is_deepspeed_enabled):  # their parameters may be others
             check_moves(run.wrapped, optimizer, run.warn)
             check_steps(optimizer, self._host.accelerator)
-            check_heads_again(run)
+            check_heads_again(_with_heads(run), self._heads)
         if config.monitor and not config.lambda_consistency and run.teacher is None:
             check_teacher(run.adapter, None, model=run.model)
         if not config.lambda_consistency:
@@ -94,16 +95,25 @@ class BeforeTraining(TrainerCallback):
             )
 
 
-def check_heads_again(run: RunState) -> None:
+def _with_heads(run: RunState) -> list[PreTrainedModel]:
+    """The models whose logits the terms compute; a classifier gives its own."""
+    return [model for model in (run.model, run.teacher) if model is not None and run.config.task == "nlg"]
+
+
+def check_heads_again(models: list[PreTrainedModel], made: list[Any]) -> None:
     """Refuses a head that has got a hook, or a scale or cap in its config, since the trainer was made.
 
     Not where mixed precision stands around the model's own forward: that of full fine-tuning, trained once before.
 
+    Args:
+        models: Those with heads.
+        made: [`head_marks`] of each, of when the trainer was made.
+
     Raises:
         ValueError: the logits are no longer what the terms are computed on.
     """
-    for model in (run.model, run.teacher) if run.config.task == "nlg" else ():
-        if model is None or hasattr(model, "_original_forward") or is_sharded(model):
+    for model, marks in zip(models, made, strict=True):
+        if head_marks(model) == marks or hasattr(model, "_original_forward") or is_sharded(model):
             continue
         try:
             check_head(model)
