@@ -21,7 +21,7 @@ LLAMAFACTORY = .venv-llamafactory/bin/python
 SWIFT = .venv-swift/bin/python
 DOCS = .venv-docs/bin/python
 
-.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs test-llamafactory test-swift gpu lint clean
+.PHONY: quickstart quickstart-tiny quickstart-trl docs test environments test-pins test-newest test-newest-torch test-lowest test-long test-release test-models test-configs test-llamafactory test-swift test-changed-hosts gpu lint clean
 
 quickstart: .venv-axolotl/.smollm2
 	$(PINS) -m studies.quickstart $(ARGS)
@@ -75,6 +75,7 @@ test-release: .venv-axolotl/.ready
 # ms-swift, in an environment of its own (2.3 GB); SWIFT_EXAMPLES may name the folder `examples` of its repository
 test-swift: .venv-swift/.ready
 	$(THREADS) $(SWIFT) -m pytest integration/test_swift.py tests/hosts/test_swift_checks.py tests/hosts/test_swift_scripts.py
+	$(PYTHON) -m integration.tested --passed swift
 
 # every architecture of docs/architectures.md: rewrites that page, then each of them in `axolotl train`
 test-models: .venv-axolotl/.ready
@@ -92,10 +93,15 @@ GPU_PYTHON ?= $(if $(filter cpu,$(DEVICE)),$(PINS),$(NEWEST_TORCH))
 gpu: $(patsubst %/bin/python,%/.ready,$(filter $(PINS) $(NEWEST_TORCH),$(GPU_PYTHON)))
 	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --output outputs/gpu
 
+# in CI: the hosts below where something of theirs, or of the adapter, has changed since integration/tested.json was written
+test-changed-hosts:
+	set -e; for host in $$($(PYTHON) -m integration.tested); do $(MAKE) test-$$host; done
+
 # before a release: LLaMA-Factory itself, what it brings (the oldest PEFT and transformers), and its own example YAMLs
 test-llamafactory: .venv-llamafactory/.ready .cache/llamafactory/.ready
 	$(THREADS) LLAMAFACTORY_EXAMPLES=.cache/llamafactory/examples $(LLAMAFACTORY) $(PYTEST) \
 		integration/test_llamafactory.py tests/hosts/test_llamafactory_checks.py tests/pretrained/test_patched.py tests/adapter
+	$(PYTHON) -m integration.tested --passed llamafactory
 
 # nothing of it is kept in the repository
 .cache/llamafactory/.ready: requirements/llamafactory.txt .venv-llamafactory/.ready
