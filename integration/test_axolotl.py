@@ -693,7 +693,7 @@ def test_a_failing_quickstart_run_shows_its_last_lines(tmp_path):
         with_axolotl.watch(tmp_path / "bad.yaml", tmp_path / "log", 3, 1, "bad", progress=False)
 
 
-@pytest.mark.parametrize("top_k", [None, pytest.param(96, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("top_k", [None, pytest.param(96, marks=pytest.mark.long)])
 def test_packed_epochs_are_served_from_the_teacher_cache(top_k, written, tmp_path):
     """Multipack composes its rows anew each epoch and leaves some documents out of the first. (96: all tokens.)"""
     settings = {**WORKS["packing"], "max_steps": None, "num_epochs": 3, "micro_batch_size": 1, "lora_dropout": 0.1}

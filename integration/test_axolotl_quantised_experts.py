@@ -185,6 +185,7 @@ FSDP = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_quantised_experts_may_be_sharded(as_on_cuda, written, tmp_path):
     plugins = ["balora_plugin.BaLoraPlugin", "integration.moe_on_cpu.ShardedExpertsPlugin"]
     check_same(written, tmp_path, FSDP, load_in_4bit=True, plugins=plugins, **ADAPTED)

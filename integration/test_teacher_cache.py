@@ -586,7 +586,9 @@ def test_full_fine_tuning_names_what_it_cannot_have(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["", f":{ALL}"], ids=["by_size", "top_k"])
+@pytest.mark.parametrize(
+    "kept", [pytest.param("", id="by_size"), pytest.param(f":{ALL}", id="top_k", marks=pytest.mark.long)]
+)
 def test_two_processes_fill_one_cache(kept, tmp_path):
     logs = {}
     for name, ranks, cache in (("live", 1, ""), ("cold", 2, "cache"), ("warm", 2, "cache")):

@@ -247,7 +247,7 @@ def test_a_run_has_one_state(tmp_path, tokenizer):
     trainer.model.set_adapter("other")
     assert not run.ours and run.adapter.r == 2  # what is active now
     trainer.extend_ba_lora_inputs = lambda inputs: {**inputs, "later": True}
-    assert run.inputs({"input_ids": torch.ones(1, 2), "_note": 1}).keys() == {"input_ids", "later"}
+    assert run.inputs({"input_ids": torch.ones(1, 2, dtype=torch.long), "_note": 1}).keys() == {"input_ids", "later"}
     plain = Trainer(model=tiny_llama(), args=trainer.args)
     del trainer.extend_ba_lora_inputs
     public = {"ba_lora_run", "ba_lora_requests", "ba_lora_head_checked", "model_accepts_loss_kwargs"}

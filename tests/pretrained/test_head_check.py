@@ -107,7 +107,7 @@ def test_caps_are_read_by_each_models_own_name(name, key):
     assert read_head(build(name, **{key: 7.0})).softcap == 7.0
 
 
-SIZES = [(16, 100), (64, 1000), (512, 5000), pytest.param(4096, 50_000, marks=pytest.mark.slow)]
+SIZES = [(16, 100), (64, 1000), (512, 5000), pytest.param(4096, 50_000, marks=[pytest.mark.slow, pytest.mark.long])]
 
 
 @pytest.mark.parametrize("std", [0.002, 0.02, 0.5])
