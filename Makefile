@@ -93,7 +93,7 @@ GPU_PYTHON ?= $(if $(filter cpu,$(DEVICE)),$(PINS),$(NEWEST_TORCH))
 gpu: $(patsubst %/bin/python,%/.ready,$(filter $(PINS) $(NEWEST_TORCH),$(GPU_PYTHON)))
 	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --output outputs/gpu
 
-# in CI: the hosts below where something of theirs, or of the adapter, has changed since integration/tested.json was written
+# the hosts below where something of theirs, or of the adapter, has changed since integration/tested.json was written
 test-changed-hosts:
 	set -e; for host in $$($(PYTHON) -m integration.tested); do $(MAKE) test-$$host; done
 

@@ -1,7 +1,8 @@
-"""Which hosts that have an environment of their own were changed since their tests passed: `python -m integration.tested`.
+"""Which hosts with an environment of their own have changed since their tests passed: `python -m integration.tested`.
 
-`make test-swift` and `make test-llamafactory` write what they passed on to `tested.json`, which is committed; CI runs
-those of them whose files are others now. The standard library alone: CI asks before an environment is made.
+`make test-swift` and `make test-llamafactory` write what they passed on to `tested.json`, which is committed;
+`make test-changed-hosts` runs those whose files are others now. The standard library alone: it asks before an
+environment is made.
 """
 
 from __future__ import annotations

@@ -48,4 +48,4 @@ def test_the_makefile_tests_what_is_named():
     makefile = (tested.ROOT / "Makefile").read_text(encoding="utf-8")
     for host in tested.FILES:
         assert f"\ntest-{host}: " in makefile and f"integration.tested --passed {host}\n" in makefile
-    assert "make test-changed-hosts" in (tested.ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "$(PYTHON) -m integration.tested)" in makefile
