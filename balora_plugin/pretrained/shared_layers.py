@@ -45,6 +45,7 @@ class SharedLayers:
         self.why = why or self._find()
         self._kept: _Kept | None = None
         self._repeats = False  # the teacher's states without the layers below were the same
+        self._proof: list[Any] = []  # what the shared layers were like then
 
     def serves(self, model: nn.Module, *, training: bool) -> bool:
         """Returns whether a pass of `model` may use this; evaluation proves nothing, so it comes after training."""
@@ -53,6 +54,10 @@ class SharedLayers:
     def stop(self, why: str) -> None:
         """Ends the sharing; every process of a job has to say it at the same pass."""
         self.why, self.proven = self.why or why, False
+
+    def begin(self) -> None:
+        """Asks for a new proof: a training begins, and what was shown in an earlier one may hold no longer."""
+        self.proven = False
 
     def teacher(self, run: Callable[[], Tensor]) -> Tensor:
         """Returns the teacher's states, `run()`, and keeps what enters the first adapted layer."""
@@ -69,8 +74,10 @@ class SharedLayers:
     @contextmanager
     def student(self) -> Iterator[None]:
         """Inside: the student's pass goes without the shared layers; the first time whole, and compared."""
-        if self._kept is None or not self._kept.whole:
-            self.why = self.why or "the layers give back more than their states"
+        if self.proven and self._marks() != self._proof:
+            self.stop("a hook, dropout or trained weight has come to the layers below the adapter")
+        elif self.proven and not (self._kept and self._kept.whole):
+            self.stop(_not_whole(self._kept))
         try:
             if self.why:
                 yield
@@ -79,7 +86,7 @@ class SharedLayers:
                     yield
                 self.passes += 1
             else:
-                seen = _Seen(self._kept)
+                seen = _Seen(self._kept, self.model.device)
                 handle = self._last().register_forward_hook(seen.compare)
                 try:
                     yield
@@ -90,13 +97,30 @@ class SharedLayers:
             self._kept = None
 
     def _decide(self, seen: _Seen) -> None:
-        if not self._repeats:
+        if self._kept is None or not self._kept.whole:
+            self.why = _not_whole(self._kept)
+        elif not self._repeats:
             self.why = "the model's states are others without the layers below"
         elif not seen.same:
             self.why = "teacher and student differ below the adapter: dropout or noise of the model's own"
         if any_process(bool(self.why), seen.device):  # else the processes of a split model would gather other layers
             self.why = self.why or "another process found a difference"
         self.proven = not self.why
+        self._proof = self._marks()
+
+    def _marks(self) -> list[Any]:
+        """What of the shared layers decides whether they still are what the proof saw, as far as it can be asked."""
+        assert self._layers is not None
+        return [
+            (
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None,
+                any(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None),
+            )
+            for layer in list(self._layers)[: self.first]
+            for module in layer.modules()
+        ]
 
     def _is_repeated(self, run: Callable[[], Tensor], states: Tensor) -> bool:
         if self._kept is None or not self._kept.whole:
@@ -130,6 +154,8 @@ class SharedLayers:
         """Finds the first adapted layer; returns why nothing is shared, or ""."""
         if self._layers is None:
             return "the model's layers were not found"
+        if getattr(self.model.config.get_text_config(), "cross_attention_layers", None):
+            return "layers that images alone go through are left out of a batch of text"
         adapted = [index for index, layer in enumerate(self._layers) if any(map(_differs, layer.modules()))]
         if not adapted:
             return "no layer is adapted"
@@ -163,15 +189,14 @@ class _Kept:
 class _Seen:
     """Compares what the last shared layer gives in the student's pass with what was kept."""
 
-    def __init__(self, kept: _Kept | None) -> None:
+    def __init__(self, kept: _Kept | None, device: torch.device) -> None:
         self._kept = kept
         self.same = False
-        self.device = torch.device("cpu")
+        self.device = device
 
     def compare(self, layer: nn.Module, args: Any, output: Any) -> None:
         states, kept = _states(output), _states(None if self._kept is None else self._kept.output)
         if isinstance(states, Tensor) and isinstance(kept, Tensor) and states.shape == kept.shape:
-            self.device = states.device
             self.same = torch.equal(states.detach(), kept)
 
 
@@ -201,6 +226,12 @@ class _LeftOut(nn.Module):
         if torch.is_grad_enabled() and given.requires_grad:  # embeddings that require it, for reentrant checkpointing
             states = states.detach().requires_grad_()
         return _with_states(kept.output, states)
+
+
+def _not_whole(kept: _Kept | None) -> str:
+    if kept is None or kept.output is None:
+        return "the last layer below the adapter was not run"
+    return "the layers give back more than their states"
 
 
 def _states(output: Any) -> Any:

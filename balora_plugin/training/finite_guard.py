@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..adapter.config import our_adapters
@@ -105,8 +105,13 @@ def _moments(host: HostTrainer, weights: Mapping[str, Tensor]) -> dict[str, Tens
         f"{key} of the optimizer for {name}": value
         for name, weight in weights.items()
         for key, value in state.get(weight, {}).items()
-        if isinstance(value, Tensor) and value.ndim
+        if isinstance(value, Tensor) and value.ndim and _is_plain(value)
     }
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether it is numbers, on one rank or on several: torchao's states of 4 and 8 bits know no norm."""
+    return type(value) in (Tensor, nn.Parameter) or hasattr(value, "to_local")
 
 
 def saved_weight(host: HostTrainer) -> float:

@@ -138,7 +138,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
         run.callbacks.append(CardMetrics(run))
     _open_data(run, host)
-    run.shared = layers_to_share(run)
+    run.shared = layers_to_share(run, host.args)
     warn_at_set_up(run, host.args)
     run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run, host)]
     run.callbacks += [SettingWeights(run, host)] * bool(run.own.rules)

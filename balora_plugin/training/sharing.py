@@ -9,14 +9,17 @@ from .acting import model_dropout
 from .run_state import RunState
 
 
-def layers_to_share(run: RunState) -> SharedLayers | None:
-    """Returns the layers that teacher and student may compute once, or why they may not; None: no teacher runs."""
+def layers_to_share(run: RunState, args: Any) -> SharedLayers | None:
+    """Returns the layers that teacher and student may compute once, or why they may not; None: no teacher runs.
+
+    `args`: the host's.
+    """
     if not run.config.lambda_consistency:
         return None
-    return SharedLayers(run.model, _reason(run))
+    return SharedLayers(run.model, _reason(run, args))
 
 
-def _reason(run: RunState) -> str:
+def _reason(run: RunState, args: Any) -> str:
     """What of the settings keeps teacher and student apart; "" for nothing."""
     compiled = run.compiled is not None and run.compiled.student is not None
     reasons = {
@@ -25,6 +28,7 @@ def _reason(run: RunState) -> str:
         "the teacher's outputs come from teacher_cache": run.cache is not None,
         "anchor rows are the student's alone": run.anchors is not None,
         "compile: true makes one graph of all layers (compile: layers does not)": compiled,
+        "torch_compile: graphs of the host's may leave hooks out": bool(getattr(args, "torch_compile", False)),
         "the model has dropout of its own": bool(model_dropout(run.model)),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -316,12 +316,12 @@ def test_a_recomputed_layer_runs_no_teacher_and_no_terms(how, once):
     """Counted products: checkpointing adds the student's layers once more, and nothing of the teacher or the terms."""
     model = adapted("llama")
     model.enable_input_require_grads()
-    shared = proven(model) if once else None
     layers = model.get_base_model().model.layers
     calls, backward = [], False
     for layer in layers:
         # inside: newer releases call a layer's own hooks outside what is checkpointed
         layer.mlp.register_forward_pre_hook(lambda mlp, _: calls.append((mlp.training, backward)))
+    shared = proven(model) if once else None  # a hook that comes later ends it
 
     def counts():
         nonlocal backward

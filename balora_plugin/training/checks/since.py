@@ -68,7 +68,8 @@ class AsMade:
 
 
 def _layers(config: LoraConfig | None) -> dict[str, Any]:
-    return {key: getattr(config, key) for key in _OF_LAYERS if hasattr(config, key)}
+    keys = set(_OF_LAYERS) - ({"rank_pattern"} if str(getattr(config, "peft_type", "")).endswith("ADALORA") else set())
+    return {key: getattr(config, key) for key in _OF_LAYERS if key in keys and hasattr(config, key)}
 
 
 def _refuse(where: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:

@@ -46,15 +46,18 @@ def check_ids(ids: Tensor, model: Any) -> None:
     if bool(wrong.any()):
         row = int(wrong.any(dim=-1).nonzero()[0])
         raise ValueError(
-            f"input_ids: {int(ids[wrong][0])} in row {row} of a batch is no token of {type(model).__name__}, which "
-            f"has {known}: tokenise with this model's own tokenizer, or call "
+            f"input_ids: {int(ids[wrong][0])} in row {row} of a batch is no token of {type(model).__name__}"
+            f"{f', which has {known}' if known else ''}: tokenise with this model's own tokenizer, or call "
             "model.resize_token_embeddings(len(tokenizer)) before the adapter is put on it (-100 is for labels alone)."
         )
 
 
 def _vocabulary(model: Any) -> int:
-    embedding = model.get_input_embeddings()
-    return int(getattr(embedding, "num_embeddings", 0) or model.config.get_text_config().vocab_size)
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # CANINE hashes its ids
+        return 0
+    return int(getattr(embedding, "num_embeddings", 0) or getattr(model.config.get_text_config(), "vocab_size", 0))
 
 
 @contextmanager
