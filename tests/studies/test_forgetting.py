@@ -63,6 +63,7 @@ def tiny(tmp_path):
     return model, files
 
 
+@pytest.mark.slow
 def test_cells_run_once_and_the_report_stands_beside_them(tiny, tmp_path, monkeypatch):
     sizes = train.Sizes(
         steps=2, looks=(1, 2), scales=(0.5,), batch=2, pool=8, test=2, documentation=2, instructions=2, text=8,

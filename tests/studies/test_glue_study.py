@@ -123,6 +123,7 @@ def tiny(tmp_path):
     return str(model), str(files)
 
 
+@pytest.mark.slow
 def test_cells_of_a_tiny_encoder_run_once_and_are_reported(tiny, tmp_path, monkeypatch):
     sizes = train.Sizes(
         steps=dict.fromkeys(("sst2", "cola", "rte"), 2), batch=4, length=8, rank=2, held_out=8, test=12, looks=1,

@@ -136,6 +136,7 @@ def tiny(tmp_path):
     return str(model), str(files)
 
 
+@pytest.mark.slow
 def test_cells_of_both_models_run_once_and_are_reported(tiny, tmp_path, monkeypatch):
     sizes = train.Sizes(
         pretrain_steps=2, steps=2, batch=2, longest=48, probes=2, biased_steps=2, biased_batch=2, large_steps=4,
