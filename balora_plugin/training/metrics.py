@@ -13,6 +13,8 @@ from ..objective.request import AnchorTerm, StepOutput, StepRequest
 
 NEGLIGIBLE_SHARE = 1e-3
 VISIBLE_SHARE = 0.01  # of the task's gradient: from about here on a term's effect is seen
+# a share of the consistency at weight 1 below it is rounding: the student still is the teacher, at any weight
+ROUNDING_SHARE = 1e-6
 MEASURED = ("drift", "entropy")  # beside the terms: in evaluation with monitor, the drift with drift_target too
 _VALUES = ("task", *TERMS)
 
@@ -208,7 +210,11 @@ class TermMetrics:
 
     def _warn_negligible(self, shares: dict[str, float]) -> None:
         held = self.config.holds
-        small = {name: share for name, share in shares.items() if share < NEGLIGIBLE_SHARE and held(name) is None}
+        small = {
+            name: share
+            for name, share in shares.items()
+            if share < NEGLIGIBLE_SHARE and held(name) is None and not self._still_the_teacher(name, share)
+        }
         if small:
             listed = ", ".join(self._in_words(name, share) for name, share in small.items())
             self._warn(
@@ -216,6 +222,10 @@ class TermMetrics:
                 f"these terms carry less than {NEGLIGIBLE_SHARE:g} of the task's gradient and hardly act: {listed}. "
                 "Raise them to see an effect, or set them to 0 to save their cost.",
             )
+
+    def _still_the_teacher(self, name: str, share: float) -> bool:
+        """Whether a share is that of a student whose weights have not moved yet, which says nothing of the weight."""
+        return name == "consistency" and share < ROUNDING_SHARE * self.config.lambda_consistency
 
     def _in_words(self, name: str, share: float) -> str:
         """A weight, its share of the gradient, and the weight that would carry VISIBLE_SHARE of it."""

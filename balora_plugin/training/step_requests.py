@@ -13,6 +13,9 @@ from ..schedules import Lambdas
 from .host import HostTrainer
 from .run_state import RunState
 
+# steps taken: a warm-up's first has a rate of 0, and the consistency's share grows with what the weights have moved
+FIRST_JUDGED = 10
+
 
 class StepRequests:
     """Makes the requests of one trainer; knows which micro-batch of which step it is, and what was measured when."""
@@ -80,7 +83,7 @@ class StepRequests:
         return self._measured_at >= self._judging_step()
 
     def _judging_step(self) -> int:
-        return max(1, math.ceil(0.1 * self._host.state.max_steps))
+        return max(FIRST_JUDGED, math.ceil(0.1 * self._host.state.max_steps))
 
     def _next_micro_batch(self) -> int:
         now = self._host.state.global_step

@@ -80,13 +80,27 @@ def test_a_resumed_runs_norms_are_no_first_ones():
 
 def test_the_weight_that_is_named_carries_a_hundredth_of_the_gradient(tmp_path, said):
     measured = {"share_interval": 1, "svd_top_k": 2}
-    trained(tmp_path, {**OFF, "lambda_svd": 1e-7, **measured}, max_steps=3)
+    trained(tmp_path, {**OFF, "lambda_svd": 1e-7, **measured}, max_steps=11)
     (line,) = [line for line in said() if "hardly act" in line]
     needed = float(re.search(r"lambda_svd=1e-07 \(\S+; (\S+) would carry 1%\)", line)[1])
-    trainer = trained(tmp_path, {**OFF, "lambda_svd": needed, **measured}, max_steps=3)
+    trainer = trained(tmp_path, {**OFF, "lambda_svd": needed, **measured}, max_steps=11)
     share = next(row["balora/share_svd"] for row in trainer.state.log_history if "balora/share_svd" in row)
     assert share == pytest.approx(0.01, rel=0.6)  # the weight has one digit
     assert len([line for line in said() if "hardly act" in line]) == 1
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(10, 2e-4), (12, 0.0)])
+def test_a_student_that_still_is_the_teacher_is_not_judged(steps, rate, tmp_path, said):
+    terms = {**OFF, "lambda_consistency": 0.3, "share_interval": 1}
+    trainer = trained(tmp_path, terms, max_steps=steps, learning_rate=rate, warmup_steps=2)
+    assert any("balora/share_consistency" in row for row in trainer.state.log_history)
+    assert not [line for line in said() if "hardly act" in line]
+
+
+def test_a_consistency_too_small_to_act_is_judged_once_the_weights_have_moved(tmp_path, said):
+    trained(tmp_path, {**OFF, "lambda_consistency": 1e-6, "share_interval": 1}, max_steps=12, learning_rate=1e-2, warmup_steps=2)
+    (line,) = [line for line in said() if "hardly act" in line]
+    assert "lambda_consistency=1e-06 (" in line and "would carry 1%" in line
 
 
 @pytest.mark.parametrize(("labels", "remedy"), [(1, "has 1 output: set"), (3, "Raise the batch size, set")])
