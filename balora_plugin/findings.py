@@ -1,7 +1,9 @@
-"""What a check finds: a setting that a run cannot have as it stands."""
+"""What a check finds: a setting that a run cannot have as it stands, or a package of an extra that is not there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 _LONG = 80  # of a value that is a block of its own
@@ -51,3 +53,23 @@ class Finding(NamedTuple):
         key, colon, rest = message.partition(":")
         named = bool(colon) and " " not in key
         return cls(key if named else "", None, (rest if named else message).strip().removesuffix("."))
+
+
+def how_to_install(extra: str) -> str:
+    """Returns what to do for an extra, true of a clone and of an index alike.
+
+    >>> how_to_install("report")
+    "install balora-plugin with its extra [report] (in a clone: pip install '.[report]')"
+    """
+    return f"install balora-plugin with its extra [{extra}] (in a clone: pip install '.[{extra}]')"
+
+
+def check_extra(extra: str, packages: Iterable[str], purpose: str) -> None:
+    """Refuses to go on without packages, all that are missing in one message.
+
+    Raises:
+        ImportError: names them, what they are for and the extra that brings them.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{purpose} needs {', '.join(missing)}: {how_to_install(extra)}.")

@@ -134,7 +134,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot_bars(path: Path, title: str, groups: dict[str, dict[str, float]], label: str) -> bool:
-    """A grouped bar chart as PNG; False where matplotlib is not installed (pip install balora-plugin[plots])."""
+    """A grouped bar chart as PNG; False where matplotlib is not installed (pip install '.[plots]')."""
     try:
         import matplotlib
     except ImportError:

@@ -10,10 +10,9 @@ was changed and why; schema prints the JSON schema of the ba_lora: block, or wri
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import click
 
+from ..findings import check_extra
 from ._options import Argument, Option, Values
 
 HELP = "write a starter YAML for Axolotl, migrate a LoRA's, print the schema"
@@ -30,8 +29,7 @@ PARAMETERS = (
 
 def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
-    if find_spec("pydantic") is None:
-        raise ImportError("pydantic, which Axolotl brings, is not installed: pip install balora-plugin[axolotl]")
+    check_extra("axolotl", ("pydantic",), "balora axolotl")
     words = [args.what, *([args.file] if args.file else [])]
     words += ["--output", args.output] if args.output else []
     words += ["--force"] if args.force else []

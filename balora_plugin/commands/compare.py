@@ -22,6 +22,7 @@ import click
 
 from ..checkpoint.rules import LARGEST_RANK
 from ..compare.plan import METHODS
+from ..findings import check_extra
 from ._models import quiet
 from ._options import Option, Several, Values, check_seeds
 from ._output import check_directory, show_markdown
@@ -58,14 +59,13 @@ PARAMETERS = (
 def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
     from ..compare.plan import Cell, GridSettings, default_steps, rows_digest, terms_from
-    from ..report.drawing import check_drawing
     from ..samples.jsonl import read_samples
     from ..samples.split import split
     from .report import questions
 
     _check(args)
-    check_drawing()
     samples = read_samples(args.data)
+    _check_packages(samples.task)
     train, held_out = split(samples, args.held_out)
     terms = terms_from(args.preset, args.terms)
     terms.resolved("nlu" if samples.task == "classification" else "nlg")  # says now what is for the other family
@@ -88,7 +88,6 @@ def run(args: Values) -> int:
     from ..compare.cells import Data
     from ..samples.models import load_tokenizer
 
-    _needed(samples.task)
     with quiet(), _without_bars():
         data = Data(train, held_out, load_tokenizer(args.model))
         rows = f"{len(train.rows)} rows to train on, {len(held_out.rows)} held out"
@@ -133,13 +132,11 @@ def _without_bars() -> Iterator[None]:
         of_datasets.enable_progress_bar()
 
 
-def _needed(task: str) -> None:
-    """Raises an ImportError with the command to install what is missing."""
-    from importlib.util import find_spec
+def _check_packages(task: str) -> None:
+    """Raises an ImportError that names all that is missing, for the runs and for their report, and one extra."""
+    from ..report.drawing import DRAWN_WITH
 
-    for name in ("datasets", *(("trl",) if task == "lm" else ())):
-        if find_spec(name) is None:
-            raise ImportError(f"{name} is needed to compare: pip install 'balora-plugin[compare]'")
+    check_extra("compare", ("datasets", *DRAWN_WITH, "trl" if task == "lm" else "sklearn"), "balora compare")
 
 
 def _record(cell: Cell, recipe: GridSettings, data: Data, output: str, place: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..findings import how_to_install
 from .calibration import ECE, choice_sums
 from .diversity import diversity_figures
 from .figures import MEAN, Aggregate, Figure
@@ -58,7 +59,7 @@ def load_tasks(request: Request) -> Loaded:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError(f"--tasks needs lm-eval ({error}): pip install 'balora-plugin[eval]'.") from None
+        raise ImportError(f"--tasks needs lm-eval ({error}): {how_to_install('eval')}.") from None
     with _calm():
         include = [str(TASKS), *request.include]
         manager = TaskManager(include_path=include, include_defaults=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from ..findings import how_to_install
+
 
 def score(
     names: Sequence[str], found: Sequence[float], gold: Sequence[float], *, positive: int = 1
@@ -21,7 +23,7 @@ def score(
         from scipy import stats
         from sklearn import metrics
     except ImportError as error:
-        raise ImportError(f"balora glue needs {error.name}: pip install 'balora-plugin[glue]'") from None
+        raise ImportError(f"balora glue needs {error.name}: {how_to_install('glue')}.") from None
     if not len(gold):
         raise ValueError("there are no samples with a label to score.")
     functions = {

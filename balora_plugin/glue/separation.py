@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from ..findings import check_extra
 from ..objective.classification import features
 from ..training.host import State
 from .data import SampleTable
@@ -120,10 +121,7 @@ def figure(runs: dict[str, list[Snapshot]], path: str, title: str) -> dict[str, 
 
 def check_matplotlib() -> None:
     """Raises an ImportError with the command to install it, where it is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError("--separation needs matplotlib: pip install 'balora-plugin[glue,plots]'") from None
+    check_extra("glue,plots", ("matplotlib",), "--separation")
 
 
 def save_snapshots(path: str, snapshots: Sequence[Snapshot]) -> None:

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ..findings import check_extra
+
 SCHEMES = {  # text and lines; colours that tell apart for the colour-blind too (Okabe and Ito), lighter on dark
     "light": ("#24292f", "#d0d7de", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195")),
     "dark": ("#d7dde3", "#3d444d", ("#56b4e9", "#ff8c42", "#2ec4a0", "#e88fc0", "#f2b134", "#6f9bff", "#b79be8")),
 }
+DRAWN_WITH = ("jinja2", "matplotlib", "scipy")
 DPI = 160
 WIDTH, HEIGHT = 5.4, 3.5
 
@@ -49,12 +52,7 @@ class Picture:
 
 def check_drawing() -> None:
     """Raises an ImportError with the command to install what the page needs, where it is missing."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error.name} is needed for the report: pip install 'balora-plugin[report]'") from None
+    check_extra("report", DRAWN_WITH, "the report")
 
 
 def png(picture: Picture, scheme: str, transparent: bool = True) -> bytes:

@@ -10,7 +10,7 @@ from exporting import loaded, refused, run
 from helpers import ba_lora, train
 from models import character_tokenizer, tiny_llama
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'balora-plugin[eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install '.[eval]'")
 pytestmark = pytest.mark.hosts
 
 CHOICES = """\
