@@ -64,7 +64,7 @@ def load_base(
     from ..pretrained.backbone import is_multimodal_class
     from ..pretrained.quantised_experts import quantise_experts
 
-    _check_place(name)
+    check_place(name)
     class_name, what = MULTIMODAL if is_multimodal_class(trained) else CLASSES[task]
     if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(f"{name}/config.json"):
         raise ValueError(f"--base {name} is an adapter: give the model it was trained on.")
@@ -81,8 +81,12 @@ def load_base(
     return model
 
 
-def _check_place(name: str) -> None:
-    """Refuses a base that is neither a directory nor a possible name on the hub, before anybody asks there."""
+def check_place(name: str, option: str = "--base") -> None:
+    """Refuses a model that is neither a directory nor a possible name on the hub, before anybody asks there.
+
+    Raises:
+        ValueError: names the option and its value.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -90,14 +94,14 @@ def _check_place(name: str) -> None:
         if not os.path.isdir(name):
             validate_repo_id(name)
     except HFValidationError:
-        raise ValueError(f"--base {name} is no directory here, and no name on the hub either.") from None
+        raise ValueError(f"{option} {name} is no directory here, and no name on the hub either.") from None
 
 
 def is_quantised(name: str) -> bool:
     """Returns whether the model's files are a quantised one's."""
     from transformers import AutoConfig
 
-    _check_place(name)
+    check_place(name)
     try:
         return getattr(AutoConfig.from_pretrained(name), "quantization_config", None) is not None
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Sequence
@@ -74,6 +75,24 @@ class Subcommand(click.Command):
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the help, lines and blank lines kept."""
         formatter.write(f"\n{inspect.cleandoc(self.help or '')}\n")
+
+
+class Words(click.Choice):
+    """One of some words; of a misspelt one the nearest is named."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the word.
+
+        Raises:
+            click.BadParameter: it is none of them.
+        """
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = difflib.get_close_matches(str(value), [str(each) for each in self.choices], n=1)
+            if not near:
+                raise
+            raise click.BadParameter(f"{error.message} Did you mean {near[0]}?", ctx=ctx, param=param) from None
 
 
 def one_at_a_time(words: Sequence[str], several: set[str]) -> list[str]:

@@ -13,14 +13,12 @@ from __future__ import annotations
 import click
 
 from ..findings import check_extra
-from ._options import Argument, Option, Values
+from ._options import Argument, Option, Values, Words
 
 HELP = "write a starter YAML for Axolotl, migrate a LoRA's, print the schema"
 
 PARAMETERS = (
-    Argument(
-        "what", type=click.Choice(("init", "migrate", "schema")), metavar="COMMAND", help="init, migrate or schema"
-    ),
+    Argument("what", type=Words(("init", "migrate", "schema")), metavar="COMMAND", help="init, migrate or schema"),
     Argument("file", required=False, metavar="[FILE]", help="what to write, or of migrate what to read"),
     Option("--output", metavar="FILE", help="migrate: what to write; FILE with .ba_lora before its end"),
     Option("--force", is_flag=True, help="overwrite an existing file"),

@@ -1,7 +1,7 @@
 """Compare methods on your own data: learning rates and seeds of each, tables with intervals, and the report.
 
   balora compare --model MODEL --data rows.jsonl --output outputs/compare
-  balora compare --model MODEL --data rows.jsonl --methods lora pissa ba_lora --rates 1e-4 3e-4 --seeds 0 1 2 \\
+  balora compare --model MODEL --data rows.jsonl --methods lora lora_terms --rates 2e-4 1e-3 --seeds 0 1 2 \\
       --output outputs/compare
 
 Rows are `text`; `prompt`, `completion`; `messages`; `instruction` (`input`), `output`; or `text`, `label`, which is
@@ -18,13 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ..checkpoint.rules import LARGEST_RANK
-from ..compare.plan import METHODS
+from ..compare.plan import LORA_RATES, METHODS, PISSA_RATES
 from ..findings import check_extra
-from ._models import quiet
-from ._options import Option, Several, Values, check_seeds
+from ._models import check_place, quiet
+from ._options import Option, Several, Values, Words, check_seeds
 from ._output import check_directory, show_markdown
 
 if TYPE_CHECKING:
@@ -34,12 +32,16 @@ if TYPE_CHECKING:
 
 HELP = "compare methods on your own data"
 
+_RATES = "; ".join(
+    f"{start} {' '.join(f'{rate:.0e}'.replace('e-0', 'e-') for rate in rates)}"
+    for start, rates in (("LoRA's", LORA_RATES), ("PiSSA's, and full,", PISSA_RATES))
+)
 PARAMETERS = (
     Option("--model", required=True, metavar="MODEL", help="the pre-trained model: a directory or a hub id"),
     Option("--data", required=True, metavar="FILE", help="your rows: JSONL"),
     Option("--output", required=True, metavar="DIR", help="where runs and results are written"),
-    Several("--methods", type=click.Choice(METHODS), default=["lora", "pissa", "ba_lora"]),
-    Several("--rates", type=float, default=[0.0001, 0.0003], metavar="LR", help="default: 1e-4 3e-4"),
+    Several("--methods", type=Words(METHODS), default=["lora", "pissa", "ba_lora"], help="default: lora pissa ba_lora"),
+    Several("--rates", type=float, metavar="LR", help=f"default: by start, {_RATES}"),
     Several("--seeds", type=int, default=[0], metavar="N", help="default: 0"),
     Option("--steps", type=int, metavar="N", help="default: three passes, from 20 to 200 steps"),
     Option("--rank", type=int, default=16, metavar="R", help="of the adapters, alpha too (default: 16)"),
@@ -48,8 +50,8 @@ PARAMETERS = (
     Option("--held-out", type=float, default=0.2, metavar="SHARE", help="of the rows (default: 0.2)"),
     Option(
         "--preset",
-        type=click.Choice(("paper", "iclr2026")),
-        help="ba_lora's terms (default: the recommended ones, docs/choose.md)",
+        type=Words(("paper", "iclr2026")),
+        help="the terms (default: the recommended ones, docs/choose.md)",
     ),
     Several("--terms", metavar="KEY=VALUE", help="instead of the preset's values"),
     Option("--prompts", metavar="FILE", help="questions, one a line, for the report"),
@@ -58,7 +60,7 @@ PARAMETERS = (
 
 def run(args: Values) -> int:
     """Runs the subcommand; returns its exit code."""
-    from ..compare.plan import Cell, GridSettings, default_steps, rows_digest, terms_from
+    from ..compare.plan import GridSettings, default_steps, grid, rows_digest, terms_from
     from ..samples.jsonl import read_samples
     from ..samples.split import split
     from .report import questions
@@ -79,12 +81,7 @@ def run(args: Values) -> int:
         terms=terms,
         data=rows_digest(train, held_out),
     )
-    cells = [
-        Cell(method, rate, seed)
-        for method in dict.fromkeys(args.methods)
-        for rate in dict.fromkeys(args.rates)
-        for seed in dict.fromkeys(args.seeds)
-    ]
+    cells = grid(args.methods, args.rates, args.seeds)
     from ..compare.cells import Data
     from ..samples.models import load_tokenizer
 
@@ -115,6 +112,7 @@ def _check(args: Values) -> None:
     if not 0.0 < args.held_out < 1.0:
         raise ValueError(f"--held-out {args.held_out:g}: write a share between 0 and 1, such as 0.2.")
     check_directory(args.output)
+    check_place(args.model, "--model")
 
 
 @contextmanager

@@ -20,10 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ._models import DTYPES, load_base, quiet
-from ._options import Argument, Option, Several, Values
+from ._options import Argument, Option, Several, Values, Words
 from ._output import check_directory, show_markdown
 
 if TYPE_CHECKING:
@@ -52,7 +50,7 @@ PARAMETERS = (
     Option("--max-new-tokens", type=int, metavar="N", help="of generated text, instead of the tasks' own"),
     Option("--apply-chat-template", is_flag=True, help="prompts of lm-eval's tasks as chats"),
     Option("--tokenizer", metavar="DIR", help="default: the adapter's where it has one, else the base's"),
-    Option("--dtype", type=click.Choice([*DTYPES, "auto"]), help="of the base (default: as it was trained on)"),
+    Option("--dtype", type=Words([*DTYPES, "auto"]), help="of the base (default: as it was trained on)"),
     Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: an accelerator, or else cpu)"),
     Option("--run-generated-code", is_flag=True, help="allow tasks that run programs the model writes"),
     Option("--code-seconds", type=float, default=10.0, metavar="N", help="a program's time (10)"),

@@ -27,7 +27,7 @@ import click
 from ..checkpoint.rules import LARGEST_RANK
 from ._bases import MERGE_INTO, base_of, warn_of_mismatch
 from ._models import DTYPES, quiet, size, torch_dtype
-from ._options import Argument, Option, Values
+from ._options import Argument, Option, Values, Words
 from ._output import check_output, writing
 
 if TYPE_CHECKING:
@@ -76,13 +76,13 @@ PARAMETERS = (
     Option("--merge", is_flag=True, help="write the merged model of a causal language model (needs --base)"),
     Option(
         "--merge-into",
-        type=click.Choice(MERGE_INTO),
+        type=Words(MERGE_INTO),
         help="of an adapter trained over a quantised base: into those weights, dequantised (trained, the default), or "
         "into the full-precision ones (full), which is another model",
     ),
     Option(
         "--dtype",
-        type=click.Choice(DTYPES),
+        type=Words(DTYPES),
         help="of what is written (default: as the adapter is; merged: as the base's files are)",
     ),
     Option("--initial", metavar="DIR", help="the adapter that a raw PiSSA adapter started as"),

@@ -20,7 +20,7 @@ import click
 
 from ..glue.tasks import METHODS, RECIPES, TASKS
 from ._models import quiet
-from ._options import Option, Several, Values, check_seeds
+from ._options import Option, Several, Values, Words, check_seeds
 from ._output import check_directory, show_markdown
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ HELP = "fine-tune on GLUE by the paper's recipe, test on GLUE-X"
 PARAMETERS = (
     Option("--recipe", required=True, metavar="YAML", help=f"the settings: a file, or one of {', '.join(RECIPES)}"),
     Option("--output", required=True, metavar="DIR", help="where runs and results are written"),
-    Several("--task", type=click.Choice(list(TASKS)), default=list(TASKS), help="default: all nine"),
-    Several("--method", type=click.Choice(METHODS), default=["ba_lora"], help="default: ba_lora"),
+    Several("--task", type=Words(list(TASKS)), default=list(TASKS), help="default: all nine"),
+    Several("--method", type=Words(METHODS), default=["ba_lora"], help="default: ba_lora"),
     Option("--model", metavar="MODEL", help="another model than the recipe's: a directory or a hub id"),
     Option("--data", metavar="DIR", help="GLUE as JSONL files here, instead of the hub's"),
     Option("--glue-x", metavar="DIR", help="test every model on GLUE-X's sets: <DIR>/<set>.jsonl"),

@@ -13,10 +13,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ._models import CLASSES, DTYPES, load_base, quiet
-from ._options import Argument, Option, Values
+from ._options import Argument, Option, Values, Words
 
 if TYPE_CHECKING:
     from ..checkpoint.location import AdapterFiles
@@ -48,7 +46,7 @@ PARAMETERS = (
     Option("--base", required=True, metavar="MODEL", help="the base model: a directory or a hub id"),
     Option(
         "--dtype",
-        type=click.Choice([*DTYPES, "auto"]),
+        type=Words([*DTYPES, "auto"]),
         help="load the base in this dtype (default: as it was trained on)",
     ),
 )

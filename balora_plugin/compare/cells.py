@@ -13,7 +13,7 @@ from ..report.runs import number as logged
 from ..samples.jsonl import Samples
 from ..samples.models import load_model
 from ..samples.rendering import as_trained
-from .plan import Cell, GridSettings
+from .plan import FROM_LORA, Cell, GridSettings
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,27 @@ def train_cell(cell: Cell, recipe: GridSettings, data: Data, output: str) -> dic
         "method": cell.method,
         "learning_rate": cell.rate,
         "seed": cell.seed,
-        "final": {
-            key.removeprefix("eval_"): number for key, value in final.items() if (number := logged(value)) is not None
-        },
+        "before": _numbers(_evaluations(trainer)[0]),
+        "final": _numbers(final),
         "rows": _row_by_row(trainer),
         "first_gradient_norm": _first(trainer.state.log_history, "grad_norm"),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """What an evaluation measured, by names without their prefix."""
+    return {key.removeprefix("eval_"): number for key, value in row.items() if (number := logged(value)) is not None}
+
+
+def _evaluations(trainer: Any) -> list[dict[str, Any]]:
+    """The rows of all evaluations, that before the first step first."""
+    return [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
 def _final(trainer: Any) -> dict[str, Any]:
     """The last evaluation's row: that of the last step, or another one now."""
-    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    rows = _evaluations(trainer)
     if rows and rows[-1]["step"] == trainer.state.global_step:
         return dict(rows[-1])
     return dict(trainer.evaluate())
@@ -104,6 +113,7 @@ def _arguments(cell: Cell, recipe: GridSettings, output: str, accelerated: bool)
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,  # below 1: a part of all steps
         "logging_steps": max(1, recipe.steps // 50),
+        "eval_on_start": True,  # the model before: no start changes what it computes
         "eval_strategy": "steps",
         "eval_steps": max(1, -(-recipe.steps // 5)),
         "save_strategy": "no",
@@ -123,7 +133,7 @@ def _adapter(cell: Cell, recipe: GridSettings, task_type: str) -> BaLoraConfig |
         lora_alpha=recipe.rank,
         target_modules="all-linear",
         task_type=task_type,
-        init_lora_weights=True if cell.method == "lora" else "pissa",
+        init_lora_weights=True if cell.method in FROM_LORA else "pissa",
         regularizers=recipe.terms_of(cell.method),
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,11 @@ from ..samples.jsonl import Samples
 from ..samples.split import digest_of
 from ..weights.off import without_terms
 
-METHODS = ("lora", "pissa", "ba_lora", "full")
+METHODS = ("lora", "lora_terms", "pissa", "ba_lora", "full")
+WITH_TERMS = ("lora_terms", "ba_lora")
+FROM_LORA = ("lora", "lora_terms")  # the others' adapters have PiSSA's start
+LORA_RATES, PISSA_RATES = (2e-4, 1e-3), (2e-5, 1e-4)  # docs/choose.md: a PiSSA start moves the weights further
+_COMMA = re.compile(r"=.*,\s*\w+=")  # key=value,key=value
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class GridSettings:
         rank: Of the adapters; alpha is the same number.
         batch: Rows of an optimizer step.
         max_length: Tokens that a row is cut to.
-        terms: Those of ba_lora; the others measure them at weight 0.
+        terms: Those of WITH_TERMS; the others measure them at weight 0.
         data: The digest of the training and the held-out rows.
     """
 
@@ -40,7 +46,7 @@ class GridSettings:
 
     def terms_of(self, method: str) -> RegularizerConfig:
         """Returns a method's terms, all of them measured in evaluation."""
-        terms = self.terms if method == "ba_lora" else without_terms(self.terms)
+        terms = self.terms if method in WITH_TERMS else without_terms(self.terms)
         often = min(self.terms.share_interval, max(1, self.steps // 10))  # 0: never
         return dataclasses.replace(terms, share_interval=often, monitor=True)
 
@@ -68,6 +74,16 @@ def rows_digest(train: Samples, held_out: Samples) -> str:
     return digest_of([train.rows, held_out.rows, train.classes])
 
 
+def grid(methods: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
+    """Returns the cells, each once; without `rates` each method has those that suit its start."""
+    return [
+        Cell(method, rate, seed)
+        for method in dict.fromkeys(methods)
+        for rate in dict.fromkeys(rates or (LORA_RATES if method in FROM_LORA else PISSA_RATES))
+        for seed in dict.fromkeys(seeds)
+    ]
+
+
 def default_steps(rows: int, batch: int) -> int:
     """Returns three passes over the rows, from 20 to 200 steps."""
     return min(200, max(20, -(-3 * rows // batch)))
@@ -81,6 +97,9 @@ def terms_from(preset: str | None, words: list[str]) -> RegularizerConfig:
     """
     values: dict[str, Any] = dict(RECOMMENDED) if preset is None else {"preset": preset}
     for word in words:
+        if _COMMA.search(word) and "{" not in word:
+            apart = re.sub(r",\s*", " ", word)
+            raise ValueError(f"--terms {word}: separate them by spaces: --terms {apart}")
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ValueError(f"--terms {word}: write key=value, such as lambda_consistency=0.5.")

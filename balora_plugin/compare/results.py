@@ -20,7 +20,8 @@ MEASURES = {  # of a cell's last evaluation, in the order of the table
 }
 NOTE = (
     "Held out, mean ± standard deviation over seeds: task loss, drift from the model before in nats; the norm of the "
-    "first gradient; seconds of a run. *: the rate with a method's lowest loss."
+    "first gradient; seconds of a run. *: the rate with a method's lowest loss; before: the model that "
+    "training began with."
 )
 _PAIRED = {"loss": "loss", "drift": "drift"}
 
@@ -77,11 +78,22 @@ class Results:
         """Returns each method at its best rate."""
         return [line for line in self.lines if line.best]
 
+    @property
+    def before(self) -> list[dict[str, float]]:
+        """Returns what was measured before the first step, one a seed: a classifier's new head is the seed's.
+
+        Of the first method and rate, as no start changes it. Cells that earlier releases have trained do not hold it.
+        """
+        return [record["before"] for record in self.lines[0].records if "before" in record]
+
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Returns the head and the rows of the table of methods and rates."""
         shown = {key: words for key, words in MEASURES.items() if any(line.values(key) for line in self.lines)}
         head = ["method", "rate", "seeds", *shown.values(), "first norm", "s"]
         rows = []
+        if before := self.before:
+            cells = [_spread([each[key] for each in before if key in each]) for key in shown]
+            rows.append(["before", "-", str(len(before)), *cells, "-", "-"])
         for line in self.lines:
             norms = [each["first_gradient_norm"] for each in line.records if each["first_gradient_norm"] is not None]
             seconds = [each["seconds"] for each in line.records]
@@ -105,6 +117,7 @@ class Results:
         return {
             "rows": {"train": self.counts[0], "held_out": self.counts[1]},
             "cells": [dict(record) for line in self.lines for record in line.records],
+            "before": self.before,
             "best": {line.method: line.rate for line in self.best},
             "differences": [
                 {
@@ -143,7 +156,21 @@ def results_of(records: Sequence[dict[str, Any]], counts: tuple[int, int]) -> Re
     said = limits(counts[1], len(first.records), intervals)
     if len(lines) > len(chosen):
         said.append("The learning rate was chosen by the same held-out rows, which flatters every method a little.")
+    said += _edges(lines)
     return Results(lines, found, said, counts)
+
+
+def _edges(lines: Sequence[MethodAtRate]) -> list[str]:
+    """Says which best rates are the lowest or the highest of their method's: beyond them nothing was tried."""
+    at_edge = []
+    for best in (line for line in lines if line.best and np.isfinite(line.loss)):
+        rates = [line.rate for line in lines if line.method == best.method]
+        if len(rates) > 1 and best.rate in (min(rates), max(rates)):
+            end = "lowest" if best.rate == min(rates) else "highest"
+            at_edge.append(f"{best.method} {best.rate:g} (the {end})")
+    if not at_edge:
+        return []
+    return [f"At the edge of the rates that were tried: {', '.join(at_edge)}. One beyond may do better (--rates)."]
 
 
 def _best(lines: Sequence[MethodAtRate]) -> float:

@@ -43,7 +43,8 @@ def losses(groups: Sequence[Group]) -> Iterator[Picture]:
         yield Picture(
             "drift_against_loss",
             "Drift against task loss",
-            "One point an evaluation, the last one large. Low and left: learnt the task, changed little else.",
+            "One point an evaluation, the last one large, a ring before the first step. Left: learnt more of the task. "
+            "Low: stayed nearer to the model before on these rows; on other text nothing was measured.",
             lambda figure, look: _drift_against_loss(figure, look, groups),
         )
     entropy = Curves("entropy", "Entropy of the predictions", "In nats, held out.")
@@ -178,6 +179,7 @@ def _finish(axes: Any, groups: int) -> None:
 
 def _drift_against_loss(figure: Any, look: Look, groups: Sequence[Group]) -> None:
     axes = figure.subplots()
+    before = None
     for place, group in enumerate(groups):
         label = group.label
         for run in group.runs:
@@ -187,6 +189,10 @@ def _drift_against_loss(figure: Any, look: Look, groups: Sequence[Group]) -> Non
                 axes.plot(*zip(*both, strict=True), "-", lw=0.8, marker=".", ms=4, color=look.colour(place), alpha=0.6)
                 axes.plot(*both[-1], "o", ms=8, color=look.colour(place), label=label or "_")
                 label = ""
+            if both and 0.0 in loss:
+                before = both[0]
+    if before is not None:
+        axes.plot(*before, "o", ms=9, mfc="none", color=look.text, label="before")
     axes.set_xlabel("held-out task loss")
     axes.set_ylabel("drift, nats")
     if len(groups) > 1:

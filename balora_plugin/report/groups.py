@@ -12,7 +12,7 @@ from typing import Any
 from .runs import SEED_IN_NAME, Run
 
 LEVEL = 0.95
-_ORDER = ("lora", "pissa", "full", "adapter", "ba_lora")
+_ORDER = ("lora", "pissa", "full", "adapter", "lora_terms", "ba_lora")
 MEASURES = {  # what an evaluation logs last: its key, in words, whether less is better (None: neither)
     "eval_loss": ("held-out task loss", True),
     "eval_balora/drift": ("drift, nats", None),

@@ -55,12 +55,12 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Returns what was trained, in a word: `ba_lora`, `pissa`, `lora`, `full`, or `adapter` of another kind."""
+        """Returns what was trained, in a word: one of `balora compare`'s methods, or `adapter` of another kind."""
         adapter = self.settings.get("adapter")
         if adapter is None:
             return "full" if self.adapter is None else "adapter"
         if self.terms is not None and any(getattr(self.terms, f"lambda_{name}") for name in TERMS):
-            return "ba_lora"
+            return "lora_terms" if adapter.get("start") is True else "ba_lora"
         return "pissa" if str(adapter.get("start", "")).startswith("pissa") else "lora"
 
     def curve(self, key: str) -> Curve:
@@ -158,6 +158,11 @@ def _state(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"{path} is no directory: name a run's output directory, or one of its checkpoints.")
     found = [file for file in (path / STATE_FILE, *path.glob(f"checkpoint-*/{STATE_FILE}")) if file.is_file()]
+    if not found and (path / "results.json").is_file() and (path / "runs").is_dir():
+        raise ValueError(
+            f"{path} is no run but what balora compare has written: its report is {path}/report/report.html. For "
+            f"another one name runs of it: balora report {path}/runs/*"
+        )
     if not found:
         raise ValueError(
             f"{path} holds no {STATE_FILE}, nor has it checkpoints that do: name a run's output directory. A run that "

@@ -225,7 +225,7 @@ class TermMetrics:
 
     def _still_the_teacher(self, name: str, share: float) -> bool:
         """Whether a share is that of a student whose weights have not moved yet, which says nothing of the weight."""
-        return name == "consistency" and share < ROUNDING_SHARE * self.config.lambda_consistency
+        return name == "consistency" and share < ROUNDING_SHARE * (self.config.lambda_consistency or 0.0)
 
     def _in_words(self, name: str, share: float) -> str:
         """A weight, its share of the gradient, and the weight that would carry VISIBLE_SHARE of it."""

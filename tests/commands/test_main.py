@@ -98,7 +98,7 @@ def test_an_option_takes_several_values(monkeypatch):
     line = ["compare", "--model", "m", "--seeds", "0", "-1", "--data", "d", "--output", "o", "--methods", "lora"]
     assert commands.main([*line, "full", "--methods", "pissa", "--debug"]) == 0
     (args,) = found
-    assert args.seeds == [0, -1] and args.methods == ["lora", "full", "pissa"] and args.rates == [1e-4, 3e-4]
+    assert args.seeds == [0, -1] and args.methods == ["lora", "full", "pissa"] and args.rates == []
     assert args.preset is None and args.terms == [] and args.steps is None
 
 

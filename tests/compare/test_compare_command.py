@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ from peft import PeftModel
 
 from balora_plugin.commands import main
 from balora_plugin.compare import cells
-from balora_plugin.compare.plan import terms_from
+from balora_plugin.compare.plan import Cell, GridSettings, terms_from
 from balora_plugin.config import RECOMMENDED, RegularizerConfig
 from balora_plugin.export.lora_file import read_adapter
 from balora_plugin.report.groups import grouped
-from balora_plugin.report.runs import read_runs
+from balora_plugin.report.runs import Run, read_runs
 from balora_plugin.report.updates import spectra_of
 from balora_plugin.samples.jsonl import read_samples
 from balora_plugin.samples.split import split
@@ -90,6 +92,48 @@ def test_a_finished_cell_is_not_run_again(twenty, monkeypatch, capsys):
     assert "trained again" in capsys.readouterr().err
 
 
+def test_the_model_before_is_the_table_s_first_row(twenty):
+    root, _ = twenty
+    results = json.loads((root / "out" / "results.json").read_text())
+    base, tokenizer, loss, count = tiny_llama().eval(), character_tokenizer(), 0.0, 0
+    for row in split(read_samples(str(root / "rows.jsonl")), 0.2)[1].rows:
+        prompt = len(tokenizer(row["prompt"])["input_ids"])
+        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = base(input_ids=ids).logits[0, prompt - 1 : -1]
+        loss += float(torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum"))
+        count += ids.shape[1] - prompt
+    for cell in results["cells"]:
+        assert cell["before"]["loss"] == pytest.approx(loss / count, rel=1e-4)
+        assert cell["before"]["balora/drift"] == pytest.approx(0.0, abs=1e-6)
+    first = (root / "out" / "results.md").read_text().splitlines()[2]
+    assert first.startswith(f"| before | - | 1 | {loss / count:.4g} |")
+
+
+def test_lora_terms_is_loras_start_with_the_terms(tmp_path):
+    recipe = GridSettings("m", steps=20, rank=4, batch=2, max_length=8, terms=terms_from(None, []), data="")
+    adapter = cells._adapter(Cell("lora_terms", 1e-3, 0), recipe, "CAUSAL_LM")
+    assert adapter.init_lora_weights is True and adapter.regularizers.lambda_consistency == 0.3
+    settings = {"adapter": {"kind": "lora", "start": True, "r": 4}}
+    assert Run("r", tmp_path, [], 1, settings, adapter.regularizers).method == "lora_terms"
+
+
+def test_a_model_that_is_no_directory_is_refused_before_transformers_is_there(tmp_path):
+    code = (
+        "import sys; from balora_plugin.commands import main; "
+        "code = main(['compare', '--model', './no', '--data', 'no', '--output', 'no']); "
+        "sys.exit(code if 'transformers' not in sys.modules else 'imported')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "--model ./no is no directory here" in done.stderr
+
+
+def test_a_report_of_the_whole_folder_is_pointed_to_its_runs(twenty, capsys):
+    out = twenty[0] / "out"
+    assert main(["report", out]) == 2
+    assert f"{out}/report/report.html" in (said := capsys.readouterr().err) and f"balora report {out}/runs/*" in said
+
+
 def test_the_terms_are_the_recommended_ones_unless_a_preset_is_named(twenty):
     root, _ = twenty
     terms = json.loads((root / "out" / "results.json").read_text())["recipe"]["terms"]
@@ -150,7 +194,14 @@ def test_report_takes_a_run_and_a_base(twenty, tmp_path, capsys):
         (["--terms", "head_warmup_steps=3"], "head_warmup_steps=3 with task='nlg'"),
         (["--data", "nowhere.jsonl"], "is no file"),
         (["--prompts", "nowhere.txt"], "is no file"),
-        (["--model", "nowhere/at/all"], "model nowhere/at/all has no tokenizer that loads"),
+        (["--model", "nowhere/at/all"], "--model nowhere/at/all is no directory here"),
+        (["--model", "./nowhere"], "--model ./nowhere is no directory here"),
+        (["--model", "nowhere-at-all"], "model nowhere-at-all has no tokenizer that loads"),
+        (["--methods", "lora", "pisa"], "Did you mean pissa?"),
+        (
+            ["--terms", "lambda_svd=0.1,lambda_diversity=0.2"],
+            "separate them by spaces: --terms lambda_svd=0.1 lambda_diversity=0.2",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_a_model_loads(changes, said, twenty, monkeypatch, capsys):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from balora_plugin.compare.plan import GridSettings
+from balora_plugin.compare.plan import LORA_RATES, METHODS, PISSA_RATES, GridSettings, grid
 from balora_plugin.compare.results import BestDifference, results_of
 from balora_plugin.compare.statistics import DRAWS, Interval, RowSums, limits, paired_difference
 from balora_plugin.config import TERMS, RegularizerConfig
@@ -56,6 +59,29 @@ def test_what_cannot_be_told_is_said():
     said = " ".join(limits(4, 1, [Interval(0.1, -0.2, 0.4)]))
     assert "4 held-out rows" in said and "One seed" in said and "below about 0.3" in said
     assert limits(400, 8, []) == []
+
+
+def test_a_best_rate_at_the_edge_is_said():
+    losses = {1e-4: 2.0, 1e-3: 1.5, 1e-2: 1.7}
+    inside = [record("lora", rate, 0, loss) for rate, loss in losses.items()]
+    said = results_of([*inside, record("full", 1e-3, 0, 1.0)], (16, 2)).limits
+    assert not any("edge" in each for each in said)  # of a single rate there is none
+    low, high = ([record(m, r, 0, sign * r) for r in (1e-5, 1e-4)] for m, sign in (("pissa", 1), ("ba_lora", -1)))
+    (line,) = [each for each in results_of([*inside, *low, *high], (16, 2)).limits if "edge" in each]
+    assert "pissa 1e-05 (the lowest), ba_lora 0.0001 (the highest)." in line
+
+
+def test_each_start_has_the_rates_that_are_recommended_for_it():
+    text = (Path(__file__).parents[2] / "docs" / "choose.md").read_text(encoding="utf-8")
+    for start, rates in (("LoRA", LORA_RATES), ("PiSSA", PISSA_RATES)):
+        row = next(line for line in text.splitlines() if re.match(rf"\| {start} \| \S+ .*to ", line)).split("|")[2]
+        assert [float(each) for each in re.findall(r"\de-\d", row)] == list(rates)
+    cells = grid(["lora_terms", "ba_lora", "ba_lora"], [], [0])
+    assert [(cell.method, cell.rate) for cell in cells] == [
+        *(("lora_terms", rate) for rate in LORA_RATES),
+        *(("ba_lora", rate) for rate in PISSA_RATES),
+    ]
+    assert {cell.rate for cell in grid(METHODS, [3e-4], [0])} == {3e-4}
 
 
 def record(method, rate, seed, loss):
