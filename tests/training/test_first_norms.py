@@ -98,7 +98,13 @@ def test_a_student_that_still_is_the_teacher_is_not_judged(steps, rate, tmp_path
 
 
 def test_a_consistency_too_small_to_act_is_judged_once_the_weights_have_moved(tmp_path, said):
-    trained(tmp_path, {**OFF, "lambda_consistency": 1e-6, "share_interval": 1}, max_steps=12, learning_rate=1e-2, warmup_steps=2)
+    trained(
+        tmp_path,
+        {**OFF, "lambda_consistency": 1e-6, "share_interval": 1},
+        max_steps=12,
+        learning_rate=1e-2,
+        warmup_steps=2,
+    )
     (line,) = [line for line in said() if "hardly act" in line]
     assert "lambda_consistency=1e-06 (" in line and "would carry 1%" in line
 
