@@ -88,17 +88,21 @@ def test_the_figures_of_the_study_are_those_of_its_report():
     report = text_of(ROOT / "studies" / "forgetting" / "report.md").partition("## All points")[2]
     means = {
         name: [cell.split()[0] for cell in row_of(report, f"{name}, 24 steps |").split(" | ")[2:5]]
-        for name in ("lora-1e-3", "lora-cr0.3", "pissa-3e-4", "pissa-cr0.3", "pissa-1e-4")
+        for name in ("lora-1e-3", "lora-cr0.3", "pissa-3e-4", "pissa-cr0.3", "pissa-1e-4", "lora-decay")
     }
     choose = text_of(DOCS / "choose.md")
     for row, without, held in (("LoRA, 1e-3", "lora-1e-3", "lora-cr0.3"), ("PiSSA, 3e-4", "pissa-3e-4", "pissa-cr0.3")):
         assert numbers(row_of(choose, row)) == [
             x for pair in zip(means[without], means[held], strict=True) for x in pair
         ]
-    assert "task loss {}, drift {} and {})".format(*means["pissa-1e-4"]) in " ".join(choose.split())
+    for other in ("pissa-1e-4", "lora-decay"):
+        assert "task loss {}, drift {} and {})".format(*means[other]) in " ".join(choose.split())
     (task, drift, _), (held_task, held_drift, _) = means["lora-1e-3"], means["lora-cr0.3"]
     said = f"drift {float(held_drift):.2f} instead of {float(drift):.2f}, task loss {held_task} instead of {task}"
     assert said in README
+    points = text_of(ROOT / "studies" / "forgetting" / "report.md").partition("## All points")[0]
+    below = float(row_of(points, "lora-cr0.3, 24 steps |").split(" | ")[2].split()[0])  # minus the rivals' front
+    assert f"comes below {float(held_drift) - below:.2f} at that loss" in README
 
 
 def test_what_is_left_of_a_fault_is_what_the_report_says():
