@@ -337,11 +337,28 @@ def test_text_trains_a_multimodal_model_as_ms_swift_does(sft, llava, monkeypatch
     assert not [name for name, p in terms.model.named_parameters() if p.requires_grad and "vision" in name]
 
 
+def test_load_args_does_not_train_without_terms(sft, tmp_path):
+    """ms-swift takes the tuner from the adapter's file before it imports the plug-in."""
+    sft("first", save_steps=3)
+    with pytest.raises(WrongArguments, match=r"load_args: true takes tuner_type: lora from the adapter.s args\.json"):
+        sft("second", None, adapters=[str(tmp_path / "first" / "checkpoint-3")], load_args=True)
+
+
+def test_a_variable_that_is_no_mapping_is_said_with_the_rest(sft):
+    with pytest.raises(WrongArguments, match=r"BA_LORA: '0\.3' must be a mapping") as raised:
+        sft(terms="0.3", use_dora=True, new_special_tokens=["<new>"])
+    assert {finding.key for finding in raised.value.findings} == {"BA_LORA", "use_dora", "new_special_tokens"}
+
+
 def test_what_encodes_images_for_the_teacher_too_is_not_adapted(sft, llava):
     settings = {"model": str(llava / "base"), "model_type": "llava1_5_hf", "template": "llava1_5_hf", "max_length": 100}
     with pytest.raises(WrongArguments, match=r"freeze_vit: false adapts what encodes images") as raised:
-        sft(freeze_vit=False, modules_to_save=["embed_tokens"], **settings)
-    assert len(raised.value.findings) == 2
+        sft(freeze_vit=False, **settings)
+    assert len(raised.value.findings) == 1
+    with pytest.raises(WrongArguments, match=r"modules_to_save: match model\.vision_tower\..*, which encodes images"):
+        sft(modules_to_save=["all-norm"], **settings)
+    with pytest.raises(WrongArguments, match=r"modules_to_save: match .*embed_tokens, which embeds tokens"):
+        sft(modules_to_save=["language_model.embed_tokens"], **settings)
     with pytest.raises(WrongArguments, match=r"target_modules: match model\.vision_tower\..*, which encodes images"):
         sft(target_regex=".*(vision_tower|language_model).*q_proj", **settings)
 

@@ -38,6 +38,7 @@ def run(args: Values) -> int:
     path = Path(args.file)
     if path.exists() and not args.force:
         raise ValueError(f"{path} is there already: write another name, or --force.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(swift_starter(path.name), encoding="utf-8")
     print(f"wrote {path}: swift sft {path}")
     return 0

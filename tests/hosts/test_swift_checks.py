@@ -12,8 +12,9 @@ from helpers import TERMS
 from balora_plugin.config import RegularizerConfig
 from balora_plugin.hosts.swift import keys
 from balora_plugin.hosts.swift.block import of_settings, read_block, terms_and_source
-from balora_plugin.hosts.swift.checks import findings_in
+from balora_plugin.hosts.swift.checks import findings_in, findings_of_run
 from balora_plugin.hosts.swift.errors import WrongArguments, refuse_arguments
+from balora_plugin.hosts.swift.multimodal import trained_encoders
 from balora_plugin.hosts.swift.names import PLUGIN_FILE
 from balora_plugin.hosts.swift.saved import as_stock, write_as_stock
 from balora_plugin.hosts.swift.starter import swift_starter
@@ -41,6 +42,7 @@ def test_a_working_lora_with_two_lines_changed_has_nothing_wrong():
         ("use_dora", True),
         ("trainable_parameters", ["model.embed_tokens"]),
         ("trainable_parameters_regex", ".*embed.*"),
+        ("new_special_tokens", ["<new>"]),
         ("enable_dft_loss", True),
         ("enable_channel_loss", True),
         ("loss_type", "focal"),
@@ -78,6 +80,9 @@ def test_every_refusal_of_a_key_is_tried_here():
         ({"lora_rank": 0}, "lora_rank: 0 must be a whole number"),
         ({"lora_alpha": 0.5}, "lora_alpha: 0.5 must be a whole number"),
         ({"target_modules": ["all-linear", "lm_head"]}, "target_modules: lm_head cannot be adapted"),
+        ({"target_regex": "lm_head", "target_modules": "lm_head"}, "target_regex: 'lm_head' matches lm_head"),
+        ({"target_regex": ".*embed_tokens|.*proj"}, "matches model.embed_tokens, which cannot be adapted"),
+        ({"target_regex": "(q_proj"}, "target_regex: '(q_proj' is no regular expression"),
         ({"callbacks": ["lisa"]}, "callbacks: lisa is for another tuner"),
         ({"label_smoothing_factor": 2}, "label_smoothing_factor=2 is the part of each target"),
         ({"init_weights": "olora"}, "init_weights: olora is not a start of BA-LoRA (it rewrites the base's weights"),
@@ -105,6 +110,85 @@ def test_what_does_not_go_together_is_said(changes, said):
 )
 def test_wrong_settings_of_the_terms_are_said(block, said):
     assert [finding for finding in found(block) if said in str(finding)]
+
+
+def base_at(path, **config):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    return str(path)
+
+
+def test_a_source_of_the_start_needs_a_quantised_base_and_a_start_from_it(tmp_path):
+    block = {"start_from": "m"}
+    plain = base_at(tmp_path / "plain")
+    stored = base_at(tmp_path / "stored", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert found(block, model=stored) == found(block, model=plain, quant_method="bnb", quant_bits=4) == []
+    (finding,) = found(block, model=plain)
+    assert finding.key == "BA_LORA.start_from" and "write quant_method: bnb" in finding.remedy
+    (finding,) = found(block, model=plain, quant_method="bnb", quant_bits=4, init_weights="lora")
+    assert "beside init_weights: lora, which has no A0 and B0" in str(finding)
+    assert found(target_regex=".*layers.*q_proj") == []
+
+
+def test_a_variable_that_is_no_mapping_is_found_with_the_rest():
+    wrong = list(findings_of_run({**GOOD, "use_dora": True}, "0.3"))
+    assert [finding.key for finding in wrong] == ["BA_LORA", "use_dora"]
+    assert "'0.3' must be a mapping" in str(wrong[0])
+    (other,) = findings_of_run({"tuner_type": "lora"}, "0.3")
+    assert other.key == "tuner_type" and list(findings_of_run({"tuner_type": "lora"}, None)) == []
+
+
+ADAPTER = Path(__file__).parents[1] / "data" / "before_layout" / "causal_lm" / "checkpoint-2"  # in delta form
+
+
+@pytest.mark.parametrize("block", [None, {}])
+def test_a_tuner_that_comes_from_the_adapters_arguments_is_refused(tmp_path, block):
+    for file in ADAPTER.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "args.json").write_text('{"tuner_type": "lora"}')
+    values = {"tuner_type": "lora", "adapters": [str(tmp_path)]}  # as ms-swift has left the values
+    (finding,) = findings_in({**values, "load_args": True}, block)
+    assert finding.key == "load_args" and "tuner_type: lora from the adapter's args.json" in finding.why
+    assert list(findings_in(values, None)) == []
+    (tmp_path / "ba_lora.json").write_text("{}")
+    (damaged,) = found(block, adapters=[str(tmp_path)])
+    assert damaged.key == "adapters" and "ba_lora.json" in damaged.why
+    (tmp_path / "ba_lora.json").unlink()
+    assert list(findings_in({**values, "load_args": True}, None)) == []
+
+
+def wrapped_llava(**options):
+    from types import SimpleNamespace
+
+    from multimodal import tiny_multimodal
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_multimodal("llava")
+    arch = SimpleNamespace(vision_tower=["model.vision_tower"], aligner=["model.multi_modal_projector"])
+    base.model_meta = SimpleNamespace(is_multimodal=True, model_arch=arch)
+    targets = options.pop("target_modules", ".*language_model.*q_proj")
+    return get_peft_model(base, LoraConfig(target_modules=targets, r=2, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, []),
+        ({"modules_to_save": ["lm_head", "input_layernorm"]}, []),
+        ({"modules_to_save": ["language_model.embed_tokens"]}, ["modules_to_save: match model.language_model.embed"]),
+        ({"modules_to_save": ["layer_norm1"]}, ["modules_to_save: match model.vision_tower."]),
+        ({"modules_to_save": ["multi_modal_projector"]}, ["modules_to_save: match model.multi_modal_projector, which"]),
+        ({"target_modules": ["q_proj"]}, ["target_modules: match model.vision_tower."]),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "layer_norm1"]},
+            ["target_modules: match model.vision_tower.", "modules_to_save: match model.v", "which embeds tokens"],
+        ),
+    ],
+)
+def test_nothing_trains_that_encodes_for_the_teacher_too(options, said):
+    found = sorted(map(str, trained_encoders(wrapped_llava(**options))))
+    assert len(found) == len(said) and all(any(part in text for text in found) for part in said), found
 
 
 def test_everything_is_found_at_once():
@@ -196,8 +280,23 @@ def test_the_starter_is_a_yaml_with_nothing_wrong():
     assert list(findings_in(values, block)) == [] and Path(values["external_plugins"][0]) == PLUGIN_FILE
     assert set(values) <= keys.PASSED | set(keys.MAPPED) | {
         "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-        "learning_rate", "weight_decay", "logging_steps",
+        "learning_rate", "weight_decay", "logging_steps", "save_steps",
     }  # fmt: skip
+
+
+def test_the_pages_checkpoints_lie_where_the_starter_puts_them(tmp_path):
+    import yaml
+
+    from balora_plugin import commands
+
+    path = tmp_path / "new" / "folder" / "x.yaml"
+    assert commands.main(["swift", str(path)]) == 0
+    values = yaml.safe_load(path.read_text())
+    page = (Path(__file__).parents[2] / "docs" / "swift.md").read_text(encoding="utf-8")
+    steps = 1980 // (values["per_device_train_batch_size"] * values["gradient_accumulation_steps"])
+    assert values["add_version"] is False and values["save_steps"] <= steps
+    checkpoint = f"{values['output_dir']}/checkpoint-{values['save_steps']}"
+    assert set(re.findall(r"output/ba-lora/checkpoint-\d+", page)) == {checkpoint}
 
 
 def test_a_key_stands_in_one_table():

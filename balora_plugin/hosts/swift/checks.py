@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,18 +12,37 @@ from ...checkpoint.location import AdapterFiles
 from ...checkpoint.settings import read_settings
 from ...findings import Finding
 from ...training.task_form import task_form
-from .block import of_settings
+from .block import of_settings, read_block
 from .keys import NOT_ONE, REFUSED
 from .names import TASKS, TUNER, VARIABLE
-from .starts import of_start
+from .starts import of_source, of_start
 
 Arguments = Mapping[str, Any]
 _HEADS = ("lm_head", "embed_tokens", "embed_out", "wte", "all-embedding")
+_HEAD_PATHS = (
+    "lm_head",
+    "embed_out",
+    "model.embed_tokens",
+    "model.language_model.embed_tokens",
+    "gpt_neox.embed_in",
+    "transformer.wte",
+)
 _DERIVED = {
     "optimizer: lorap": "lorap_lr_ratio",
     "optimizer: galore": "use_galore",
 }  # what ms-swift sets by another key
 _UNREAD_BY_DEFAULT = {"lora_rank": 8, "lora_alpha": 32.0}  # ms-swift's own: what was not written
+
+
+def findings_of_run(values: Arguments, text: str | None) -> Iterator[Finding]:
+    """Finds everything in the arguments, and in BA_LORA as its text, which may be no mapping at all."""
+    try:
+        block = read_block(text)
+    except ValueError as error:
+        block = {}
+        if values.get("tuner_type", "lora") == TUNER:
+            yield Finding.of_error(str(error))
+    yield from findings_in(values, block)
 
 
 def findings_in(values: Arguments, block: Mapping[str, Any] | None) -> Iterator[Finding]:
@@ -45,6 +65,7 @@ def findings_in(values: Arguments, block: Mapping[str, Any] | None) -> Iterator[
         yield Finding("task_type", task, why, f"write {' or '.join(TASKS)}, or tuner_type: lora", True)
     yield from _refused(values)
     yield from of_start(values.get("init_weights", True))
+    yield from of_source(values, block or {})
     yield from _adapter(values)
     yield from _together(values, task)
     yield from of_settings(block or {}, "nlu" if task == "seq_cls" else "nlg")
@@ -53,7 +74,14 @@ def findings_in(values: Arguments, block: Mapping[str, Any] | None) -> Iterator[
 
 
 def of_other_tuner(values: Arguments, block: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """Finds terms beside another tuner, which would train without them."""
+    """Finds what would train without terms: those beside another tuner, and a tuner that ms-swift took from a file."""
+    path = _adapter_path(values)
+    if values.get("load_args") and os.path.isdir(path) and os.path.isfile(os.path.join(path, "args.json")):
+        settings = read_settings(AdapterFiles(path))
+        if settings is not None and settings["delta_form"]:
+            why = "takes tuner_type: lora from the adapter's args.json, and would train without the terms"
+            yield Finding("load_args", True, why, "remove it")
+            return
     if block is not None:
         yield Finding(
             "tuner_type",
@@ -79,12 +107,28 @@ def _adapter(values: Arguments) -> Iterator[Finding]:
         value = values.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 1 or value != int(value):
             yield Finding(key, repr(value), "must be a whole number of at least 1, for example 16")
-    targets = values.get("target_modules") or []
+    pattern = values.get("target_regex")
+    targets = [] if pattern else values.get("target_modules") or []  # ms-swift puts the one in the other's place
     for name in [targets] if isinstance(targets, str) else targets:
         if name in _HEADS:
             why = "cannot be adapted (the terms read the head's weight)"
             remedy = f"remove it; modules_to_save: [{name}] trains such a module whole"
             yield Finding("target_modules", name, why, remedy, True)
+    yield from _pattern(pattern)
+
+
+def _pattern(pattern: Any) -> Iterator[Finding]:
+    """Finds a `target_regex` that matches a head or embeddings, by the paths that they have in most models."""
+    if not pattern:
+        return
+    try:
+        matched = [path for path in _HEAD_PATHS if re.fullmatch(str(pattern), path)]
+    except re.error as error:
+        yield Finding("target_regex", repr(pattern), f"is no regular expression ({error})", "correct it")
+        return
+    if matched:
+        why = f"matches {matched[0]}, which cannot be adapted (the terms read the head's weight)"
+        yield Finding("target_regex", repr(pattern), why, "write one that leaves head and embeddings out", True)
 
 
 def _together(values: Arguments, task: str) -> Iterator[Finding]:
@@ -119,12 +163,15 @@ def _terms(values: Arguments, block: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _continued(values: Arguments) -> Iterator[Finding]:
     """Finds a rank or an alpha that contradicts the adapter to go on from, which has its own."""
-    adapters = values.get("adapters") or []
     key = "resume_from_checkpoint" if values.get("resume_from_checkpoint") else "adapters"
-    path = values.get("resume_from_checkpoint") or (adapters if isinstance(adapters, str) else next(iter(adapters), ""))
-    if not path or not os.path.isdir(path):
+    path = _adapter_path(values)
+    if not os.path.isdir(path):
         return
-    settings = read_settings(AdapterFiles(path))
+    try:
+        settings = read_settings(AdapterFiles(path))
+    except ValueError as error:  # a damaged file, or another release's
+        yield Finding(key, None, str(error).removesuffix("."))
+        return
     if settings is None or not settings["delta_form"]:
         why = "is no BA-LoRA adapter, which tuner_type: ba_lora goes on from"
         yield Finding(key, path, why, "write tuner_type: lora, or name a checkpoint of a BA-LoRA run")
@@ -135,3 +182,10 @@ def _continued(values: Arguments) -> Iterator[Finding]:
             yield Finding(
                 name, asked, f"contradicts the adapter in {path}, which has {there}", f"write {name}: {there}"
             )
+
+
+def _adapter_path(values: Arguments) -> str:
+    """Returns the adapter to go on from; empty where there is none."""
+    adapters = values.get("adapters") or []
+    first = adapters if isinstance(adapters, str) else next(iter(adapters), "")
+    return str(values.get("resume_from_checkpoint") or first)

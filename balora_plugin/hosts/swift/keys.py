@@ -40,6 +40,11 @@ REFUSED: dict[str, ArgumentRefusal] = {
     "use_dora": ArgumentRefusal("is another adapter", "remove it", True),
     "trainable_parameters": ArgumentRefusal("is read in full fine-tuning alone", "write modules_to_save", None),
     "trainable_parameters_regex": ArgumentRefusal("is read in full fine-tuning alone", "write modules_to_save", None),
+    "new_special_tokens": ArgumentRefusal(
+        "appends random rows to embeddings and head, others in every run, which the teacher reads too",
+        "use tokens that are there, or name a model that was saved with them",
+        True,
+    ),
     "enable_dft_loss": _LOSS,
     "enable_channel_loss": ArgumentRefusal("logs per-token losses that are never made here", "remove it", False),
     "loss_type": _LOSS,
@@ -123,7 +128,7 @@ UNREAD = frozenset(_UNREAD.split())
 
 # of ms-swift's own keys those that reach it as they are written; transformers' training arguments do too
 _PASSED = """
-    model model_type model_revision torch_dtype attn_impl experts_impl new_special_tokens num_labels problem_type
+    model model_type model_revision torch_dtype attn_impl experts_impl num_labels problem_type
     rope_scaling device_map max_memory max_model_len local_repo_path init_strategy model_kwargs enable_npu_model_patch
     quant_bits hqq_axis bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_quant_storage
     template system max_length truncation_strategy max_pixels agent_template norm_bbox use_chat_template padding_side

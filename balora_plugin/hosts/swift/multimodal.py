@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...adapter.targets import injected_layers
+from ...adapter.delta import PEFT_PREFIX
 from ...findings import Finding
 
 KEYWORD = "ba_lora"  # by which the objective travels into the model's forward
@@ -38,21 +38,40 @@ def of_multimodal(args: Any, model: Any, teacher_cache: Any) -> list[Finding]:
     for key in ("freeze_vit", "freeze_aligner"):
         if linear and not getattr(args, key):
             found.append(Finding(key, False, "adapts what encodes images for the teacher too", "write true", True))
-    for name in args.modules_to_save:
-        if name in ("all-embedding", "embed_tokens", "wte"):
-            found.append(Finding("modules_to_save", name, "embeds tokens for the teacher too", "remove it", True))
     if teacher_cache is not None:
         why = "knows a document by its tokens, the same for every image"
         found.append(Finding("BA_LORA.teacher_cache", teacher_cache, why, "remove it", False))
     return found
 
 
-def adapted_towers(model: Any) -> list[Finding]:
-    """Finds layers with an adapter in what encodes images, which explicit targets may name."""
+def trained_encoders(model: Any) -> list[Finding]:
+    """Finds what trains in a wrapped model although it encodes images, or embeds tokens, before the forward.
+
+    Args:
+        model: With the adapter on, and ms-swift's `model_meta`; every parameter that trains is looked at, whichever
+            setting named its module.
+    """
     meta = model.model_meta
-    if not meta.is_multimodal or meta.model_arch is None:
+    if not meta.is_multimodal:
         return []
-    towers = tuple(f"{name}." for name in (*meta.model_arch.vision_tower, *meta.model_arch.aligner))
-    names = [name for name, _ in injected_layers(model, "default") if name.startswith(towers)]
-    why = f"match {names[0]}, which encodes images for the teacher too" if names else ""
-    return [Finding("target_modules", None, why, "name layers of the language model alone", True)] if names else []
+    arch = meta.model_arch
+    towers = () if arch is None else tuple(f"{name}." for name in (*arch.vision_tower, *arch.aligner))
+    embeddings = _embeddings(model.get_base_model())
+    found: dict[tuple[str, str], Finding] = {}
+    for name, parameter in model.named_parameters():
+        path = name.removeprefix(PEFT_PREFIX)
+        if not parameter.requires_grad or not (path.startswith(towers) or id(parameter) in embeddings):
+            continue
+        key = "modules_to_save" if ".modules_to_save." in path else "target_modules"
+        what = "encodes images" if path.startswith(towers) else "embeds tokens"
+        layer = path.partition(".modules_to_save.")[0].partition(".lora_")[0]
+        why = f"match {layer}, which {what} for the teacher too"
+        found.setdefault((key, what), Finding(key, None, why, "name layers of the language model alone", True))
+    return list(found.values())
+
+
+def _embeddings(base: Any) -> frozenset[int]:
+    try:
+        return frozenset(map(id, base.get_input_embeddings().parameters()))
+    except (NotImplementedError, AttributeError):  # a model's own code, which does not say
+        return frozenset()

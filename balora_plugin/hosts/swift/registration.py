@@ -19,8 +19,7 @@ from swift.trainers import TrainerFactory
 from swift.tuner_plugin import tuners_map
 
 from ...findings import Finding
-from .block import read_block
-from .checks import findings_in
+from .checks import findings_of_run
 from .errors import print_without_traceback, refuse_arguments
 from .keys import SUPERSEDED
 from .names import PLUGIN_FILE, TASKS, TUNER, VARIABLE
@@ -63,8 +62,7 @@ class _Checked:
 
     def __call__(self, **values: Any) -> Any:
         values_here = values if self.task == values.get("task_type") else {**values, "rlhf_type": self.task}
-        block = read_block(os.environ.get(VARIABLE))
-        refuse_arguments([*findings_in(values_here, block), *_displaced(values)])
+        refuse_arguments([*findings_of_run(values_here, os.environ.get(VARIABLE)), *_displaced(values)])
         if values.get("tuner_type") == TUNER:
             _say_superseded(values)
         accepted = self._accepted()

@@ -28,6 +28,8 @@ split_dataset_ratio: 0.01
 max_length: 1024
 
 output_dir: output/ba-lora
+add_version: false              # checkpoints lie in output_dir itself
+save_steps: 100
 per_device_train_batch_size: 4
 gradient_accumulation_steps: 4
 num_train_epochs: 1

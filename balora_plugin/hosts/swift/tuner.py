@@ -17,7 +17,7 @@ from ...pretrained.lm_head import check_head
 from ...training.checks.model import resolve
 from .block import read_block, terms_and_source
 from .errors import refuse_arguments
-from .multimodal import adapted_towers, of_multimodal
+from .multimodal import of_multimodal, trained_encoders
 from .names import VARIABLE
 from .starts import swift_start
 
@@ -54,7 +54,7 @@ class BaLoraTuner(PeftTuner):
         if resolve(model, config.regularizers, adapter_follows=True).task == "nlg":
             check_head(model)
         wrapped = get_ba_lora_model(model, config)
-        refuse_arguments(adapted_towers(wrapped))
+        refuse_arguments(trained_encoders(wrapped))
         return wrapped
 
     @staticmethod
@@ -63,6 +63,7 @@ class BaLoraTuner(PeftTuner):
         if not kwargs.get("is_trainable"):
             return PeftTuner.from_pretrained(model, model_id, **kwargs)
         wrapped = BaLoraModel.from_pretrained(model, model_id, **kwargs)
+        refuse_arguments(trained_encoders(wrapped))
         wrapped.peft_config["default"].regularizers, _ = terms_and_source(read_block(os.environ.get(VARIABLE)))
         return wrapped
 
