@@ -26,8 +26,8 @@ from llamafactory.train.sft import workflow as host_workflow
 
 from balora_plugin import BaLoraModel
 from balora_plugin.commands import main
-from balora_plugin.hosts.llamafactory.checks import findings_of_yaml
-from balora_plugin.hosts.llamafactory.hooks import check_release
+from balora_plugin.hosts.llamafactory.checks import findings_of_yaml, planned
+from balora_plugin.hosts.llamafactory.hooks import check_release, globals_replaced
 from balora_plugin.hosts.llamafactory.train import NotTrainable, start_training
 
 pytestmark = pytest.mark.hosts
@@ -164,6 +164,16 @@ def test_an_adapter_goes_on_training(place, trained, tmp_path):
     tuner.run_exp(stock(place, tmp_path / "lora", max_steps=1))
     with pytest.raises(ValueError, match=r"^adapter_name_or_path: .* create_new_adapter: true"):
         train(place, tmp_path / "no", adapter_name_or_path=str(tmp_path / "lora"))
+
+
+def test_an_adapter_that_goes_on_is_compiled_where_the_block_says_so(place, trained):
+    for written in (True, "layers", False):
+        block = {"lambda_svd": 0.2, "compile": written}
+        plan = planned({**stock(place, trained), "adapter_name_or_path": str(trained), "ba_lora": block})
+        with globals_replaced(plan):
+            model = host_adapter.PeftModel.from_pretrained(base(place), str(trained), is_trainable=True)
+        config = model.peft_config["default"]
+        assert (config.compile, config.regularizers.lambda_svd) == (written, 0.2)
 
 
 @pytest.mark.parametrize(
