@@ -196,6 +196,13 @@ def test_settings_that_are_passed_train(changes, place, tmp_path):
     assert torch.isfinite(logits(again.eval(), IDS)).all()
 
 
+def test_layers_are_compiled_beside_its_checkpointing(place, tmp_path, capfd):
+    rows = train(place, tmp_path / "out", max_steps=2, save_strategy="no", ba_lora={"compile": "layers"})
+    said = capfd.readouterr()
+    assert "(compiled by layer)" in said.out + said.err and "does not work" not in said.err
+    assert rows[0]["balora/consistency"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_neftunes_noise_is_the_students_alone(place, tmp_path):
     rows = train(place, tmp_path / "out", neftune_noise_alpha=5.0, max_steps=1)
     assert rows[0]["balora/consistency"] > 1e-4

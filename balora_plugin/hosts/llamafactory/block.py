@@ -100,5 +100,5 @@ def _compiled(data: Mapping[str, Any], block: Mapping[str, Any]) -> Iterator[Fin
         yield Finding(f"{BLOCK}.compile", repr(compiled), "is not known", "write true, false or layers")
     elif compiled is True and not data.get("disable_gradient_checkpointing"):
         why = "has no effect beside LLaMA-Factory's gradient checkpointing, which no one graph can hold"
-        remedy = "remove it, or write disable_gradient_checkpointing: true, which takes more memory"
+        remedy = "write layers, or disable_gradient_checkpointing: true, which takes more memory"
         yield Finding(f"{BLOCK}.compile", compiled, why, remedy, False)
