@@ -26,8 +26,8 @@ from llamafactory.train.sft import workflow as host_workflow
 
 from balora_plugin import BaLoraModel
 from balora_plugin.commands import main
-from balora_plugin.hosts.llamafactory.checks import findings_of_yaml
-from balora_plugin.hosts.llamafactory.hooks import check_release
+from balora_plugin.hosts.llamafactory.checks import findings_of_yaml, planned
+from balora_plugin.hosts.llamafactory.hooks import check_release, globals_replaced
 from balora_plugin.hosts.llamafactory.train import NotTrainable, start_training
 
 pytestmark = pytest.mark.hosts
@@ -166,6 +166,16 @@ def test_an_adapter_goes_on_training(place, trained, tmp_path):
         train(place, tmp_path / "no", adapter_name_or_path=str(tmp_path / "lora"))
 
 
+def test_an_adapter_that_goes_on_is_compiled_where_the_block_says_so(place, trained):
+    for written in (True, "layers", False):
+        block = {"lambda_svd": 0.2, "compile": written}
+        plan = planned({**stock(place, trained), "adapter_name_or_path": str(trained), "ba_lora": block})
+        with globals_replaced(plan):
+            model = host_adapter.PeftModel.from_pretrained(base(place), str(trained), is_trainable=True)
+        config = model.peft_config["default"]
+        assert (config.compile, config.regularizers.lambda_svd) == (written, 0.2)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -184,6 +194,13 @@ def test_settings_that_are_passed_train(changes, place, tmp_path):
     assert rows[1]["balora/task"] != rows[0]["balora/task"]
     again = BaLoraModel.from_pretrained(base(place), tmp_path / "out")
     assert torch.isfinite(logits(again.eval(), IDS)).all()
+
+
+def test_layers_are_compiled_beside_its_checkpointing(place, tmp_path, capfd):
+    rows = train(place, tmp_path / "out", max_steps=2, save_strategy="no", ba_lora={"compile": "layers"})
+    said = capfd.readouterr()
+    assert "(compiled by layer)" in said.out + said.err and "does not work" not in said.err
+    assert rows[0]["balora/consistency"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_neftunes_noise_is_the_students_alone(place, tmp_path):

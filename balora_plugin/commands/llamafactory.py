@@ -13,6 +13,7 @@ command of its own, in which there are no terms.
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def run(args: Values) -> int:
         return start_training(args.words)
     except NotTrainable as error:  # a line a setting, where other errors are one
         print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # of a training, hours into which one line says too little
+        traceback.print_exc()
         return 2
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ...config import RegularizerConfig
 from ...findings import Finding
-from ...settings import settings_of
+from .block import ADAPTER_KEYS, BLOCK, findings_of_block, settings_under_block
 from .keys import MAPPED_KEYS, REFUSED_KEYS, REFUSED_VARIABLES, SUPERSEDED_KEYS
 
-BLOCK = "ba_lora"
-ADAPTER_KEYS = ("compile", "start_from")  # of the block, beside the terms
-_TERMS = tuple(settings_of(RegularizerConfig))
-_QUANTISED = ("gptq", "awq", "aqlm", "eetq", "hqq", "fp8", "mxfp4", "quanto", "compressed-tensors")
+_HEADS = ("lm_head", "embed_tokens", "embed_out", "wte")
+_QUANTISES = ("hqq", "eetq")  # while it loads, beside bnb
+_QUANTISED = ("gptq", "awq", "aqlm", "eetq", "hqq", "quanto", "compressed-tensors")  # mxfp4, fp8: loaded dequantised
 
 
 class Plan(NamedTuple):
@@ -37,18 +34,23 @@ class Plan(NamedTuple):
 def planned(data: Mapping[str, Any]) -> Plan:
     """Returns a YAML without findings, taken apart; the YAML itself stays as it is."""
     arguments = {key: value for key, value in data.items() if key != BLOCK}
-    block = dict(data.get(BLOCK) or {})
+    block = dict(settings_under_block(data))
     said = []
     for key, instead in SUPERSEDED_KEYS.items():
         if arguments.pop(key, None):
             said.append(f"{key}: switched off, {instead}.")
     start, how = start_of(arguments)
-    if how:
+    if how and not goes_on(data):
         said.append(how)
     for key in MAPPED_KEYS:
         arguments.pop(key, None)
     adapter = {"init_lora_weights": start, **{key: block.pop(key) for key in ADAPTER_KEYS if key in block}}
     return Plan(arguments, block, adapter, tuple(said))
+
+
+def goes_on(data: Mapping[str, Any]) -> bool:
+    """Returns whether an adapter that is there goes on training, with the start that it has."""
+    return bool(data.get("adapter_name_or_path")) and not data.get("create_new_adapter")
 
 
 def start_of(data: Mapping[str, Any]) -> tuple[bool | str, str]:
@@ -72,11 +74,13 @@ def findings_of_yaml(data: Mapping[str, Any], environment: Mapping[str, str] | N
         data: The YAML with what the command line says of single keys.
         environment: Of the process; None: its own.
     """
-    yield from _block(data)
+    yield from findings_of_block(data)
     for key, refusal in REFUSED_KEYS.items():
         if key in data and data[key] not in refusal.allowed:
             yield Finding(key, data[key], refusal.why, refusal.remedy, refusal.changes_training)
+    yield from _targets(data)
     yield from _quantised(data)
+    yield from _start(data)
     variables = os.environ if environment is None else environment
     for name, (why, remedy) in REFUSED_VARIABLES.items():
         if variables.get(name, "0").lower() in ("true", "y", "1"):
@@ -109,55 +113,43 @@ def findings_of_base(data: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _block(data: Mapping[str, Any]) -> Iterator[Finding]:
-    if BLOCK not in data:
-        near = difflib.get_close_matches(BLOCK, [str(key) for key in data], n=1, cutoff=0.7)
-        if near:
-            yield Finding(near[0], None, "is not a key LLaMA-Factory or BA-LoRA knows", "did you mean ba_lora?")
-        else:
-            remedy = "write it (ba_lora: {lambda_consistency: 0.3}), or train by llamafactory-cli"
-            yield Finding(BLOCK, None, "is missing, the block with the terms", remedy)
-    for key in (*_TERMS, *ADAPTER_KEYS):
-        if key in data:
-            yield Finding(key, data[key], "stands at top level, where nobody reads it", f"write {BLOCK}.{key}")
-    block = data.get(BLOCK) or {}
-    if not isinstance(block, Mapping):
-        yield Finding(BLOCK, repr(block), "must be a block of settings", "write ba_lora: {lambda_consistency: 0.3}")
-        return
-    terms = {key: value for key, value in block.items() if key not in ADAPTER_KEYS}
-    if block.get("task") == "nlu":
-        why = "asks for the terms of classifiers, which LLaMA-Factory does not train"
-        yield Finding(f"{BLOCK}.task", "nlu", why, "remove it")
-        return
-    unknown = [{key: terms.pop(key)} for key in list(terms) if key not in _TERMS]
-    for part in (*unknown, terms):
-        try:
-            RegularizerConfig.from_dict(part).resolved("nlg")
-        except (ValueError, TypeError) as error:
-            yield Finding.of_error(f"{BLOCK}.{error}")
-    compiled = block.get("compile", False)
-    if not isinstance(compiled, bool) and compiled != "layers":
-        yield Finding(f"{BLOCK}.compile", repr(compiled), "is not known", "write true, false or layers")
+def _targets(data: Mapping[str, Any]) -> Iterator[Finding]:
+    targets = data.get("lora_target") or []
+    for name in targets.split(",") if isinstance(targets, str) else targets:
+        if str(name).strip() in _HEADS:
+            why = "cannot be adapted (the terms read the head's weight)"
+            remedy = f"remove it; additional_target: {str(name).strip()} trains such a module whole"
+            yield Finding("lora_target", str(name).strip(), why, remedy, True)
 
 
 def _quantised(data: Mapping[str, Any]) -> Iterator[Finding]:
-    bits, method = data.get("quantization_bit"), str(data.get("quantization_method") or "bnb").lower()
-    if bits is not None and method not in ("bnb", "bitsandbytes"):
-        yield Finding(
-            "quantization_method",
-            method,
-            "has layers that BA-LoRA does not adapt",
-            "write quantization_method: bnb",
-            True,
-        )
+    bits, method = data.get("quantization_bit"), data.get("quantization_method", "bnb")
+    if bits is not None and method != "bnb":
+        why = "has layers that BA-LoRA does not adapt"
+        if method not in _QUANTISES:
+            why = "is not known to LLaMA-Factory, which would load the base as it is"
+        yield Finding("quantization_method", repr(method), why, "write quantization_method: bnb", True)
     if bits is not None and bits not in (4, 8):
         yield Finding("quantization_bit", bits, "is not a width of bitsandbytes", "write 4 or 8", True)
-    block = data.get(BLOCK)
+
+
+def _start(data: Mapping[str, Any]) -> Iterator[Finding]:
+    """Finds a start that contradicts itself, or that an adapter to go on from brings already."""
+    block = settings_under_block(data)
     start = block.get("start_from") if isinstance(block, Mapping) else None
-    if start and bits is None:
+    key = f"{BLOCK}.start_from"
+    if start is not None and (not isinstance(start, str) or not start.strip()):
+        yield Finding(key, repr(start), "is no path or name of a model", "remove it, or name one")
+    if goes_on(data):
+        why = "says nothing where adapter_name_or_path goes on training, which has its own start"
+        remedy = "remove it, or write create_new_adapter: true"
+        if start:
+            yield Finding(key, repr(start), why, remedy)
+        if data.get("pissa_init") is False:
+            yield Finding("pissa_init", False, why, remedy)
+        return
+    if start and data.get("quantization_bit") is None:
         why = "is for a base that is quantised while it loads"
-        yield Finding(f"{BLOCK}.start_from", repr(start), why, "remove it, or write quantization_bit: 4")
+        yield Finding(key, repr(start), why, "remove it, or write quantization_bit: 4")
     if start and start_of(data)[0] is True:
-        yield Finding(
-            f"{BLOCK}.start_from", repr(start), "beside pissa_init: false, which has no A0 and B0", "remove it"
-        )
+        yield Finding(key, repr(start), "beside pissa_init: false, which has no A0 and B0", "remove it")

@@ -65,7 +65,7 @@ def globals_replaced(plan: Plan) -> Iterator[None]:
     trainer = host_workflow.CustomSeq2SeqTrainer
     ours = {
         "get_peft_model": _builder(terms, plan),
-        "PeftModel": _loader(terms),
+        "PeftModel": _loader(terms, plan),
         "CustomSeq2SeqTrainer": type("BaLoraCustomSeq2SeqTrainer", (BaLoraTrainerMixin, trainer), {}),
     }
     before = {name: getattr(module, name) for name, module in _WHERE_IT_IS.items()}
@@ -95,7 +95,7 @@ def _builder(terms: RegularizerConfig, plan: Plan) -> Callable[..., PeftModel]:
     return build
 
 
-def _loader(terms: RegularizerConfig) -> type:
+def _loader(terms: RegularizerConfig, plan: Plan) -> type:
     class Loader(PeftModel):
         """PEFT's own for what is merged or only evaluated; an adapter that goes on training is ours."""
 
@@ -112,6 +112,7 @@ def _loader(terms: RegularizerConfig) -> type:
                 )
             loaded = BaLoraModel.from_pretrained(model, model_id, is_trainable=True, **files.arguments())
             loaded.peft_config["default"].regularizers = terms
+            loaded.peft_config["default"].compile = plan.adapter.get("compile", False)
             return loaded
 
     return Loader

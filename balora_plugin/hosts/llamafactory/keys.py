@@ -62,7 +62,6 @@ REFUSED_KEYS: dict[str, RefusedKey] = {
     "use_kt": _ENGINE,
     "use_mca": _ENGINE,
     "use_hyper_parallel": _ENGINE,
-    "use_megatron_bridge": _ENGINE,
     "use_galore": _OPTIMIZER,
     "use_apollo": _OPTIMIZER,
     "use_badam": _OPTIMIZER,

@@ -22,8 +22,9 @@ lora_target: all
 pissa_init: true                     # the start of the paper; false: the ordinary one
 pissa_iter: -1                       # 16, LLaMA-Factory's default, is the faster and rougher pissa_fast
 
-dataset: alpaca_en_demo              # a name in {folder}/dataset_info.json
-dataset_dir: {folder}
+dataset: llamafactory/alpaca_en      # a data set of the hub; of your own: a name in dataset_info.json
+dataset_dir: ONLINE                  # of your own: the folder that holds dataset_info.json
+max_samples: 1000                    # for a first run
 cutoff_len: 1024
 packing: true
 neat_packing: true
@@ -45,4 +46,4 @@ report_to: none
 def llamafactory_starter(name: str) -> str:
     """Returns the starter YAML for a file of this name."""
     terms = "\n".join(f"  {key}: {value:g}" for key, value in RECOMMENDED.items())
-    return _STARTER.format(name=name, folder="data", terms=terms, rate=f"{RECOMMENDED_RATE:.1e}")
+    return _STARTER.format(name=name, terms=terms, rate=f"{RECOMMENDED_RATE:.1e}")

@@ -15,7 +15,7 @@ WORKER = str(Path(__file__).with_name("torchrun") / "worker.py")  # what torchru
 
 
 class NotTrainable(ValueError):
-    """A YAML that cannot be trained as it stands: a line for each setting."""
+    """A command line or a YAML that cannot be trained as it stands: a line for each setting."""
 
 
 def start_training(words: Sequence[str]) -> int:
@@ -23,10 +23,11 @@ def start_training(words: Sequence[str]) -> int:
 
     Raises:
         NotTrainable: settings that would not train, or train something else; all of them, before a model is loaded.
+            A file or a command line that cannot be read.
     """
     _check_words(words)
     data = read_yaml(words)  # here too, before torchrun starts anything
-    refuse_findings(findings_of_yaml(data))
+    refuse_findings([*findings_of_yaml(data), *findings_of_base(data)])
     if "LOCAL_RANK" in os.environ:  # somebody's torchrun has started this process
         train_here(words)
         return 0
@@ -68,7 +69,7 @@ def read_yaml(words: Sequence[str]) -> dict[str, Any]:
     """Returns a YAML with the command line's `key=value` in it, as LLaMA-Factory merges them.
 
     Raises:
-        ValueError: it is no mapping of keys to values.
+        NotTrainable: it cannot be read, or is no mapping of keys to values.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -76,10 +77,12 @@ def read_yaml(words: Sequence[str]) -> dict[str, Any]:
     try:
         merged = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(list(words[1:])))
         data = OmegaConf.to_container(merged)
+    except OSError as error:
+        raise NotTrainable(str(error)) from None
     except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{words[0]} is no YAML of settings: {error}") from None
+        raise NotTrainable(f"{words[0]} is no YAML of settings: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{words[0]} is no mapping of keys to values.")
+        raise NotTrainable(f"{words[0]} is no mapping of keys to values.")
     return {str(key): value for key, value in data.items()}
 
 
@@ -89,18 +92,20 @@ def refuse_findings(findings: Iterable[Finding]) -> None:
     Raises:
         NotTrainable: there is a finding.
     """
-    found = list({(finding.key, str(finding.value)): finding for finding in findings}.values())
+    found = list(dict.fromkeys(finding.sentence() for finding in findings))
     if len(found) == 1:
-        raise NotTrainable(found[0].sentence())
+        raise NotTrainable(found[0])
     if found:
-        lines = "".join(f"\n  - {finding.sentence()}" for finding in found)
+        lines = "".join(f"\n  - {sentence}" for sentence in found)
         raise NotTrainable(f"{len(found)} settings cannot be trained as they stand:{lines}")
 
 
 def _check_words(words: Sequence[str]) -> None:
     if not words or not words[0].endswith((".yaml", ".yml")):
         given = words[0] if words else "nothing"
-        raise ValueError(f"{given} is no YAML: write balora llamafactory train x.yaml, then key=value for single keys.")
+        raise NotTrainable(
+            f"{given} is no YAML: write balora llamafactory train x.yaml, then key=value for single keys."
+        )
     for word in words[1:]:
         if "=" not in word or word.startswith("-"):
-            raise ValueError(f"{word}: behind the YAML LLaMA-Factory reads key=value, and ba_lora.key=value.")
+            raise NotTrainable(f"{word}: behind the YAML LLaMA-Factory reads key=value, and ba_lora.key=value.")
