@@ -91,6 +91,7 @@ def run(args: Values) -> int:
         print(f"{len(cells)} runs of {recipe.steps} steps: {rows}", file=sys.stderr, flush=True)
         records = [_record(cell, recipe, data, args.output, f"[{n}/{len(cells)}]") for n, cell in enumerate(cells, 1)]
         results = _written(records, recipe, (len(train.rows), len(held_out.rows)), args.output)
+        print("Drawing the report: models are run over the held-out rows once more", file=sys.stderr, flush=True)
         _report(args, cells, recipe, data, prompts, results)
     return 0
 
@@ -186,6 +187,10 @@ def _report(
     shown = [cell for cell in cells if (cell.method, cell.rate) in best]
     runs = read_runs([str(Path(args.output, "runs", cell.name(recipe))) for cell in shown])
     title = f"{', '.join(line.method for line in results.best)} on {Path(args.data).name}"
-    notes = ["Each method at its best learning rate.", *results.limits]
+    notes = [
+        "Each method at its best learning rate.",
+        "Intervals over held-out rows stand in results.md; this page's are over seeds.",
+        *results.limits,
+    ]
     page = page_of(runs, title, AskedOfModels(args.model, data.held_out, prompts), notes)
     print(write_page(page, str(Path(args.output, "report"))))

@@ -90,10 +90,23 @@ def _final(trainer: Any) -> dict[str, Any]:
 
 
 def _progress() -> Any:
-    """One line on stderr an evaluation."""
+    """One line on stderr an evaluation, and one when a step's time is known."""
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
+        def __init__(self) -> None:
+            self._since: float | None = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:  # the first one takes longer than the others
+                self._since = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self._since is not None and state.global_step == 2:
+                seconds = time.perf_counter() - self._since
+                left = seconds * (state.max_steps - 2)
+                print(f"  {seconds:.2g} s a step: {left:.0f} s more of them in this run", file=sys.stderr, flush=True)
+
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
             drift = (metrics or {}).get("eval_balora/drift", float("nan"))
             loss = (metrics or {}).get("eval_loss", float("nan"))

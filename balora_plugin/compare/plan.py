@@ -17,6 +17,7 @@ from ..weights.off import without_terms
 
 METHODS = ("lora", "lora_terms", "pissa", "ba_lora", "full")
 WITH_TERMS = ("lora_terms", "ba_lora")
+WITHOUT = {"lora_terms": "lora", "ba_lora": "pissa"}  # a method with terms and the one of its start without
 FROM_LORA = ("lora", "lora_terms")  # the others' adapters have PiSSA's start
 LORA_RATES, PISSA_RATES = (2e-4, 1e-3), (2e-5, 1e-4)  # docs/choose.md: a PiSSA start moves the weights further
 _COMMA = re.compile(r"=.*,\s*\w+=")  # key=value,key=value

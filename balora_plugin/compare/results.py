@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .plan import WITHOUT
 from .statistics import LEVEL, Interval, limits, paired_difference, rows_of
 
 MEASURES = {  # of a cell's last evaluation, in the order of the table
@@ -152,6 +153,10 @@ def results_of(records: Sequence[dict[str, Any]], counts: tuple[int, int]) -> Re
     lines = [MethodAtRate(line.method, line.rate, line.records, line.rate == chosen[line.method]) for line in lines]
     first, *others = [line for line in lines if line.best]
     found = [difference for other in others for difference in _differences(first, other)]
+    by_method = {line.method: line for line in (first, *others)}
+    for method, plain in WITHOUT.items():  # what the terms do: against the same start without them
+        if method in by_method and plain in by_method and first.method not in (method, plain):
+            found += _differences(by_method[plain], by_method[method])
     intervals = [each.interval for each in found if each.measure == _PAIRED["loss"]]
     said = limits(counts[1], len(first.records), intervals)
     if len(lines) > len(chosen):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..samples.jsonl import Samples
 from ..samples.models import load_model, load_tokenizer
-from ..samples.rendering import question_of, text_of
+from ..samples.rendering import is_plain, question_of, text_of
 from .drawing import Look, Picture
 from .groups import Group
 from .runs import Run
@@ -26,6 +26,11 @@ class AskedOfModels:
     base: str
     samples: Samples | None = None
     prompts: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rows are plain text, so that questions are asked without a chat template too."""
+        return self.samples is not None and self.samples.task == "lm" and any(map(is_plain, self.samples.rows[:1]))
 
 
 @dataclass
@@ -56,6 +61,10 @@ def compared_models(asked: AskedOfModels, groups: Sequence[Group]) -> Compared:
     tokenizer = load_tokenizer(asked.base)
     samples = asked.samples or Samples("lm", [], "")
     found = Compared(_seen(load_model(asked.base, samples, tokenizer), tokenizer, asked))
+    if asked.prompts and asked.plain and tokenizer.chat_template is not None:
+        found.notes.append(
+            "The questions are asked as the rows are written: as text, without the model's chat template."
+        )
     for group in groups:
         run = group.runs[0]
         try:
@@ -90,7 +99,7 @@ def _seen(model: Any, tokenizer: Any, asked: AskedOfModels) -> Seen:
         elif asked.samples is not None:
             found.logits = _logits(model, tokenizer, asked.samples)
         if asked.samples is None or asked.samples.task == "lm":
-            found.answers = [_answer(model, tokenizer, prompt) for prompt in asked.prompts]
+            found.answers = [_answer(model, tokenizer, prompt, plain=asked.plain) for prompt in asked.prompts]
     return found
 
 
@@ -122,10 +131,10 @@ def _features(model: Any, tokenizer: Any, samples: Samples) -> tuple[Any, Any]:
     return torch.cat(found).numpy(), np.asarray([row["label"] for row in rows])
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
-    asked = tokenizer(
-        question_of(prompt, tokenizer), return_tensors="pt", add_special_tokens=tokenizer.chat_template is None
-    )
+def _answer(model: Any, tokenizer: Any, prompt: str, *, plain: bool) -> str:
+    templated = tokenizer.chat_template is not None and not plain  # a template writes the special tokens itself
+    question = question_of(prompt, tokenizer, plain=plain)
+    asked = tokenizer(question, return_tensors="pt", add_special_tokens=not templated)
     asked = asked["input_ids"].to(model.device)
     out = model.generate(
         input_ids=asked,

@@ -12,7 +12,7 @@ def as_trained(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
     Without a template the last answer is the completion, and what stands before it the prompt.
     """
-    if tokenizer.chat_template is not None or "text" in row or isinstance(row.get("prompt"), str):
+    if tokenizer.chat_template is not None or is_plain(row):
         return row
     messages = row.get("messages") or [*row["prompt"], *row["completion"]]
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
@@ -32,9 +32,17 @@ def text_of(row: dict[str, Any], tokenizer: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 
-def question_of(text: str, tokenizer: Any) -> str:
-    """Returns a question as the model is asked it: as a user's message where there is a template."""
-    if tokenizer.chat_template is None:
+def is_plain(row: dict[str, Any]) -> bool:
+    """Returns whether a row is read without the chat template, even where there is one: text, or a prompt of text."""
+    return "text" in row or isinstance(row.get("prompt"), str)
+
+
+def question_of(text: str, tokenizer: Any, *, plain: bool = False) -> str:
+    """Returns a question as the model is asked it: as a user's message where there is a template.
+
+    `plain`: it was trained on rows without the template ([`is_plain`]), and is asked so.
+    """
+    if plain or tokenizer.chat_template is None:
         return text
     message = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,16 @@ def test_the_model_before_is_the_table_s_first_row(twenty):
         assert cell["before"]["balora/drift"] == pytest.approx(0.0, abs=1e-6)
     first = (root / "out" / "results.md").read_text().splitlines()[2]
     assert first.startswith(f"| before | - | 1 | {loss / count:.4g} |")
+
+
+def test_a_step_s_time_is_said_once(capsys):
+    said, state = cells._progress(), SimpleNamespace(global_step=0, max_steps=12)
+    for _ in range(4):
+        said.on_step_begin(None, state, None)
+        state.global_step += 1
+        said.on_step_end(None, state, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and re.fullmatch(r"  \S+ s a step: 0 s more of them in this run", lines[0])
 
 
 def test_lora_terms_is_loras_start_with_the_terms(tmp_path):

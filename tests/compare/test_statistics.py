@@ -112,6 +112,14 @@ def test_each_method_is_taken_at_its_best_rate():
     assert "| lora * | 0.001 | 2 | 1.5 ± 0 |" in found.markdown()
 
 
+def test_terms_are_also_held_against_their_start_without_them():
+    found = results_of([record(m, 1e-4, 0, 1.0) for m in ("lora", "pissa", "ba_lora", "lora_terms")], (16, 2))
+    pairs = [(each.method, each.against) for each in found.differences if each.measure == "loss"]
+    assert pairs == [("pissa", "lora"), ("ba_lora", "lora"), ("lora_terms", "lora"), ("ba_lora", "pissa")]
+    only = results_of([record(m, 1e-4, 0, 1.0) for m in ("pissa", "ba_lora")], (16, 2))
+    assert [each.against for each in only.differences if each.measure == "loss"] == ["pissa"]
+
+
 def test_a_diverged_run_is_neither_better_nor_worse():
     one = rows()
     diverged = RowSums(one.sums * np.nan, one.counts)

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from balora_plugin.samples.jsonl import read_samples
+from balora_plugin.report.before_after import AskedOfModels
+from balora_plugin.samples.jsonl import Samples, read_samples
 from balora_plugin.samples.rendering import as_trained, question_of, text_of
 from balora_plugin.samples.split import split
 
@@ -58,6 +59,17 @@ def test_every_format_is_read_as_the_model_reads_it(row, plain, chat, written):
 def test_a_question_is_asked_as_a_user_asks():
     assert question_of("why?", Tokenizer()) == "why?"
     assert question_of("why?", Tokenizer("template")) == "<user>why?<assistant>"
+    assert question_of("why?", Tokenizer("template"), plain=True) == "why?"
+
+
+def test_rows_say_how_questions_are_asked():
+    def asked(row):
+        return AskedOfModels("base", Samples("lm", [row], "")).plain
+
+    assert asked({"text": "a"}) and asked({"prompt": "a", "completion": "b"})
+    messages = [{"role": "user", "content": "a"}]
+    assert not asked({"messages": messages}) and not asked({"prompt": messages, "completion": messages})
+    assert not AskedOfModels("base", None, ("why?",)).plain
 
 
 def test_labels_are_classes_by_name_or_number_or_scores(written):
