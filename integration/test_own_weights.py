@@ -206,9 +206,9 @@ def test_balance_measures_at_powers_of_two_and_where_a_schedule_begins(tmp_path,
     found = {
         name: [row["step"] - 1 for row in trainer.state.log_history if f"balora/share_{name}" in row] for name in TERMS
     }
-    # the schedule lets the other two in after step 4; 2 is where shares are judged, 1 and 2, 4 ... the powers
-    assert found["consistency"] == [1, 2, 4, 5, 8, 16]
-    assert found["svd"] == found["diversity"] == [5, 8, 16]
+    # the schedule lets the other two in after step 4; 10 is where shares are judged, 1 and 2, 4 ... the powers
+    assert found["consistency"] == [1, 2, 4, 5, 8, 10, 16]
+    assert found["svd"] == found["diversity"] == [5, 8, 10, 16]
     assert set(history(trainer, "balora/lambda_svd")[:5]) == {0.0}
 
 
