@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -53,6 +53,22 @@ class Finding(NamedTuple):
         key, colon, rest = message.partition(":")
         named = bool(colon) and " " not in key
         return cls(key if named else "", None, (rest if named else message).strip().removesuffix("."))
+
+
+def distinct(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Returns each finding once; of several on one key and value the first says it."""
+    by_setting: dict[tuple[str, str], Finding] = {}
+    for finding in findings:
+        by_setting.setdefault((finding.key, str(finding.value) if finding.key else str(finding)), finding)
+    return tuple(by_setting.values())
+
+
+def in_one_message(findings: Sequence[Finding]) -> str:
+    """Returns a single finding as its sentence, several as a list of theirs: what a host's error says."""
+    if len(findings) == 1:
+        return findings[0].sentence()
+    lines = "".join(f"\n  - {finding.sentence()}" for finding in findings)
+    return f"{len(findings)} settings cannot be trained as they stand:{lines}"
 
 
 def how_to_install(extra: str) -> str:

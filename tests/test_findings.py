@@ -10,6 +10,7 @@ import pytest
 
 from balora_plugin import findings
 from balora_plugin.commands import main
+from balora_plugin.findings import Finding, distinct, in_one_message
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,3 +41,16 @@ def test_nothing_is_installed_from_an_index_that_does_not_have_it():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".md", ".ipynb"):
                 assert not re.search(r"pip install '?balora-plugin", path.read_text(encoding="utf-8")), path
+
+
+def test_a_setting_is_said_once_and_the_first_finding_says_it():
+    one, again, other = Finding("r", 0, "is low"), Finding("r", 0, "is odd"), Finding("r", 1, "is odd")
+    free, same = Finding("", None, "no data"), Finding("", None, "no data")
+    assert distinct([one, again, other, free, same, Finding("", None, "no model")]) == (
+        one,
+        other,
+        free,
+        Finding("", None, "no model"),
+    )
+    assert in_one_message([one]) == "r: 0 is low."
+    assert in_one_message([one, free]) == "2 settings cannot be trained as they stand:\n  - r: 0 is low.\n  - no data."

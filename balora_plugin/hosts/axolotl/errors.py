@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ...findings import Finding
+from ...findings import Finding, distinct, in_one_message
 
 
 class SettingError(click.ClickException, ValueError):
@@ -31,15 +31,8 @@ def refuse(findings: Iterable[Finding]) -> None:
     Raises:
         SettingError: there is a finding.
     """
-    by_setting: dict[tuple[str, str], Finding] = {}
-    for finding in findings:
-        by_setting.setdefault((finding.key, str(finding.value) if finding.key else str(finding)), finding)
-    found = tuple(by_setting.values())
-    if len(found) == 1:
-        raise SettingError(found[0].sentence(), found)
-    if found:
-        lines = "".join(f"\n  - {finding.sentence()}" for finding in found)
-        raise SettingError(f"{len(found)} settings cannot be trained as they stand:{lines}", found)
+    if found := distinct(findings):
+        raise SettingError(in_one_message(found), found)
 
 
 @contextmanager

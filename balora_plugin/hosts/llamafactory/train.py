@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...findings import Finding
+from ...findings import Finding, distinct, in_one_message
 from .checks import findings_of_base, findings_of_yaml, planned
 
 WORKER = str(Path(__file__).with_name("torchrun") / "worker.py")  # what torchrun starts, in a directory of its own
@@ -92,12 +92,8 @@ def refuse_findings(findings: Iterable[Finding]) -> None:
     Raises:
         NotTrainable: there is a finding.
     """
-    found = list(dict.fromkeys(finding.sentence() for finding in findings))
-    if len(found) == 1:
-        raise NotTrainable(found[0])
-    if found:
-        lines = "".join(f"\n  - {sentence}" for sentence in found)
-        raise NotTrainable(f"{len(found)} settings cannot be trained as they stand:{lines}")
+    if found := distinct(findings):
+        raise NotTrainable(in_one_message(found))
 
 
 def _check_words(words: Sequence[str]) -> None:

@@ -7,20 +7,15 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from ...findings import Finding
+from ...findings import Finding, distinct, in_one_message
 
 
 class WrongArguments(ValueError):
     """Arguments that cannot be trained as they stand; `findings` has them."""
 
     def __init__(self, findings: tuple[Finding, ...]) -> None:
+        super().__init__(in_one_message(findings))
         self.findings = findings
-        sentences = [finding.sentence() for finding in findings]
-        if len(sentences) == 1:
-            super().__init__(sentences[0])
-            return
-        lines = "".join(f"\n  - {sentence}" for sentence in sentences)
-        super().__init__(f"{len(sentences)} settings cannot be trained as they stand:{lines}")
 
 
 def refuse_arguments(findings: Iterable[Finding]) -> None:
@@ -29,8 +24,7 @@ def refuse_arguments(findings: Iterable[Finding]) -> None:
     Raises:
         WrongArguments: there is a finding.
     """
-    found = tuple({str(finding): finding for finding in findings}.values())
-    if found:
+    if found := distinct(findings):
         raise WrongArguments(found)
 
 
