@@ -7,6 +7,7 @@ Axolotl's own launcher is tested beside.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import gc
 import importlib
@@ -130,6 +131,7 @@ def _lead(job: dict[str, Any]) -> None:
     for stream, path in zip((1, 2), job["printed"], strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.enable()  # a worker that is killed by a signal says where it was
     if job["ranks"] == 1:
         _work(job["script"])
     os._exit(_on_ranks(job["script"], job["ranks"]))
