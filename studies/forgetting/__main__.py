@@ -17,6 +17,7 @@ from typing import Any
 
 from ..common import records
 from ..common.running import chosen, free, parser, run_study
+from .data import ANCHORS
 
 FILES = ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "crows_pairs.csv")
 QUICK = ("lora-1e-3", "pissa-3e-4", "pissa-cr0.3", "lora-cr0.3")
@@ -75,7 +76,10 @@ def setup_of(options: argparse.Namespace, sizes: Any, folder: Path) -> Any:
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, sizes.measured_in))
     yardstick = Yardstick(base, sets, data.crows(crows, tokenizer, sizes.per_kind), tokenizer.pad_token_id)
     pool = data.problems(train, tokenizer, sizes.longest, sizes.pool)
-    return Setup(options.model, tokenizer, pool, yardstick, Path(".cache/forgetting"), sizes)
+    cache = Path(".cache/forgetting")
+    anchors = cache / "anchors.jsonl"
+    data.write_anchors(anchors, tokenizer, sizes.text, sizes.documentation)
+    return Setup(options.model, tokenizer, pool, yardstick, cache, anchors, sizes)
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> None:
@@ -112,8 +116,8 @@ def words(shared: dict[str, Any]) -> str:
         f"{shared['measured_in']} on {shared['test']} problems of the test set, {shared['instructions']} general "
         f"instructions with answers (`studies/forgetting/instructions.jsonl`), {shared['documentation']} beginnings of "
         f"docstrings of Python {shared['python']}'s standard library ({shared['text']} tokens) and "
-        f"{shared['per_kind']} pairs of each kind of bias in CrowS-Pairs. Nothing is tuned: every setting that was run "
-        "is reported."
+        f"{shared['per_kind']} pairs of each kind of bias in CrowS-Pairs. Anchors are as long beginnings of {ANCHORS} "
+        "other docstrings, one row for two problems. Nothing is tuned: every setting that was run is reported."
     )
 
 

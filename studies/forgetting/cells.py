@@ -29,13 +29,15 @@ def budget(nats: float) -> dict[str, float]:
 class Method:
     """`start` is PEFT's init_lora_weights, `terms` are RegularizerConfig's fields, `decay` is AdamW's weight decay.
 
-    Decay pulls to the pre-trained model: LoRA's product B A to 0, and in delta form dA and dB.
+    Decay pulls to the pre-trained model: LoRA's product B A to 0, and in delta form dA and dB. `anchors` are rows of
+    text without labels for each row of the task, on which the consistency term is taken as well.
     """
 
     start: bool | str
     rate: float
     terms: Mapping[str, Any] = field(default_factory=lambda: NO_TERMS)
     decay: float = 0.0
+    anchors: float = 0.0
 
     @property
     def is_rival(self) -> bool:
@@ -66,6 +68,8 @@ METHODS: dict[str, Method] = {
     "pissa-svd0.02": Method("pissa", 3e-4, alone(lambda_svd=0.02)),
     "pissa-decay": Method("pissa", 3e-4, decay=100.0),
     "pissa-cr1": Method("pissa", 3e-4, alone(lambda_consistency=1.0)),
+    "lora-cr1-anchors": Method(True, 1e-3, alone(lambda_consistency=1.0), anchors=0.5),
+    "pissa-cr0.3-anchors": Method("pissa", 3e-4, alone(lambda_consistency=0.3), anchors=0.5),
 }
 
 

@@ -18,6 +18,7 @@ from ..quickstart.corpus import collect_docstrings
 INSTRUCTIONS = Path(__file__).with_name("instructions.jsonl")
 MARKS = re.compile(r"<<.*?>>")  # the calculator's, which no user of a model wants to see
 IGNORED = -100
+ANCHORS = 64  # docstrings that are anchors, none of them measured
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,14 @@ def documentation(tokenizer: Any, longest: int, count: int) -> list[Row]:
         if len(rows) == count:
             break
     return rows
+
+
+def write_anchors(path: Path, tokenizer: Any, longest: int, measured: int) -> None:
+    """Writes the beginnings of the docstrings that follow the `measured` ones, as `anchor_data` takes them."""
+    rows = documentation(tokenizer, longest, measured + ANCHORS)[measured:]
+    texts = [tokenizer.decode(row.ids[1:]) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def instructions(tokenizer: Any, longest: int, count: int) -> list[Row]:

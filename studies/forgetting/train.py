@@ -47,13 +47,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run needs beside its method: the base, a pool of rows, the yardstick, the folder of the teacher."""
+    """What a run needs beside its method: the base, a pool of rows, the yardstick, the teacher's folder, anchors."""
 
     model: str
     tokenizer: Any
     pool: Sequence[Row]
     yardstick: Yardstick
     cache: Path
+    anchors: Path
     sizes: Sizes
 
 
@@ -75,9 +76,12 @@ class Looks(TrainerCallback):
                 self.points.append({"step": state.global_step, "scale": scale, **yardstick.look(bias=last)})
 
 
-def config_of(method: Method, sizes: Sizes, cache: Path) -> BaLoraConfig:
+def config_of(method: Method, setup: Setup) -> BaLoraConfig:
     """The adapter with its terms; the teacher's outputs are computed once for all methods and seeds."""
-    kept: dict[str, Any] = {} if method.is_rival else {"teacher_cache": str(cache)}
+    sizes = setup.sizes
+    kept: dict[str, Any] = {} if method.is_rival else {"teacher_cache": str(setup.cache)}
+    if method.anchors:
+        kept |= {"anchor_data": str(setup.anchors), "anchor_fraction": method.anchors}
     return BaLoraConfig(
         r=sizes.rank,
         lora_alpha=sizes.rank,
@@ -121,7 +125,7 @@ def run(method: Method, seed: int, setup: Setup) -> dict[str, Any]:
             train_dataset=of_seed(setup.pool, seed, setup.sizes.steps * setup.sizes.batch),
             data_collator=DataCollatorForSeq2Seq(setup.tokenizer),
             processing_class=setup.tokenizer,
-            peft_config=config_of(method, setup.sizes, setup.cache),
+            peft_config=config_of(method, setup),
             callbacks=[looks],
         )
         trainer.remove_callback(PrinterCallback)
