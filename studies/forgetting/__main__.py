@@ -77,7 +77,7 @@ def setup_of(options: argparse.Namespace, sizes: Any, folder: Path) -> Any:
     yardstick = Yardstick(base, sets, data.crows(crows, tokenizer, sizes.per_kind), tokenizer.pad_token_id)
     pool = data.problems(train, tokenizer, sizes.longest, sizes.pool)
     cache = Path(".cache/forgetting")
-    anchors = cache / "anchors.jsonl"
+    anchors = cache.with_name("forgetting-anchors.jsonl")
     data.write_anchors(anchors, tokenizer, sizes.text, sizes.documentation)
     return Setup(options.model, tokenizer, pool, yardstick, cache, anchors, sizes)
 

@@ -76,14 +76,26 @@ def test_cells_run_once_and_the_report_stands_beside_them(tiny, tmp_path, monkey
     given += ["--cells", "lora-1e-3-*", "pissa-cr0.3-*"]
     assert command.main(given) == 0
     runs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "runs").iterdir()}
-    assert set(runs) == {"base", "lora-1e-3-s1", "pissa-cr0.3-s1"}
+    assert set(runs) == {"base", "lora-1e-3-s1", "pissa-cr0.3-s1", "pissa-cr0.3-anchors-s1"}
     places = [(point["step"], point["scale"]) for point in runs["lora-1e-3-s1"]["points"]]
     assert places == [(1, 1.0), (2, 1.0), (2, 0.5)]
     assert any("balora/share_consistency" in entry for entry in runs["pissa-cr0.3-s1"]["history"])
+    with_anchors = {name for name, run in runs.items() if "balora/anchor_consistency" in str(run.get("history"))}
+    assert with_anchors == {"pissa-cr0.3-anchors-s1"}
+    }
+    assert met == {"pissa-cr0.3-anchors-s1"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert "--cells pissa-cr0.3-s1" in text and "| pissa-cr0.3, 2 steps | 1 |" in text
     monkeypatch.setattr(train, "run", lambda *_: pytest.fail("run again"))
     assert command.main(given) == 0
+
+
+def test_anchors_are_not_what_is_measured(tmp_path):
+    tokenizer = character_tokenizer()
+    data.write_anchors(tmp_path / "anchors.jsonl", tokenizer, 40, 5)
+    anchors = [json.loads(line)["text"] for line in (tmp_path / "anchors.jsonl").read_text().splitlines()]
+    assert len(anchors) == data.ANCHORS
+    assert not set(anchors) & {tokenizer.decode(row.ids[1:]) for row in data.documentation(tokenizer, 40, 5)}
 
 
 def measured(loss, drift, scale=1.0, step=24):
