@@ -2,7 +2,11 @@
 
 A pair is `<id>.npy`, the rows, and then `<id>.index.npy`, which says where in it each document's are and that the first
 is whole; both have a temporary name while they are written. A process killed at any time leaves files that the next run
-ignores, and later removes, as it does those that were damaged.
+ignores, and later removes.
+
+Of a damaged pair every document is served that is whole: other processes may be reading it. One that is not is computed
+again, into another pair, and its entry then loses its key, at its place in a new copy of the index. A pair is removed
+where nothing in it can be read.
 
 Of all indexes together only the keys stay in memory (`index`); what an entry says of its rows is read with them.
 
@@ -21,7 +25,7 @@ import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +36,7 @@ import numpy as np
 
 from ..atomic import create_text, reason, replacing
 from ..checkpoint.json_file import read_object
+from .checksums import crc_of_rows
 from .index import Entry, Index
 
 FORMAT_VERSION = 2
@@ -69,6 +74,7 @@ class CacheFiles:
         self.dtype = np.dtype("<u2")
         self.shape: tuple[int, ...] = ()
         self._index = Index()
+        self._damaged: dict[str, dict[int, bytes]] = {}  # by shard: entries that were found so, and their keys
 
     def __len__(self) -> int:
         """Returns how many documents it holds, as far as it was read."""
@@ -134,7 +140,7 @@ class CacheFiles:
     # --- arrays
 
     def refresh(self) -> None:
-        """Reads the directory: finds all documents of whole pairs, removes what is broken or half written and old."""
+        """Reads the directory: finds all documents that look whole, removes old files of which nothing can be read."""
         shards: list[tuple[str, np.ndarray]] = []
         now = time.time()
         for path in sorted(self.directory.iterdir()):  # of two copies of a document every process takes the same
@@ -143,7 +149,7 @@ class CacheFiles:
                     keys = self._keys(path)
                 except OSError:  # what cannot be read just now is not broken
                     continue
-                if keys is None:
+                if keys is None or not keys.any():  # nothing in it that another process could be reading
                     for part in (path, self.directory / path.name.replace(".index", "")):
                         _remove_if_stale(part, now)
                 else:
@@ -182,43 +188,85 @@ class CacheFiles:
         try:
             _write(self.directory / f"{name}.npy", rows)
             _write(self.directory / f"{name}.index.npy", index)
-            whole = self._keys(self.directory / f"{name}.index.npy") is not None
+            keys = self._keys(self.directory / f"{name}.index.npy")
         except OSError as error:
             raise self._error("cannot be written", error) from error
-        if not whole:
+        if keys is None or len(keys) < len(documents) or not keys.any(axis=1).all():
             raise OSError(f"teacher_cache={self.directory}: {name}.npy was not written whole; is the disk full?")
         self._index.add(name, list(documents))
+        self._take_out_damaged()
 
     def read(self, key: bytes) -> np.ndarray | None:
         """Reads a document's rows, (n, *shape), and compares them with their checksum when they are read first.
 
         Returns:
-            None if it is not here, or its file does not hold what its index says: the pair is then given up.
+            None if it is not here, or damaged, and no other process has written it again.
 
         Raises:
             OSError: the file cannot be read just now (too many open files, a network file system); names the directory.
         """
-        found = self._index.find(key)
-        if found is None:  # perhaps given up with another document of its file
-            return None
-        rows = self._retried(found.shard, lambda: self._rows(key, found))
+        rows = self._read_known(key)
         if rows is None:
-            self._index.drop(found.shard)
-            with suppress(OSError):
-                (self.directory / f"{found.shard}.index.npy").unlink()
+            self._find_new()
+            rows = self._read_known(key)
         return rows
 
-    def _retried(self, shard: str, read: Callable[[], np.ndarray | None]) -> np.ndarray | None:
+    def _read_known(self, key: bytes) -> np.ndarray | None:
+        """Reads a document from the first pair that has it whole."""
+        rows = None
+        while rows is None and (found := self._index.find(key)) is not None:
+            rows = self._retried(key, found)
+        return rows
+
+    def _retried(self, key: bytes, found: Entry) -> np.ndarray | None:
+        """Reads a document; where it is gone or damaged, forgets it, or with their files all of its pair."""
         for wait in (*RETRIES, None):
             try:
-                return read()
+                rows = self._rows(key, found)
             except FileNotFoundError:
+                self._index.drop(found.shard)
                 return None
             except OSError as error:  # what cannot be read now is not broken
                 if wait is None:
-                    raise self._error(f"{shard}.npy cannot be read", error) from error
+                    raise self._error(f"{found.shard}.npy cannot be read", error) from error
                 time.sleep(wait)
+                continue
+            if rows is None:
+                self._index.forget(key, found.number)
+                self._damaged.setdefault(found.shard, {})[found.row] = key
+            return rows
         return None
+
+    def _find_new(self) -> None:
+        """Takes in the pairs that other processes have written since the directory was read."""
+        with suppress(OSError):
+            for path in sorted(self.directory.glob("*.index.npy")):
+                shard = path.name.removesuffix(".index.npy")
+                if shard in self._index.shards or not _OURS.fullmatch(path.name):
+                    continue
+                keys = self._keys(path)
+                if keys is not None:
+                    self._index.add(shard, [key.tobytes() for key in keys])
+
+    def _take_out_damaged(self) -> None:
+        """Takes the keys of damaged documents out of their indexes, so that the next run finds their new rows.
+
+        All other entries stay where they are, for processes that know them by their place.
+        """
+        damaged, self._damaged = self._damaged, {}
+        for shard, entries in damaged.items():
+            path = self.directory / f"{shard}.index.npy"
+            with suppress(OSError):  # then the next run finds them damaged, as this one did
+                found = self._entries(path.read_bytes())
+                if found is None:
+                    continue
+                index = found.copy()
+                for row, key in entries.items():
+                    if row < len(index) and index[row]["key"].tobytes() == key:
+                        index[row]["key"] = 0
+                        if CHECK in _names(index.dtype):
+                            index[CHECK][row] = _checks(index[row : row + 1])[0]
+                _write(path, index)
 
     def _rows(self, key: bytes, found: Entry) -> np.ndarray | None:
         entry = self._entry(key, found)
@@ -263,7 +311,7 @@ class CacheFiles:
         return OSError(text) if error.errno is None else OSError(error.errno, text)
 
     def _keys(self, path: Path) -> np.ndarray | None:
-        """Returns the keys (n, 16) of one pair of files, or None if the pair is not whole.
+        """Returns the keys (n, 16) of one pair of files, 0 for what is damaged; None if nothing in it can be read.
 
         Raises:
             OSError: one of them cannot be read just now.
@@ -276,25 +324,22 @@ class CacheFiles:
         except FileNotFoundError:
             return None
         index = self._entries(data)
-        if index is None or rows is None or rows.fortran or rows.dtype != self.dtype:
+        if index is None or rows is None or rows.fortran or rows.dtype != self.dtype or rows.shape[1:] != self.shape:
             return None
-        ends = np.cumsum(index["rows"])
-        total = int(ends[-1]) if len(index) else 0
-        if rows.shape != (total, *self.shape) or size != rows.begin + total * self._width():
-            return None
-        if (index["rows"] < 1).any() or (index["start"] != ends - index["rows"]).any():
-            return None
-        return index["key"].copy()
+        there = (size - rows.begin) // self._width()
+        first, count = index["start"], index["rows"]
+        whole = (first >= 0) & (count > 0) & (count <= there) & (first <= there - count)
+        if CHECK in _names(index.dtype):
+            whole &= index[CHECK] == _checks(index)
+        return np.where(whole[:, None], index["key"], np.uint8(0))
 
     def _entries(self, data: bytes) -> np.ndarray | None:
-        """Returns the entries of an index file, or None if it is not whole."""
+        """Returns the entries that an index file holds, damaged ones too, or None if they cannot be told apart."""
         layout, kind = _layout(io.BytesIO(data)), INDEXES[self.version]
         if layout is None or layout.dtype != kind or len(layout.shape) != 1:
             return None
-        if len(data) != layout.begin + layout.shape[0] * kind.itemsize:
-            return None
-        index = np.frombuffer(data, kind, offset=layout.begin)
-        return None if CHECK in _names(kind) and (index[CHECK] != _checks(index)).any() else index
+        there = (len(data) - layout.begin) // kind.itemsize
+        return np.frombuffer(data, kind, min(layout.shape[0], there), offset=layout.begin)
 
 
 def _names(kind: np.dtype[Any]) -> tuple[str, ...]:
@@ -326,27 +371,8 @@ def _check(header: Mapping[str, Any]) -> int:
 
 
 def _checks(index: np.ndarray) -> np.ndarray:
-    """Returns the CRC-32 of each entry of an index, over everything in it but itself.
-
-    All of them at once: of one length a CRC is the exclusive or of what each byte at its place adds.
-    """
-    size = INDEXES[1].itemsize
-    entries = np.frombuffer(_bytes(index), np.uint8).reshape(len(index), -1)[:, :size]
-    found = np.full(len(index), zlib.crc32(bytes(size)), "<u4")
-    for added, column in zip(_added(size), np.ascontiguousarray(entries.T), strict=True):
-        found ^= added[column]
-    return found
-
-
-@lru_cache(maxsize=1)
-def _added(size: int) -> np.ndarray:
-    """Returns what a byte adds to the CRC-32 of so many bytes, by its place and value, (size, 256)."""
-    zeros = zlib.crc32(bytes(size))
-    rows = [
-        [zlib.crc32(bytes(place) + bytes([value]) + bytes(size - 1 - place)) ^ zeros for value in range(256)]
-        for place in range(size)
-    ]
-    return np.array(rows, "<u4")
+    """Returns the CRC-32 of each entry of an index, over everything in it but itself."""
+    return crc_of_rows(np.frombuffer(_bytes(index), np.uint8).reshape(len(index), -1)[:, : INDEXES[1].itemsize])
 
 
 def _bytes(rows: np.ndarray) -> memoryview:

@@ -27,7 +27,8 @@ class Index:
     shard and entry. So a key that is here is told from one that is not without a file being read.
 
     Args:
-        shards: Name and keys (n, 16) uint8 of each. Of two documents of one key the first is kept.
+        shards: Name and keys (n, 16) uint8 of each; 0 for an entry that is none. Of two documents of one key the first
+            is kept.
     """
 
     def __init__(self, shards: Sequence[tuple[str, np.ndarray]] = ()) -> None:
@@ -43,21 +44,30 @@ class Index:
         del order
         again = np.zeros(len(high), bool)
         again[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+        again[(high == 0) & (low == 0)] = True
         if again.any():
             high, low, numbers = high[~again], low[~again], numbers[~again]
         self._high, self._low, self._numbers = high, low, numbers
         self._verified = bytearray(self._begins[-1])
+        self._forgotten: set[int] = set()  # numbers that the arrays still hold
         self._recent: dict[bytes, int] = {}
 
+    @property
+    def shards(self) -> Sequence[str]:
+        """The names of all pairs, those that were dropped too."""
+        return self._shards
+
     def __len__(self) -> int:
-        return len(self._high) + len(self._recent)
+        return len(self._high) + len(self._recent) - len(self._forgotten)
 
     def __contains__(self, key: bytes) -> bool:
         return self._number(key) is not None
 
     def __iter__(self) -> Iterator[bytes]:
         """All keys, those that were added last in the end."""
-        for high, low in zip(self._high.tolist(), self._low.tolist(), strict=True):
+        for high, low, number in zip(*(part.tolist() for part in (self._high, self._low, self._numbers)), strict=True):
+            if number in self._forgotten:
+                continue
             yield high.to_bytes(8, "big") + low.to_bytes(8, "big")
         yield from self._recent
 
@@ -70,13 +80,13 @@ class Index:
         return Entry(number, self._shards[shard], number - self._begins[shard])
 
     def add(self, shard: str, keys: Sequence[bytes]) -> None:
-        """Adds the documents of a new pair of files, in the order of its index."""
+        """Adds the documents of a new pair of files, in the order of its index; a key of 0 is none."""
         begin = self._begins[-1]
         self._shards.append(shard)
         self._begins.append(begin + len(keys))
         self._verified.extend(bytes(len(keys)))
         for number, key in enumerate(keys, begin):
-            if self._number(key) is None:
+            if any(key) and self._number(key) is None:
                 self._recent[key] = number
         if len(self._recent) >= RECENT:
             self._merge()
@@ -88,6 +98,14 @@ class Index:
         kept = (self._numbers < begin) | (self._numbers >= end)
         self._high, self._low, self._numbers = self._high[kept], self._low[kept], self._numbers[kept]
         self._recent = {key: number for key, number in self._recent.items() if not begin <= number < end}
+        self._forgotten = {number for number in self._forgotten if not begin <= number < end}
+
+    def forget(self, key: bytes, number: int) -> None:
+        """Forgets one document where it is; the same added later, or from another pair, is found again."""
+        if self._recent.get(key) == number:
+            del self._recent[key]
+        else:
+            self._forgotten.add(number)
 
     def memory(self) -> int:
         """Returns how many bytes it takes, what was added last about: 21 a document, and at most 10 MB more."""
@@ -109,8 +127,8 @@ class Index:
         high, low = (np.uint64(int.from_bytes(part, "big")) for part in (key[:8], key[8:]))
         at = int(self._high.searchsorted(high))
         while at < len(self._high) and self._high[at] == high:
-            if self._low[at] == low:
-                return int(self._numbers[at])
+            if self._low[at] == low and (number := int(self._numbers[at])) not in self._forgotten:
+                return number
             at += 1
         return None
 

@@ -326,6 +326,79 @@ def test_damage_in_every_file_at_once_is_computed_again(tmp_path):
     assert completed(tmp_path) == 0
 
 
+def documents_in(path):
+    """How many entries each pair has, damaged ones too, as its index begins."""
+    return sorted(cache_files._layout(index.open("rb")).shape[0] for index in files(path, ".index.npy"))
+
+
+ENTRY = {
+    "rows": lambda path: flip(payloads(path)[0]),  # of its last document
+    "entry": lambda path: flip(files(path, ".index.npy")[0]),
+    "rows_cut": lambda path: truncate(payloads(path)[0]),
+    "entry_cut": lambda path: truncate(files(path, ".index.npy")[0]),
+}
+
+
+@both
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+@pytest.mark.parametrize("case", ENTRY)
+def test_a_damaged_document_alone_is_computed_again(case, old, tmp_path):
+    """Its neighbours in the pair stay, for this run and for the next, also where the files have been there for long."""
+    filled(tmp_path, parts=1)
+    ENTRY[case](tmp_path)
+    if old:
+        age = time.time() - 2 * cache_files.STALE_SECONDS
+        for path in files(tmp_path, ".npy"):
+            os.utime(path, (age, age))
+    cache, batch = opened(tmp_path), padded(TEN[:3])
+    assert_kept(cache.states(*batch, Teacher()), expected(*batch))
+    cache.flush()
+    assert documents_in(tmp_path) == [1, 3]
+    for again in (opened(tmp_path), opened(tmp_path)):
+        assert_kept(again.states(*batch, refused), expected(*batch))
+        assert len(again) == 3
+
+
+READS = """
+import sys
+from test_cache import TEN, Teacher, assert_kept, expected, opened, padded
+cache, batch = opened(sys.argv[1]), padded(TEN[:3])
+if len(sys.argv) > 2:
+    cache.frozen = "nothing may be computed"
+print(len(cache), flush=True)
+input()
+assert_kept(cache.states(*batch, Teacher()), expected(*batch))
+cache.flush()
+print(cache.runs, len(cache), flush=True)
+"""
+
+
+@pytest.mark.parametrize("mended", [False, True], ids=["not_yet", "mended"])
+def test_what_one_process_finds_damaged_takes_nothing_from_another(mended, tmp_path):
+    """The other one, which holds the old index, reads its neighbours, and the document itself where it is again."""
+    filled(tmp_path, parts=1)
+    flip(payloads(tmp_path)[0])
+    path = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "teacher"), *sys.path]
+    process = subprocess.Popen(
+        [sys.executable, "-c", READS, str(tmp_path), *["frozen"] * mended],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        text=True,
+    )
+    assert process.stdout.readline() == "3\n"
+    cache, batch = opened(tmp_path), padded(TEN[:3])
+    assert_kept(cache.states(*batch, Teacher()), expected(*batch))
+    if mended:
+        cache.flush()
+    out, _ = process.communicate("go on\n")
+    assert process.returncode == 0
+    assert out.split() == (["0", "3"] if mended else ["2", "3"])
+    cache.flush()
+    assert documents_in(tmp_path) == ([1, 3] if mended else [1, 1, 3])
+    assert opened(tmp_path).states(*batch, refused) is not None
+
+
 @both
 @pytest.mark.parametrize("version", cache_files.INDEXES)
 def test_no_flipped_bit_of_a_header_or_an_index_raises_or_is_believed(version, tmp_path, monkeypatch):
