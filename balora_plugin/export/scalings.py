@@ -20,6 +20,7 @@ from ..checkpoint.names import CONFIG_FILE
 # what an adapter computes hangs on these; a base that moved, or what a release of PEFT adds, does not
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _SCOPE = ("target_modules", "target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern")
+Explanation = tuple[tuple[float, int], ...]  # scaling and experts of each pair of factors of a module
 _COMPUTE = ("r", "lora_alpha", "use_rslora", *_PATTERNS, "fan_in_fan_out", *_SCOPE, "exclude_modules")
 
 
@@ -33,7 +34,7 @@ def scalings_of(config: LoraConfig, shapes: dict[str, tuple[int, int]], path: st
     """
     found: dict[str, tuple[float, int]] = {}
     for module, names in _by_module(shapes).items():
-        fits: set[tuple[tuple[float, ...], int]] = set()
+        fits: set[Explanation] = set()
         for keys in _candidates(config, module, len(names)):
             fits = _explanations(config, [shapes[name] for name in names], keys, plain=keys == [module])
             if fits:
@@ -46,15 +47,20 @@ def scalings_of(config: LoraConfig, shapes: dict[str, tuple[int, int]], path: st
                 "belong together."
             )
         if len(fits) > 1:
+            alike = len({frozenset(count for _, count in fit) for fit in fits}) == 1
+            which, own = ("alpha_pattern", "scalings") if alike else ("rank_pattern", "ranks")
             raise ValueError(
-                f"alpha_pattern={config.alpha_pattern!r} gives {' and '.join(keys)} scalings of their own, and {path} "
+                f"{which}={getattr(config, which)!r} gives {' and '.join(keys)} {own} of their own, and {path} "
                 "does not say which factors are whose; only PEFT on a loaded base can tell: merge there, with "
                 f"PeftModel.from_pretrained(<the full-precision base model>, {os.path.dirname(path)!r})"
-                ".merge_and_unload(), or give both one alpha in the next training."
+                f".merge_and_unload(), or give both one {own[:-1]} in the next training{_named(alike)}."
             )
-        scalings, count = fits.pop()
-        found |= {name: (scaling, count) for name, scaling in zip(names, scalings, strict=True)}
+        found |= dict(zip(names, fits.pop(), strict=True))
     return found
+
+
+def _named(alike: bool) -> str:
+    return "" if alike else " (named in target_parameters: the pattern of 'all-linear' is PEFT's)"
 
 
 def _by_module(names: Iterable[str]) -> dict[str, list[str]]:
@@ -86,16 +92,22 @@ def _candidates(config: LoraConfig, module: str, count: int) -> list[list[str]]:
 
 def _explanations(
     config: LoraConfig, shapes: list[tuple[int, int]], keys: list[str], *, plain: bool
-) -> set[tuple[tuple[float, ...], int]]:
-    """Returns every (scalings, experts) that the config gives tensors of these shapes, if they are those of `keys`."""
+) -> set[Explanation]:
+    """Returns every explanation by the config of tensors of these shapes, if they are those of `keys`.
+
+    Where several counts of experts fit, those that are one for all parameters: zero experts (LongCat-Flash), which the
+    first of two parameters has and the second has not, are the exception.
+    """
     fits = set()
     for chosen in permutations(keys, len(shapes)):
         read = [rank_and_scaling(config, key) for key in chosen]
-        experts = {rows // rank for (rows, _), (rank, _) in zip(shapes, read, strict=True)}
-        exact = all(shape == (rank * min(experts),) * 2 for shape, (rank, _) in zip(shapes, read, strict=True))
-        if len(experts) == 1 and exact and (not plain or experts == {1}):
-            fits.add((tuple(scaling for _, scaling in read), experts.pop()))
-    return fits
+        counts = [rows // rank for (rows, _), (rank, _) in zip(shapes, read, strict=True)]
+        exact = all(
+            count and shape == (rank * count,) * 2 for shape, (rank, _), count in zip(shapes, read, counts, strict=True)
+        )
+        if exact and (not plain or set(counts) == {1}):
+            fits.add(tuple((scaling, count) for (_, scaling), count in zip(read, counts, strict=True)))
+    return {fit for fit in fits if len({count for _, count in fit}) == 1} or fits
 
 
 # --- edited since?

@@ -72,7 +72,7 @@ class BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         run, config = self._run, self._run.config
-        run.metrics.counted = None  # of an earlier training
+        run.metrics.begin()
         check_loss_function(getattr(self._host, "compute_loss_func", None), run.task_form)
         run.as_made.check(config, run.adapter)
         if run.shared is not None:

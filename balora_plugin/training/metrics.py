@@ -56,6 +56,11 @@ class TermMetrics:
         """Returns whether `mode`, "train" or "eval", has sums since they were taken or cleared."""
         return bool(self._sums[mode])
 
+    def begin(self) -> None:
+        """Forgets an earlier training of the same trainer, one that NaN or an interruption ended too."""
+        self.clear("train")
+        self.counted = self._bad = None
+
     def clear(self, mode: str) -> None:
         self._sums[mode] = {}
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from ..fused.factor import FactorCache
 from ..objective.request import StepRequest, uncounted
@@ -17,12 +19,19 @@ from .run_state import RunState
 FIRST_JUDGED = 10
 
 
-class StepRequests:
+class StepRequests(TrainerCallback):
     """Makes the requests of one trainer; knows which micro-batch of which step it is, and what was measured when."""
 
     def __init__(self, run: RunState, host: HostTrainer) -> None:
         self._run, self._host = run, host
         self._factors = FactorCache()
+        self._begin()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        """Counts anew: a training begins, perhaps at the very step at which an earlier one ended."""
         self._position = (-1, -1)  # optimizer step, micro-batch within it
         self._shares_due = False
         self._measured_at = 0

@@ -101,9 +101,10 @@ class BaLoraTrainerMixin(LoadsAdapterItself, WatchesNorms, SearchesByTask):
             self.remove_callback(callback)
         run = self.ba_lora_run = open_run(self, given)
         if run is not None:
+            self.ba_lora_requests = StepRequests(run, self)
+            run.callbacks.append(self.ba_lora_requests)
             for callback in run.callbacks:
                 self.add_callback(callback)
-            self.ba_lora_requests = StepRequests(run, self)
             self.model_accepts_loss_kwargs = True  # the host then counts the tokens of the accumulated batch for us
             if before is not None:
                 run.meter, run.resumed = before.meter, before.resumed

@@ -84,6 +84,33 @@ def test_an_all_linear_mixture_of_experts_is_exported_to_one_rank_and_merged(bui
     torch.testing.assert_close(logits(loaded(tmp_path / "merged"), ids), expected, rtol=0, atol=1e-5)
 
 
+def tiny_longcat():
+    """Four experts and two zero experts, whose rows gate_up_proj has and down_proj has not."""
+    widths = {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "q_lora_rank": 16, "kv_lora_rank": 8}
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_layers": 1}
+    return tiny_moe("LongcatFlash", moe_topk=2, n_routed_experts=4, zero_expert_num=2, **widths, **heads)
+
+
+def test_parameters_of_one_module_may_have_other_numbers_of_experts(ids, tmp_path, capsys):
+    tiny_longcat().save_pretrained(tmp_path / "base")
+    experts = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    expected = trained(ba_lora(loaded(tmp_path / "base"), targets=["q_a_proj"], **experts), ids, tmp_path / "adapter")
+    read = lora_file.read_adapter(tmp_path / "adapter").updates
+    assert {update.experts for name, update in read.items() if "experts" in name} == {4, 6}
+    code, out, err = run(
+        capsys, "export", tmp_path / "adapter", "--merge", "--base", tmp_path / "base", "--output", tmp_path / "merged"
+    )
+    assert code == 0 and error_in(out) < 1e-5, err
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged"), ids), expected, rtol=0, atol=1e-5)
+
+
+def test_ranks_and_numbers_of_experts_that_leave_a_choice_are_refused(ids, tmp_path, capsys):
+    """PEFT's all-linear gives gate_up_proj another rank."""
+    trained(ba_lora(tiny_longcat()), ids, tmp_path / "adapter")
+    line = refused(capsys, "export", tmp_path / "adapter", "--output", tmp_path / "out")
+    assert "rank_pattern=" in line and "ranks of their own" in line and "one rank in the next training" in line
+
+
 # --- an adapter_config.json that was edited
 
 
