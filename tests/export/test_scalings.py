@@ -87,8 +87,8 @@ def test_an_all_linear_mixture_of_experts_is_exported_to_one_rank_and_merged(bui
 def tiny_longcat():
     """Four experts and two zero experts, whose rows gate_up_proj has and down_proj has not."""
     widths = {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "q_lora_rank": 16, "kv_lora_rank": 8}
-    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_layers": 1}
-    return tiny_moe("LongcatFlash", moe_topk=2, n_routed_experts=4, zero_expert_num=2, **widths, **heads)
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+    return tiny_moe("LongcatFlash", moe_topk=2, n_routed_experts=4, num_layers=1, zero_expert_num=2, **widths, **heads)
 
 
 def test_parameters_of_one_module_may_have_other_numbers_of_experts(ids, tmp_path, capsys):

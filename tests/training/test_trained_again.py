@@ -38,7 +38,7 @@ class Breaks(TrainerCallback):
 
 def test_a_training_that_nan_ended_is_resumed_by_the_same_trainer(tmp_path):
     trainer = build(tmp_path, [Breaks()], max_steps=4, save_strategy="steps", save_steps=1, logging_steps=1)
-    with pytest.raises(FloatingPointError, match="balora/task.* at step 3"):
+    with pytest.raises(FloatingPointError, match=r"balora/task.* at step 3"):
         trainer.train()
     trainer.remove_callback(Breaks)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
