@@ -104,13 +104,6 @@ def test_parameters_of_one_module_may_have_other_numbers_of_experts(ids, tmp_pat
     torch.testing.assert_close(logits(loaded(tmp_path / "merged"), ids), expected, rtol=0, atol=1e-5)
 
 
-def test_ranks_and_numbers_of_experts_that_leave_a_choice_are_refused(ids, tmp_path, capsys):
-    """PEFT's all-linear gives gate_up_proj another rank."""
-    trained(ba_lora(tiny_longcat()), ids, tmp_path / "adapter")
-    line = refused(capsys, "export", tmp_path / "adapter", "--output", tmp_path / "out")
-    assert "rank_pattern=" in line and "ranks of their own" in line and "one rank in the next training" in line
-
-
 # --- an adapter_config.json that was edited
 
 
