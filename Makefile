@@ -74,8 +74,9 @@ test-release: .venv-axolotl/.ready
 
 # ms-swift, in an environment of its own (2.3 GB); SWIFT_EXAMPLES may name the folder `examples` of its repository
 test-swift: .venv-swift/.ready
-	$(THREADS) $(SWIFT) -m pytest integration/test_swift.py tests/hosts/test_swift_checks.py tests/hosts/test_swift_scripts.py
-	$(PYTHON) -m integration.tested --passed swift
+	of=$$($(PYTHON) -m integration.tested --digest swift) && \
+	$(THREADS) $(SWIFT) -m pytest integration/test_swift.py tests/hosts/test_swift_checks.py tests/hosts/test_swift_scripts.py && \
+	$(PYTHON) -m integration.tested --passed swift --of $$of
 
 # every architecture of docs/architectures.md: rewrites that page, then each of them in `axolotl train`
 test-models: .venv-axolotl/.ready
@@ -93,15 +94,17 @@ GPU_PYTHON ?= $(if $(filter cpu,$(DEVICE)),$(PINS),$(NEWEST_TORCH))
 gpu: $(patsubst %/bin/python,%/.ready,$(filter $(PINS) $(NEWEST_TORCH),$(GPU_PYTHON)))
 	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --output outputs/gpu
 
-# the hosts below where something of theirs, or of the adapter, has changed since integration/tested.json was written
+# those of the two hosts with an environment of their own whose files, or the adapter's, are others than those that
+# integration/tested.json says they passed on: nothing, at once, where that is up to date
 test-changed-hosts:
-	set -e; for host in $$($(PYTHON) -m integration.tested); do $(MAKE) test-$$host; done
+	set -e; hosts=$$($(PYTHON) -m integration.tested); for host in $$hosts; do $(MAKE) test-$$host; done
 
 # before a release: LLaMA-Factory itself, what it brings (the oldest PEFT and transformers), and its own example YAMLs
 test-llamafactory: .venv-llamafactory/.ready .cache/llamafactory/.ready
+	of=$$($(PYTHON) -m integration.tested --digest llamafactory) && \
 	$(THREADS) LLAMAFACTORY_EXAMPLES=.cache/llamafactory/examples $(LLAMAFACTORY) $(PYTEST) \
-		integration/test_llamafactory.py tests/hosts/test_llamafactory_checks.py tests/pretrained/test_patched.py tests/adapter
-	$(PYTHON) -m integration.tested --passed llamafactory
+		integration/test_llamafactory.py tests/hosts/test_llamafactory_checks.py tests/pretrained/test_patched.py tests/adapter && \
+	$(PYTHON) -m integration.tested --passed llamafactory --of $$of
 
 # nothing of it is kept in the repository
 .cache/llamafactory/.ready: requirements/llamafactory.txt .venv-llamafactory/.ready
@@ -153,11 +156,13 @@ test-llamafactory: .venv-llamafactory/.ready .cache/llamafactory/.ready
 TICKING = parent=$$$$; (while sleep 8 && kill -0 $$parent 2>/dev/null; do echo "  still installing"; done) & \
 	trap "kill $$! 2>/dev/null" EXIT;
 
+# the torch that is there stays: the newest torchvision, say, would bring another one, with CUDA
 define environment
 	@echo "Setting up $(1) (a few minutes)"
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@$(TICKING) $(1)/bin/python $(PIP_INSTALL) $(TORCH) && \
-	$(1)/bin/python $(PIP_INSTALL) $(2) && \
+	$(1)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(1)/torch.txt && \
+	$(1)/bin/python $(PIP_INSTALL) --constraint $(1)/torch.txt $(2) && \
 	$(1)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	touch $@
 endef

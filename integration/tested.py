@@ -1,8 +1,8 @@
 """Which hosts with an environment of their own have changed since their tests passed: `python -m integration.tested`.
 
-`make test-swift` and `make test-llamafactory` write what they passed on to `tested.json`, which is committed;
-`make test-changed-hosts` runs those whose files are others now. The standard library alone: it asks before an
-environment is made.
+`make test-swift` and `make test-llamafactory` write what they passed on to `tested.json`, which is committed and
+written by nothing else; `make test-changed-hosts`, which CI runs, tests those whose files are others now. The standard
+library alone: it asks before an environment is made.
 """
 
 from __future__ import annotations
@@ -15,11 +15,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 KEPT = Path(__file__).with_name("tested.json")
-ADAPTER = "balora_plugin/adapter"
+_SHARED = ("balora_plugin/hosts/__init__.py", "balora_plugin/adapter")
 # what a host's tests depend on most; the rest of the package has tests that every CI run makes
 FILES = {
-    host: (f"balora_plugin/hosts/{host}", ADAPTER, f"requirements/{host}.txt", f"integration/test_{host}.py")
-    for host in ("llamafactory", "swift")
+    "llamafactory": (
+        "balora_plugin/hosts/llamafactory",
+        *_SHARED,
+        "requirements/llamafactory.txt",
+        "integration/test_llamafactory.py",
+    ),
+    "swift": (
+        "balora_plugin/hosts/swift",
+        *_SHARED,
+        "requirements/swift.txt",
+        "integration/test_swift.py",
+        "integration/swift_run.py",
+    ),
 }
 
 
@@ -39,16 +50,33 @@ def kept() -> dict[str, str]:
     return dict(json.loads(KEPT.read_text(encoding="utf-8"))) if KEPT.is_file() else {}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the hosts that were changed, a line each, or keeps that one has passed."""
-    made = argparse.ArgumentParser(prog="python -m integration.tested", description=__doc__)
-    made.add_argument("--passed", choices=sorted(FILES), help="keep that this host's tests have passed")
-    options = made.parse_args(arguments)
+def keep(host: str, of: str) -> int:
+    """Keeps that a host's tests passed on the files of this digest; 1 where other files lie there now."""
+    if of != digest(host):
+        print(f"{host}: its files were changed while its tests ran: run them again", file=sys.stderr)
+        return 1
     before = kept()
+    if before.get(host) != of:
+        KEPT.write_text(json.dumps({**before, host: of}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        print(f"{host}: passed; commit integration/{KEPT.name}, else the next CI run tests it again")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the hosts that were changed, a line each, or a host's digest, or keeps that one has passed."""
+    made = argparse.ArgumentParser(prog="python -m integration.tested", description=__doc__)
+    made.add_argument("--digest", choices=sorted(FILES), help="print the digest of this host's files")
+    made.add_argument("--passed", choices=sorted(FILES), help="keep that this host's tests have passed; needs --of")
+    made.add_argument("--of", help="the digest from before its tests ran")
+    options = made.parse_args(arguments)
+    if options.passed and not options.of:
+        made.error("--passed needs --of")
     if options.passed:
-        found = {**before, options.passed: digest(options.passed)}
-        KEPT.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return keep(options.passed, options.of)
+    if options.digest:
+        print(digest(options.digest))
         return 0
+    before = kept()
     for host in sorted(FILES):
         if before.get(host) != digest(host):
             print(host)
