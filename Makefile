@@ -139,9 +139,10 @@ test-llamafactory: .venv-llamafactory/.ready .cache/llamafactory/.ready
 # torchvision and torchaudio of PyPI load beside a build of torch with CUDA alone: the first is not needed, of the second
 # its Python is enough
 .venv-llamafactory/.ready: requirements/llamafactory.txt requirements/dev.txt pyproject.toml
-	$(call environment,.venv-llamafactory,-r requirements/llamafactory.txt -r requirements/dev.txt)
+	$(call installed,.venv-llamafactory,-r requirements/llamafactory.txt -r requirements/dev.txt)
 	$(LLAMAFACTORY) -c "import torchvision" 2>/dev/null || $(LLAMAFACTORY) -m pip uninstall --quiet --yes torchvision
 	$(LLAMAFACTORY) -c "import torchaudio" 2>/dev/null || rm -f .venv-llamafactory/lib/python3*/site-packages/torchaudio/lib/*.so
+	touch $@
 
 .venv-swift/.ready: requirements/swift.txt requirements/dev.txt pyproject.toml
 	$(call environment,.venv-swift,-r requirements/swift.txt -r requirements/dev.txt)
@@ -157,13 +158,17 @@ TICKING = parent=$$$$; (while sleep 8 && kill -0 $$parent 2>/dev/null; do echo "
 	trap "kill $$! 2>/dev/null" EXIT;
 
 # the torch that is there stays: the newest torchvision, say, would bring another one, with CUDA
-define environment
+define installed
 	@echo "Setting up $(1) (a few minutes)"
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@$(TICKING) $(1)/bin/python $(PIP_INSTALL) $(TORCH) && \
 	$(1)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(1)/torch.txt && \
 	$(1)/bin/python $(PIP_INSTALL) --constraint $(1)/torch.txt $(2) && \
 	$(1)/bin/python $(PIP_INSTALL) --no-deps --editable .
+endef
+
+define environment
+	$(installed)
 	touch $@
 endef
 
