@@ -94,7 +94,9 @@ def _versions(machine: Machine) -> Iterator[Line]:
         version = machine.versions.get(name)
         standing = versions.standing(name, version)
         bounds = BOUNDS.get(name)
-        if standing == ABSENT:
+        if standing == ABSENT and (host := versions.apart(name, machine.versions)):
+            yield Line(name, f"{ABSENT}; in an environment of its own, not beside {host}")
+        elif standing == ABSENT:
             needed = bounds is not None and bounds.needed
             yield Line(name, ABSENT, PROBLEM if needed else OK, versions.remedy(name))
         elif standing == OLD and (host := versions.asked_by_a_host(name, machine.versions)):

@@ -38,7 +38,7 @@ TOGETHER: tuple[dict[str, str], ...] = (  # what the sets of requirements/ insta
     {"llamafactory": "0.9.5", "trl": "0.24", "peft": "0.18", "transformers": "5.6"},
     {"ms-swift": "4.6", "trl": "0.29", "peft": "0.20", "transformers": "5.19"},
 )
-UNTESTED = {  # of hosts that CI does not run, what nobody has tried
+UNTESTED = {  # of hosts with an environment of their own, what nobody has tried
     "llamafactory": "GPUs, DeepSpeed, FSDP, images, predict_with_generate, use_unsloth_gc (docs/llamafactory.md)",
     "ms-swift": "GPUs, DeepSpeed, FSDP, device_map over several GPUs, images, use_liger_kernel (docs/swift.md)",
 }
@@ -69,11 +69,11 @@ def standing(name: str, version: str | None) -> str:
     bounds = BOUNDS.get(name)
     if bounds is None:
         return SUPPORTED
+    least, first, last = (Version(text).release for text in bounds[:3])
     try:
-        here = Version(version).release[:2]
+        here = Version(version).release[: len(last)]
     except InvalidVersion:  # a checkout
         return SUPPORTED
-    least, first, last = (Version(text).release[:2] for text in bounds[:3])
     if here < least:
         return OLD
     if here > last:
@@ -92,6 +92,14 @@ def asked_by_a_host(name: str, versions: Mapping[str, str | None]) -> str | None
         if host != name and tested is not None and versions.get(host) and standing(name, tested) == OLD:
             return host
     return None
+
+
+def apart(name: str, versions: Mapping[str, str | None]) -> str | None:
+    """Returns the installed host that a missing one, `name`, would take the versions from, or None."""
+    hosts = [host for host in (next(iter(together)) for together in TOGETHER) if host != "trl"]
+    if name not in hosts:
+        return None
+    return next((host for host in hosts if versions.get(host)), None)
 
 
 def remedy(name: str) -> str:

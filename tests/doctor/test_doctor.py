@@ -98,6 +98,9 @@ def test_the_bounds_are_those_of_the_project():
         ("torch", "2.14.0.dev20260101", "newer than tested"),
         ("axolotl", "0.19.0.dev0", "tested"),
         ("llamafactory", "0.9.5", "tested"),
+        ("llamafactory", "0.9.4", "too old"),
+        ("llamafactory", "0.9.6", "newer than tested"),
+        ("ms-swift", "4.6.3", "tested"),
         ("transformers", "a-checkout", "supported"),
         ("deepspeed", "0.1", "supported"),
     ],
@@ -131,7 +134,10 @@ def test_a_version_and_the_command_that_mends_it(changes, state, words, remedy):
 
 
 def test_a_host_is_named_with_what_is_untested():
-    assert [line.text for line in lines(about(CPU), "llamafactory")] == ["not installed"]
+    (absent,) = lines(about(CPU), "llamafactory")
+    assert (absent.text, absent.remedy) == ("not installed", 'pip install "llamafactory==0.9.5.*"')
+    (absent,) = lines(about(with_versions(CPU, axolotl="0.19.0")), "llamafactory")
+    assert (absent.text, absent.remedy) == ("not installed; in an environment of its own, not beside axolotl", "")
     version, untested = lines(about(with_versions(CPU, llamafactory="0.9.5")), "llamafactory")
     assert version.text == "0.9.5  tested" and untested.text.startswith("not tried with it: GPUs, ")
     assert about(with_versions(CPU, llamafactory="0.9.5", trl="0.24.0", peft="0.18.1", transformers="5.6.0")).usable
