@@ -149,13 +149,26 @@ def test_a_tuner_that_comes_from_the_adapters_arguments_is_refused(tmp_path, blo
     (tmp_path / "args.json").write_text('{"tuner_type": "lora"}')
     values = {"tuner_type": "lora", "adapters": [str(tmp_path)]}  # as ms-swift has left the values
     (finding,) = findings_in({**values, "load_args": True}, block)
-    assert finding.key == "load_args" and "tuner_type: lora from the adapter's args.json" in finding.why
+    assert finding.key == "load_args" and f"tuner_type: lora from {tmp_path}/args.json" in finding.why
     assert list(findings_in(values, None)) == []
     (tmp_path / "ba_lora.json").write_text("{}")
     (damaged,) = found(block, adapters=[str(tmp_path)])
     assert damaged.key == "adapters" and "ba_lora.json" in damaged.why
     (tmp_path / "ba_lora.json").unlink()
     assert list(findings_in({**values, "load_args": True}, None)) == []
+
+
+def test_a_models_own_args_json_does_not_decide_the_tuner_in_silence(tmp_path, monkeypatch):
+    """ms-swift writes one beside every model that it merges or trains whole, and load_args reads it."""
+    (tmp_path / "args.json").write_text('{"tuner_type": "full"}')
+    values = {"tuner_type": "full", "model": str(tmp_path), "load_args": True}  # as ms-swift has left the values
+    (finding,) = findings_in(values, {"lambda_consistency": 0.3})
+    assert finding.key == "load_args" and f"tuner_type: full from {tmp_path}/args.json" in finding.why
+    assert list(findings_in(values, None)) == []
+    for words in (["--tuner_type", "ba_lora"], ["--tuner_type=ba_lora"]):
+        monkeypatch.setattr("sys.argv", ["sft.py", *words])
+        assert [finding.key for finding in findings_in(values, None)] == ["load_args"]
+    assert list(findings_in({**values, "load_args": False}, None)) == []
 
 
 def wrapped_llava(**options):

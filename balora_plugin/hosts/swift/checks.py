@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -75,20 +76,32 @@ def findings_in(values: Arguments, block: Mapping[str, Any] | None) -> Iterator[
 
 def of_other_tuner(values: Arguments, block: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Finds what would train without terms: those beside another tuner, and a tuner that ms-swift took from a file."""
+    tuner = values.get("tuner_type", "lora")
+    directory = _loaded_from(values)
+    if directory and (block is not None or _asked_for() or _of_our_adapter(values)):
+        path = os.path.join(directory, "args.json")
+        why = f"takes tuner_type: {tuner} from {path}, and would train without the terms"
+        yield Finding("load_args", True, why, "remove it")
+    elif block is not None:
+        why = f"beside {VARIABLE} would train without its terms"
+        yield Finding("tuner_type", tuner, why, f"write tuner_type: {TUNER}, or unset {VARIABLE}")
+
+
+def _loaded_from(values: Arguments) -> str:
+    """Returns the directory whose args.json ms-swift has read the tuner from, an adapter before a model; or nothing."""
+    places = (_adapter_path(values), str(values.get("model") or "")) if values.get("load_args") else ()
+    return next((path for path in places if path and os.path.isfile(os.path.join(path, "args.json"))), "")
+
+
+def _asked_for() -> bool:
+    """Returns whether the command line, which ms-swift makes of a YAML too, says tuner_type: ba_lora."""
+    return f"--tuner_type={TUNER}" in sys.argv or ("--tuner_type", TUNER) in zip(sys.argv, sys.argv[1:], strict=False)
+
+
+def _of_our_adapter(values: Arguments) -> bool:
     path = _adapter_path(values)
-    if values.get("load_args") and os.path.isdir(path) and os.path.isfile(os.path.join(path, "args.json")):
-        settings = read_settings(AdapterFiles(path))
-        if settings is not None and settings["delta_form"]:
-            why = "takes tuner_type: lora from the adapter's args.json, and would train without the terms"
-            yield Finding("load_args", True, why, "remove it")
-            return
-    if block is not None:
-        yield Finding(
-            "tuner_type",
-            values.get("tuner_type", "lora"),
-            f"beside {VARIABLE} would train without its terms",
-            f"write tuner_type: {TUNER}, or unset {VARIABLE}",
-        )
+    settings = read_settings(AdapterFiles(path)) if os.path.isdir(path) else None
+    return settings is not None and bool(settings["delta_form"])
 
 
 def _refused(values: Arguments) -> Iterator[Finding]:
