@@ -160,7 +160,8 @@ def _attention(machine: Machine, values: dict[str, Any]) -> Iterator[Line]:
 
 def _compile(machine: Machine) -> Iterator[Line]:
     if "ba_lora" in machine.backends:
-        yield Line("compile", "torch.compile knows the backend ba_lora; ba_lora: {compile: true} turns it on")
+        where = ", but not in ms-swift" if machine.versions.get("ms-swift") else ""
+        yield Line("compile", f"torch.compile knows the backend ba_lora; ba_lora: {{compile: true}} turns it on{where}")
     else:
         text = "the backend ba_lora is not registered: compile: true works, torch.compile(backend=...) does not"
         yield Line("compile", text, NOTE, "pip install . in a clone of balora-plugin")

@@ -143,6 +143,12 @@ def test_a_host_is_named_with_what_is_untested():
     assert about(with_versions(CPU, llamafactory="0.9.5", trl="0.24.0", peft="0.18.1", transformers="5.6.0")).usable
 
 
+def test_what_does_not_compile_is_said():
+    (line,) = lines(about(with_versions(CPU, **{"ms-swift": "4.6.0"})), "compile")
+    assert line.text.endswith("turns it on, but not in ms-swift")
+    assert lines(about(CPU), "compile")[0].text.endswith("turns it on")
+
+
 def test_packages_that_ask_for_other_versions_of_one_another():
     asked = {"axolotl": ["trl==1.9.0", "peft==0.20.0; python_version < '4'", "torch>=9; extra == 'x'", "no such line"]}
     found = versions.conflicts({"axolotl": "0.19.0", "trl": "1.16.0", "peft": "0.20.0", "torch": "2.13.0"}, asked)
