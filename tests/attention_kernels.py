@@ -6,7 +6,10 @@ import sys
 from contextlib import contextmanager
 from types import ModuleType
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.nn import functional as F
 from transformers import modeling_flash_attention_utils as flash
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,6 +39,8 @@ def flash_attn_varlen_func(
 
 def install_reference_flash_attention(monkeypatch):
     """Lets transformers find them as the package flash_attn; a model then needs `_attn_implementation` alone."""
+    if Version(transformers.__version__) == Version("5.6.0"):
+        pytest.skip("flash attention of transformers 5.6.0 fails on every model without attention sinks")
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
     package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     package.flash_attn_with_kvcache = None

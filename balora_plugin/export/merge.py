@@ -57,7 +57,19 @@ def merge(model: PeftModel, dtype: torch.dtype) -> Merged:
     whole = math.sqrt(sum(norm**2 for norm in norms.values()))
     total = math.sqrt(sum(error**2 for error in lost.values()))
     errors = Errors(relative(total, whole), {name: relative(error, norms[name]) for name, error in lost.items()})
-    return Merged(model.merge_and_unload(), errors)
+    merged = model.merge_and_unload()
+    _untie(merged)
+    return Merged(merged, errors)
+
+
+def _untie(model: Any) -> None:
+    """Lets the config say that embedding and head are two, where one of a tied pair was trained: PEFT 0.18 does not."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if None in ends or ends[0].weight is ends[1].weight:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def save(model: Any, directory: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from exporting import error_in, loaded, refused, run, trained
-from helpers import ba_lora, fresh, logits, stock, train
+from helpers import ba_lora, fresh, logits, reads_experts, stock, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import character_tokenizer, tiny_gpt2, tiny_llama, tiny_mixtral
@@ -137,7 +137,10 @@ CASES = [(build, name) for build in (tiny_llama, tiny_gpt2) for name in VARIANTS
 MODELS = {**{f"{b.__name__}-{n}": (b, VARIANTS[n]) for b, n in CASES}, "experts": (tiny_mixtral, EXPERTS)}
 
 
-@pytest.fixture(params=MODELS)
+WITH_EXPERTS = pytest.param("experts", marks=reads_experts)
+
+
+@pytest.fixture(params=[WITH_EXPERTS if name == "experts" else name for name in MODELS])
 def case(request, ids, tmp_path):
     """(builder of the base, directory of a trained adapter, its logits)."""
     build, changes = MODELS[request.param]
@@ -243,7 +246,7 @@ def test_a_plain_lora_is_read_too(ids, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny_llama-rslora_patterns", "tiny_llama-modules_to_save", "tiny_gpt2-plain", "experts"]
+    "name", ["tiny_llama-rslora_patterns", "tiny_llama-modules_to_save", "tiny_gpt2-plain", WITH_EXPERTS]
 )
 def test_a_merged_model_gives_the_trained_logits(name, ids, tmp_path, capsys):
     build, changes = MODELS[name]

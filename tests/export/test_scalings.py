@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from exporting import error_in, loaded, refused, run, trained
-from helpers import ba_lora, logits, stock
+from helpers import ba_lora, logits, reads_experts, stock
 from models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_mixtral
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -62,6 +62,7 @@ ADAPTERS = {
 }
 
 
+@reads_experts
 @pytest.mark.parametrize("build", MIXTURES)
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_all_linear_mixture_of_experts_is_exported_to_one_rank_and_merged(build, kind, ids, tmp_path, capsys):
