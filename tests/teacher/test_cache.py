@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ba_lora, stock, train
+from helpers import ba_lora, reads_experts, stock, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import VOCABULARY, tiny_gpt2, tiny_llama
@@ -805,6 +805,7 @@ def test_trained_copies_are_left_out_and_originals_are_not(ids):
     assert model_fingerprint(wrapped.get_base_model()) != bare
 
 
+@reads_experts
 def test_experts_have_the_same_fingerprint_under_an_adapter():
     from models import tiny_mixtral
 
