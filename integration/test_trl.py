@@ -772,9 +772,11 @@ def test_teacher_interval_runs_every_nth_micro_batch_with_n_times_the_weight(tmp
 
 def test_another_epoch_shows_the_teacher_another_part():
     """Twelve micro-batches an epoch in a fixed order, every fourth: one phase would show the same three for ever."""
-    from balora_plugin.training.step_requests import teacher_runs
+    from balora_plugin.training.teacher_rows import phase_of, rows_met
 
-    met = {epoch: {i for i in range(12) if teacher_runs(12 * epoch + i, 4, epoch)} for epoch in range(20)}
+    met = {
+        epoch: {i for i in range(12) if rows_met(12 * epoch + i + phase_of(epoch, 4), 1, 4, 1)} for epoch in range(20)
+    }
     assert all(len(part) == 3 for part in met.values())
     assert met[0] == {0, 4, 8}
     assert set.union(*met.values()) == set(range(12))

@@ -59,13 +59,21 @@ class TeacherStates(NamedTuple):
     head: Head | None = None
 
 
+class MetRows(NamedTuple):
+    """The rows of a batch that the teacher's tensors are of, (k,), and those without a teacher, (B - k,): int64."""
+
+    met: Tensor
+    others: Tensor
+
+
 class TokenLoss(NamedTuple):
     """What is asked of rows of the student's states.
 
     Tensors are inputs of a graph that holds this, the rest are constants. So `weights` of task, consistency and
     diversity are a tensor, (3,) float64 on the CPU: a compiler would specialise on every float of a schedule.
     `compiled`: the passes over whole blocks of logits run as compiled loops. No teacher leaves the consistency term
-    out. `task_rows` (M,): factors of each row's task loss, beside that of all in `weights`; None: 1.
+    out. `task_rows` (M,): factors of each row's task loss, beside that of all in `weights`; None: 1. `met`: of a batch
+    (B, T, ...) that is not flattened yet, the rows that meet the teacher; None: all.
     """
 
     head: Head
@@ -74,6 +82,7 @@ class TokenLoss(NamedTuple):
     weights: Tensor
     compiled: bool = False
     task_rows: Tensor | None = None
+    met: MetRows | None = None
 
 
 class Wants(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..fused import TopLogProbs
 from ..fused.head import Head
-from ..fused.loss import IGNORED, PLAIN_TASK, TeacherStates
+from ..fused.loss import IGNORED, PLAIN_TASK, MetRows, TeacherStates
 from ..fused.project import project
 from ..pretrained.attention import implementation_of, is_flash
 from ..pretrained.backbone import run_backbone
@@ -38,6 +38,7 @@ from .causal_lm_terms import (
 )
 from .measured import of_tokens
 from .request import StepOutput, StepRequest
+from .some_rows import begun_by, counted_with_teacher, met_rows, of_rows, only_rows, rows_run, shared_by_student
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
@@ -72,23 +73,30 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     check_tokens(marked, main_input(inputs), head.weight.shape[0])
     needed = counted_positions(given) if request.cache is not None else None
     teacher = None
-    if lambdas.consistency:
+    met = met_rows(request.teacher_rows, inputs)
+    after = request.shares_by_row(model)  # the teacher begins with what the student's pass has found
+    taught = partial(_teacher_pass, model, request, _Given(inputs, needed, head, met))
+    if lambdas.consistency and after is None:
         with request.part("teacher"):
-            teacher = _teacher_pass(model, request, inputs, needed, head)
+            teacher = taught()
     shared = request.shares(model)
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=main_input(inputs).device))
     extra = {"output_router_logits": True} if router else {}
     targets, factors = _aligned(labels, shifted, request.task_weights)
-    asked, spectrum = token_loss(request, head, teacher, factors), spectrum_request(request, head)
+    asked, spectrum = token_loss(request, head, teacher, factors, met), spectrum_request(request, head)
     whole = not (request.return_logits or request.measure_shares)
     if whole and compiled is not None and compiled.student is not None:
         hidden, sums, ratio, routed = compiled.student(model, {**seen, **extra}, targets, asked, spectrum)
     else:
         by_layer = nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model)
-        with by_layer, nullcontext() if shared is None else shared.student():
+        with by_layer, shared_by_student(shared, after):
             outputs = run_backbone(model, {**seen, **extra})
         hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
+        if after is not None:
+            with request.part("teacher"):
+                teacher = taught()
+            asked = token_loss(request, head, teacher, factors, met)
         own = own_positions(hidden, targets)
         with request.part("token_terms"):
             sums = token_sums(own, targets, asked)
@@ -110,6 +118,7 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         "correct": correct,
         "count": count,
         "anchors": anchors,
+        "taught": counted_with_teacher(targets, met),
     }
     if spectrum is not None and spectrum.of == "head":
         ratio = head_spectrum(hidden, targets, asked.head, spectrum)
@@ -153,29 +162,54 @@ def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "use_cache": False}
 
 
-def _teacher_pass(
-    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None, student_head: Head
-) -> TeacherStates | TopLogProbs:
-    """Final hidden states (B, L, d) of the pre-trained model, and its head.
+class _Given(NamedTuple):
+    """What a teacher's pass is made of: the backbone's keywords, the positions (B, L) that a cache has to know, the
+    student's head, and the rows that are met; None: all."""
 
-    With a cache the states are rounded to bfloat16 and zero where `needed` (B, L) is False, or they are the
-    log-probabilities that it has instead, which need no head.
+    inputs: dict[str, Any]
+    needed: Tensor | None
+    head: Head
+    met: MetRows | None
+
+
+def _teacher_pass(model: PreTrainedModel, request: StepRequest, given: _Given) -> TeacherStates | TopLogProbs | None:
+    """Final hidden states (B, L, d) of the pre-trained model, and its head; of k rows that are met (k, L, d).
+
+    With a cache the states are rounded to bfloat16 and zero where nothing is needed, or they are the
+    log-probabilities that it has instead, which need no head. None where it ran for the other processes' sake.
     """
     forward = backbone_pass if request.compiled is None else request.compiled.teacher
+    met, after, shared = given.met, request.shares_by_row(model), request.shares(model)
+    # what proves that layers are shared is a pass over the whole batch, as the student's is
+    rows = None if met is None or (shared is not None and after is None) else rows_run(given.inputs, met)
+    inputs = given.inputs if rows is None else only_rows(given.inputs, rows)
 
     def run(inputs: dict[str, Any]) -> Tensor:
         if request.teacher is not None:
             with torch.no_grad():
                 return forward(request.teacher, inputs)
-        shared = request.shares(model)
         with (request.switch or TeacherSwitch(model)).off():
-            return forward(model, inputs) if shared is None else shared.teacher(partial(forward, model, inputs))
+            return begun_by(shared, rows, partial(forward, model, inputs))
 
-    head = partial(_teacher_head, model, request, student_head)
-    if request.cache is None or needed is None:
-        return TeacherStates(run(inputs), head().alone)
-    found = request.cache.states(inputs, needed, run, head)
-    return found if isinstance(found, TopLogProbs) else TeacherStates(found, head().alone)
+    head = partial(_teacher_head, model, request, given.head)
+    if request.cache is None or given.needed is None:
+        found: Tensor | TopLogProbs = run(inputs)
+    else:
+        needed = given.needed if rows is None else of_rows(given.needed, rows)
+        found = request.cache.states(inputs, needed, run, head)
+    own = None if isinstance(found, TopLogProbs) else head().alone  # reading a sharded head is collective
+    if met is not None and not len(met.met):
+        return None
+    if met is not None and (rows is None or len(rows) > len(met.met)):
+        found = _only(found, met)
+    return found if isinstance(found, TopLogProbs) else TeacherStates(found, own)
+
+
+def _only(found: Tensor | TopLogProbs, met: MetRows) -> Tensor | TopLogProbs:
+    """What a teacher gives at the rows that are met, of what it gives at all of a batch's."""
+    if isinstance(found, TopLogProbs):
+        return TopLogProbs(*(of_rows(x, met.met) for x in found))
+    return of_rows(found, met.met)
 
 
 def _teacher_head(model: PreTrainedModel, request: StepRequest, student_head: Head) -> Head:

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from ..fused import TopLogProbs, head_spectral_term, spectral_ratio
 from ..fused.head import Head
-from ..fused.loss import IGNORED, TeacherStates, TermForm, TokenLoss
+from ..fused.loss import IGNORED, MetRows, TeacherStates, TermForm, TokenLoss
 from ..fused.spectrum import drawn_rows, usable_k
 from ..fused.tokens import weighted_token_terms
 from ..pretrained.backbone import run_backbone
 from ..schedules import Lambdas
 from .request import Part, StepRequest, uncounted
+from .some_rows import counted_with_teacher, of_rows
 
 
 class SpectrumRequest(NamedTuple):
@@ -47,8 +48,12 @@ def token_loss(
     head: Head,
     teacher: TeacherStates | TopLogProbs | None,
     task_rows: Tensor | None = None,
+    met: MetRows | None = None,
 ) -> TokenLoss:
-    """What a request asks of the tokens; the teacher's tensors (B, T, ...), `task_rows` of the targets (B, T)."""
+    """What a request asks of the tokens; the teacher's tensors (B, T, ...), `task_rows` of the targets (B, T).
+
+    `met`: the rows that the teacher's tensors are of; None: all.
+    """
     config, lambdas = request.config, request.measured
     name, temperature, top_k = config.consistency or "kl", config.temperature or 1.0, config.diversity_top_k or 0
     return TokenLoss(
@@ -58,6 +63,7 @@ def token_loss(
         weights=torch.tensor([1.0, lambdas.consistency, lambdas.diversity], dtype=torch.float64),
         compiled=request.compiled is not None and head.weight.device.type != "cpu",  # as measured: docs/benchmarks.md
         task_rows=task_rows,
+        met=None if teacher is None else met,
     )
 
 
@@ -120,8 +126,11 @@ def backbone_pass(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 def token_sums(hidden: Tensor, targets: Tensor, loss: TokenLoss) -> tuple[Tensor, ...]:
     """hidden (B, T, d), targets (B, T) aligned, -100 = not counted -> the sums of `student_pass`.
 
-    The loss's teacher: its hidden states (B, T, d), or TopLogProbs (B, T, K), (B, T, K), (B, T).
+    The loss's teacher: its hidden states (B, T, d), or TopLogProbs (B, T, K), (B, T, K), (B, T). Where it says that k
+    rows are met, it is of these alone, (k, T, ...).
     """
+    if loss.met is not None:
+        return _sums_of_both(hidden, targets, loss, loss.met)
     device, teacher = loss.head.weight.device, loss.teacher
     if isinstance(teacher, TopLogProbs):
         teacher = TopLogProbs(*(x.to(device).flatten(0, 1) for x in teacher))
@@ -134,6 +143,16 @@ def token_sums(hidden: Tensor, targets: Tensor, loss: TokenLoss) -> tuple[Tensor
         loss._replace(teacher=teacher, task_rows=factors),
     )
     return terms.loss, terms.task, terms.consistency, terms.diversity, terms.entropy, terms.correct, terms.count
+
+
+def _sums_of_both(hidden: Tensor, targets: Tensor, loss: TokenLoss, met: MetRows) -> tuple[Tensor, ...]:
+    """The sums over the rows that meet the teacher and those over the others, which need no logits of a teacher."""
+    found = []
+    for rows, teacher in ((met.met, loss.teacher), (met.others, None)):
+        factors = None if loss.task_rows is None else of_rows(loss.task_rows, rows)
+        part = loss._replace(teacher=teacher, task_rows=factors, met=None)
+        found.append(token_sums(of_rows(hidden, rows), of_rows(targets, rows), part))
+    return tuple(one + other for one, other in zip(*found, strict=True))
 
 
 def token_spectrum(
@@ -184,6 +203,15 @@ def head_spectrum(hidden: Tensor, targets: Tensor, head: Head, spectrum: Spectru
     return value, torch.tensor(used, device=rows.device)
 
 
+def _as_of_all(targets: Tensor, met: MetRows | None) -> Tensor:
+    """What the norm of a gradient over the tokens with a teacher is to be multiplied by to stand for all, 0-d.
+
+    The gradient by the states of one token does not depend on another's, so that squares of norms add up over them.
+    """
+    taught = counted_with_teacher(targets, met)
+    return torch.ones(()) if taught is None else ((targets != IGNORED).sum() / taught.clamp(min=1)).sqrt()
+
+
 def shares(
     hidden: Tensor,
     targets: Tensor,
@@ -206,7 +234,8 @@ def shares(
 
     def tokens(task: float, consistency: float, diversity: float) -> Tensor:
         weights = torch.tensor([task, consistency, diversity], dtype=torch.float64)
-        only = loss._replace(weights=weights, teacher=loss.teacher if consistency else None)
+        taught = (loss.teacher, loss.met) if consistency else (None, None)
+        only = loss._replace(weights=weights, teacher=taught[0], met=taught[1])
         return token_sums(leaf, targets, only)[0]
 
     with torch.enable_grad():
@@ -214,6 +243,7 @@ def shares(
             alone = tokens(1.0, 0.0, 0.0)
         task = norm(alone)
         consistency = norm(tokens(0.0, lambdas.consistency, 0.0) if lambdas.consistency else None)
+        consistency = consistency * _as_of_all(targets, loss.met).to(device)
         diversity = norm(tokens(0.0, 0.0, lambdas.diversity) if lambdas.diversity else None)
         spectral = norm(None)
         if spectrum is not None:  # the token terms are sums, the spectral term stands beside their mean

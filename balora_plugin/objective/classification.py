@@ -8,8 +8,9 @@ samples as they hold; the statistics of a batch (covariance, spectrum) count onc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..distributed import world_size
-from ..fused.loss import PLAIN_TASK
+from ..fused.loss import PLAIN_TASK, MetRows
 from ..pretrained.classifier_head import last_tokens, reads_last_token
 from ..pretrained.switch import TeacherSwitch
 from ..regularizers import upcast
-from .batches import check_task_weights
+from .batches import check_task_weights, main_input
 from .classification_terms import (
     MULTI_LABEL,
     REGRESSION,
@@ -36,6 +37,7 @@ from .classification_terms import (
 from .gather import gather_rows
 from .measured import of_samples
 from .request import StepOutput, StepRequest
+from .some_rows import begun_by, met_rows, of_rows, only_rows, rows_run, shared_by_student
 
 IGNORED = -100
 
@@ -65,23 +67,25 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
         # the mean over no sample is NaN, and so is its gradient: any class will do where none counts
         labels = torch.where(counted.any(), labels, labels.clamp(min=0))
     _check_padding(model, inputs)
-    teacher = None
-    if lambdas.consistency:
-        with request.part("teacher"):
-            teacher = _teacher_logits(model, request, inputs).reshape(n, -1)
+    met, after = met_rows(request.teacher_rows, inputs), request.shares_by_row(model)
+    taught = partial(_teacher_logits, model, request, inputs, met)
+    teacher = taught() if lambdas.consistency and after is None else None
     layers_off = (request.switch or TeacherSwitch(model)).layers_off if request.head_only else nullcontext
     shared = request.shares(model)
-    once = nullcontext() if shared is None else shared.student()
+    once = shared_by_student(shared, after)
     with _final_hidden(model, frozen=request.head_only) as captured, layers_off(), once:
         outputs = model.forward(**inputs, labels=labels if single else labels.float(), return_dict=True)
     logits = outputs.logits.reshape(n, -1)  # (N, D); DeBERTa's come out flat for regression
+    teacher = teacher if after is None else taught()
+    batch = BatchLabels(labels, problem, counted)
+    both = _with_teacher(logits, batch, met)
     found = _Found(count=counted.sum())
     with torch.autocast(logits.device.type, enabled=False):  # it would take the covariance in half precision
         task = upcast(outputs.loss) * found.count  # the model's own loss, a mean
-        task = _task(task, request, logits, BatchLabels(labels, problem, counted))
+        task = _task(task, request, logits, batch)
         with request.part("token_terms"):
             if teacher is not None:
-                found.consistency(request, logits, teacher, counted, problem)
+                found.consistency(request, both[0], teacher, both[1])
             if lambdas.diversity:
                 found.diversity(
                     request, _rows(model, request, inputs, logits, captured, request.config.diversity_input)
@@ -95,13 +99,38 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
             loss = loss + value
     result: dict[str, Any] = {"loss": loss, "task": task.detach(), "count": found.count, **found.facts}
     result |= {name: value.detach() for name, value in found.sums.items()}
-    result |= of_samples(request.measures, logits, teacher, BatchLabels(labels, problem, counted))
+    result |= of_samples(request.measures, both[0], teacher, both[1])
+    result["taught"] = _taught(both[1], met)
     if request.return_logits:
         result["logits"] = logits
     if request.measure_shares:
         with request.part("shares"):
-            result["shares"] = _shares(task, weighted, captured[0], max(request.teacher_factor, 1))
+            factor = _factor_of_share(request.teacher_factor, found.count, result["taught"])
+            result["shares"] = _shares(task, weighted, captured[0], factor)
     return StepOutput(**result)
+
+
+def _with_teacher(logits: Tensor, batch: BatchLabels, met: MetRows | None) -> tuple[Tensor, BatchLabels]:
+    """The logits (N, D) and labels of the samples that the teacher is met at."""
+    if met is None:
+        return logits, batch
+    return of_rows(logits, met.met), batch._replace(
+        values=of_rows(batch.values, met.met), counted=of_rows(batch.counted, met.met)
+    )
+
+
+def _taught(batch: BatchLabels, met: MetRows | None) -> Tensor | None:
+    """How many samples count of those that are met, 0-d; None where all are."""
+    return None if met is None else batch.counted.sum()
+
+
+def _factor_of_share(factor: int, count: Tensor, taught: Tensor | None) -> Tensor:
+    """What the norm of the consistency's gradient is divided by to be that of all samples at its average weight, 0-d.
+
+    The gradient by one sample's states does not depend on another's, so that squares of norms add up over them.
+    """
+    of_all = torch.ones((), device=count.device) if taught is None else (taught / count.clamp(min=1)).sqrt()
+    return of_all * max(factor, 1)
 
 
 def _task(plain: Tensor, request: StepRequest, logits: Tensor, labels: BatchLabels) -> Tensor:
@@ -128,11 +157,11 @@ class _Found:
         self.sums: dict[str, Tensor] = {}
         self.facts: dict[str, Tensor] = {}
 
-    def consistency(self, request: StepRequest, logits: Tensor, teacher: Tensor, counted: Tensor, problem: str) -> None:
+    def consistency(self, request: StepRequest, logits: Tensor, teacher: Tensor, batch: BatchLabels) -> None:
         config = request.config
         form, temperature = config.consistency or "kl", config.temperature or 1.0
-        rows = consistency_of(logits, teacher, problem=problem, form=form, temperature=temperature)
-        self.sums["consistency"] = torch.where(counted, rows, 0.0).sum()
+        rows = consistency_of(logits, teacher, problem=batch.problem, form=form, temperature=temperature)
+        self.sums["consistency"] = torch.where(batch.counted, rows, 0.0).sum()
 
     def diversity(self, request: StepRequest, batch: _Rows) -> None:
         value = diversity_of(batch.rows)
@@ -247,17 +276,36 @@ def samples_of(labels: Tensor, items: Tensor | int) -> Tensor | int:
     return items if labels.ndim < 2 else items // labels[0].numel()
 
 
-def _teacher_logits(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> Tensor:
+def _teacher_logits(
+    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], met: MetRows | None
+) -> Tensor | None:
+    """The teacher's logits (N, D), of the samples that are met; None where it ran for the other processes' sake."""
+    after, shared = request.shares_by_row(model), request.shares(model)
+    # what proves that layers are shared is a pass over the whole batch, as the student's is
+    rows = None if met is None or (shared is not None and after is None) else rows_run(inputs, met)
+    given = inputs if rows is None else only_rows(inputs, rows)
+    with request.part("teacher"):
+        logits = _outputs_of_teacher(model, request, given, partial(begun_by, shared, rows))
+    logits = logits.reshape(len(main_input(given)), -1)
+    if met is None:
+        return logits
+    if not len(met.met):
+        return None
+    return of_rows(logits, met.met) if len(logits) > len(met.met) else logits
+
+
+def _outputs_of_teacher(
+    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], begun: Callable[..., Tensor]
+) -> Tensor:
     if request.teacher is not None:
         with torch.no_grad():
             return request.teacher(**inputs, return_dict=True).logits
-    shared = request.shares(model)
 
     def run() -> Tensor:
         return model.forward(**inputs, return_dict=True).logits
 
     with (request.switch or TeacherSwitch(model)).off():
-        return run() if shared is None else shared.teacher(run)
+        return begun(run)
 
 
 @contextmanager
@@ -306,7 +354,7 @@ def _check_padding(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         )
 
 
-def _shares(task: Tensor, weighted: dict[str, Tensor], hidden: Tensor, factor: int) -> Tensor:
+def _shares(task: Tensor, weighted: dict[str, Tensor], hidden: Tensor, factor: Tensor) -> Tensor:
     """Norm of each weighted term's gradient over the task's, with respect to the final hidden states: (3,)."""
 
     def norm(value: Tensor | None) -> Tensor:
@@ -316,5 +364,5 @@ def _shares(task: Tensor, weighted: dict[str, Tensor], hidden: Tensor, factor: i
         return torch.zeros((), device=task.device) if gradient is None else gradient.float().norm().to(task.device)
 
     terms = [norm(weighted.get(name)) for name in ("consistency", "diversity", "svd")]
-    terms[0] = terms[0] / factor
+    terms[0] = terms[0] / factor.to(terms[0])
     return torch.stack(terms) / norm(task).clamp_min(torch.finfo(torch.float32).tiny)

@@ -14,6 +14,7 @@ from ..regularizers import entropy_rows
 from .causal_lm_terms import token_sums
 from .classification_terms import MULTI_LABEL, REGRESSION, BatchLabels, consistency_of
 from .request import Measures
+from .some_rows import of_rows
 
 AT_ONE = TermForm("kl", 1.0)
 
@@ -24,7 +25,8 @@ def of_tokens(
 ) -> dict[str, Tensor]:
     """Sums over counted tokens, 0-d: hidden (B, T, d), targets (B, T) as in `token_sums`, and its consistency term.
 
-    Of a cache of log-probabilities both are those of its K + 1 buckets: lower bounds.
+    Over those that the teacher is met at. Of a cache of log-probabilities both are those of its K + 1 buckets: lower
+    bounds.
     """
     found: dict[str, Tensor] = {}
     form, teacher = loss.form, loss.teacher
@@ -36,12 +38,14 @@ def of_tokens(
     if not measures.entropy or teacher is None:
         return found
     own = loss.head
+    if loss.met is not None:
+        targets = of_rows(targets, loss.met.met)
     if isinstance(teacher, TopLogProbs):
         entropy = _entropy_of_buckets(teacher)[targets.to(teacher.log_tail.device) != IGNORED].sum()
     else:
         given = teacher.head
         head = own if given is None else Head(given.weight, given.bias, own.scale, own.softcap)
-        alone = loss._replace(head=head, teacher=None, form=AT_ONE, weights=none, task_rows=None)
+        alone = loss._replace(head=head, teacher=None, form=AT_ONE, weights=none, task_rows=None, met=None)
         entropy = token_sums(teacher.hidden, targets, alone)[4]
     found["teacher_entropy"] = entropy.to(own.weight.device) / math.log(own.weight.shape[0])
     return found

@@ -93,7 +93,8 @@ class StepRequest:
     device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask. `monitor`:
     every term is measured, at weight 0 too. `measures`: beside the terms, where the teacher runs. `anchors`: rows
     beside the batch's for the consistency term alone; None where a run has none. `shared`: the layers that teacher and
-    student need not both compute; None where they do.
+    student need not both compute; None where they do. `teacher_rows`: the rows that the teacher runs on, None for all;
+    none of them where it runs because it does in other processes, and nothing of it is used.
     """
 
     config: RegularizerConfig
@@ -119,6 +120,7 @@ class StepRequest:
     anchors: AnchorRows | None = None
     monitor: bool = False
     shared: SharedLayers | None = None
+    teacher_rows: tuple[int, ...] | None = None
 
     @property
     def measured(self) -> Lambdas:
@@ -131,6 +133,14 @@ class StepRequest:
             return None
         training = model.training and torch.is_grad_enabled()
         return self.shared if self.shared.serves(model, training=training) else None
+
+    def shares_by_row(self, model: PreTrainedModel) -> SharedLayers | None:
+        """Returns the layers of which a teacher of some rows takes what the student's pass found; None: none.
+
+        The first pass proves that they are shared, as that of a teacher of all rows does.
+        """
+        shared = None if self.teacher_rows is None else self.shares(model)
+        return shared if shared is not None and shared.proven else None
 
 
 class CompiledPasses(NamedTuple):
@@ -155,7 +165,8 @@ class StepOutput(ModelOutput):
     (and `svd` 0). `shares` (3,): the norm of each weighted term's gradient over the task's, with respect to the final
     hidden states. A classifier's are sums over samples: `svd` is in `loss` too, and `svd_count`, `diversity_count` say
     for how many samples the batch's statistics stand. `drift`, `teacher_entropy`, and a classifier's `entropy`: sums as
-    [`Measures`] has them. `anchors`: their own consistency, which is not in `loss`.
+    [`Measures`] has them. `anchors`: their own consistency, which is not in `loss`. `taught`: how many counted tokens
+    (samples) met the teacher, where not all of them did.
     """
 
     loss: Tensor | None = None
@@ -176,6 +187,7 @@ class StepOutput(ModelOutput):
     drift: Tensor | None = None
     anchors: AnchorTerm | None = None
     teacher_entropy: Tensor | None = None
+    taught: Tensor | None = None
 
 
 Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class SharedLayers:
         total: All layers.
         why: Why nothing is shared, in words; "" where it is, or may be.
         proven: Whether the first pass has shown it.
-        passes: How many student's passes left the shared layers out.
+        passes: How many passes, of the student or of a teacher of some rows, left the shared layers out.
     """
 
     def __init__(self, model: PreTrainedModel, why: str = "") -> None:
@@ -95,6 +95,32 @@ class SharedLayers:
                 self._decide(seen)
         finally:
             self._kept = None
+
+    @contextmanager
+    def kept_for_rows(self) -> Iterator[None]:
+        """Inside: the student's pass is whole, and what enters the first adapted layer is kept for `teacher_of`."""
+        kept = self._kept = _Kept()
+        handle = self._last().register_forward_hook(kept.take, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def teacher_of(self, rows: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Returns the teacher's states of some rows, (k,) int64, `run()`: it begins where the student has been."""
+        kept = None if self._kept is None else self._kept.of(rows)
+        if self._marks() != self._proof:
+            self.stop("a hook, dropout or trained weight has come to the layers below the adapter")
+        elif kept is None:
+            self.stop("what the layers below the adapter give is not told apart by rows")
+        self._kept = kept
+        try:
+            with nullcontext() if self.why else self._left_out():
+                states = run()
+        finally:
+            self._kept = None
+        self.passes += not self.why
+        return states
 
     def _decide(self, seen: _Seen) -> None:
         if self._kept is None or not self._kept.whole:
@@ -180,6 +206,19 @@ class _Kept:
         self.output = output
         self.side = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
 
+    def of(self, rows: Tensor) -> _Kept | None:
+        """What a pass over some of the rows would have kept; None where it is not told apart by rows."""
+        kept, states = _Kept(), _states(self.output)
+        if not self.whole or states.ndim != 3:
+            return None
+        for name, entries in self.side.items():
+            parts = {key: _tensors(value) for key, value in entries.items()}
+            if not all(part and all(len(x) == len(states) for x in part) for part in parts.values()):
+                return None
+            kept.side[name] = {key: tuple(x[rows.to(x.device)] for x in part) for key, part in parts.items()}
+        kept.output = _with_states(self.output, states.detach()[rows.to(states.device)])
+        return kept
+
     @property
     def whole(self) -> bool:
         """Whether it is one tensor of states, alone or with nothing beside it."""
@@ -232,6 +271,12 @@ def _not_whole(kept: _Kept | None) -> str:
     if kept is None or kept.output is None:
         return "the last layer below the adapter was not run"
     return "the layers give back more than their states"
+
+
+def _tensors(entry: Any) -> tuple[Tensor, ...]:
+    """An entry of a layer's mapping, keys and values say; () where it is none of tensors alone."""
+    alone = isinstance(entry, tuple) and all(isinstance(each, Tensor) for each in entry)
+    return entry if alone else ()
 
 
 def _states(output: Any) -> Any:

@@ -77,7 +77,13 @@ class OwnWeights:
         measured = [zero if value is None else value.detach().to(zero) for value in found]
         shares = torch.zeros(len(TERMS)) if out.shares is None else out.shares
         self._shares_taken |= out.shares is not None
-        row = [*measured, out.count.to(zero) if met else zero, *shares.to(zero), zero + (out.shares is not None)]
+        counts = (out.count if out.taught is None else out.taught, out.count)
+        row = [
+            *measured,
+            *(count.to(zero) if met else zero for count in counts),
+            *shares.to(zero),
+            zero + (out.shares is not None),
+        ]
         sums = torch.stack(row)
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -88,12 +94,12 @@ class OwnWeights:
         self._shares_taken = False
         if sums is None or not due:
             return Observed()
-        drift, task, entropy, count, *shares, taken = reduce(sums, "sum").tolist()
+        drift, task, entropy, taught, count, *shares, taken = reduce(sums, "sum").tolist()
         acted = zip(TERMS, shares, self.in_force, strict=True)
         measured = Observed(
-            drift=drift / count if count and self.measures.drift else None,
+            drift=drift / taught if taught and self.measures.drift else None,
             task=task / count if count else None,
-            teacher_entropy=entropy / count if count and self.measures.entropy else None,
+            teacher_entropy=entropy / taught if taught and self.measures.entropy else None,
             shares={name: share / taken / weight for name, share, weight in acted if weight} if taken else None,
         )
         for rule in self.rules.values():

@@ -20,6 +20,7 @@ from ..fused.loss import PLAIN_TASK, TaskForm
 from ..fused.project import project
 from ..objective.batches import main_input, without_crossings
 from ..objective.request import AnchorRows, CompiledPasses
+from ..objective.some_rows import rows_apart
 from ..pretrained.lm_head import read_head
 from ..pretrained.shared_layers import SharedLayers
 from ..pretrained.switch import TeacherSwitch
@@ -96,6 +97,7 @@ class RunState:
         resumed: The checkpoint that training goes on from.
         first_norms: What looks at the first steps' gradients; None where nothing is clipped, or the start is no PiSSA.
         batch_shape: Rows and tokens of the micro-batch that was begun last.
+        rows_apart: How many of its rows a teacher can be given each for itself; 1 where they are one whole.
         ids: Its token ids, looked at in the first one, and in one that fails.
         counts: False while a classifier's batch holds nothing but samples that were evaluated before.
     """
@@ -127,6 +129,7 @@ class RunState:
     wants_logits: bool = False
     counts: bool = True
     batch_shape: tuple[int, int] | None = None
+    rows_apart: int = 1
     ids: Tensor | None = None
     finished: bool = False
     reached: bool = False
@@ -145,6 +148,7 @@ class RunState:
         """Returns what a batch gives to the model's forward: without a host's notes to itself and to Liger's loss."""
         plain = {key: value for key, value in batch.items() if not key.startswith("_") and key != "skip_logits"}
         rows, length = main_input(plain).shape[:2]
+        self.rows_apart = rows_apart(plain)
         first, self.ids = self.batch_shape is None, plain.get("input_ids")
         self.batch_shape = (rows, length)
         if first and self.ids is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from typing import Any
 
 import torch
@@ -11,9 +10,11 @@ from transformers import TrainerCallback
 
 from ..fused.factor import FactorCache
 from ..objective.request import StepRequest, uncounted
+from ..pretrained.shared_layers import SharedLayers
 from ..schedules import Lambdas
 from .host import HostTrainer
 from .run_state import RunState
+from .teacher_rows import WHOLE, TeacherRows, Turn
 
 # steps taken: a warm-up's first has a rate of 0, and the consistency's share grows with what the weights have moved
 FIRST_JUDGED = 10
@@ -25,6 +26,7 @@ class StepRequests(TrainerCallback):
     def __init__(self, run: RunState, host: HostTrainer) -> None:
         self._run, self._host = run, host
         self._factors = FactorCache()
+        self._teacher_rows = TeacherRows(run, host)
         self._begin()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,14 +47,14 @@ class StepRequests(TrainerCallback):
         config = run.config
         lambdas = run.own.at(state.global_step / max(state.max_steps, 1)) if training else run.own.full
         monitor = config.monitor and not training
-        measure, factor, anchors = False, 1, None
+        measure, factor, anchors, turn = False, 1, None, WHOLE
         if training:
             micro = self._next_micro_batch()
             anchors = None if run.anchors is None else run.anchors.of_step(micro, lambdas.consistency)
             index = state.global_step * args.gradient_accumulation_steps + micro
-            runs = teacher_runs(index, config.teacher_interval, int(state.epoch or 0))
-            factor = config.teacher_interval if runs else 0
-            measure = self._measures(micro, config.share_interval, bool(factor))
+            turn = self._teacher_rows.of(index)
+            factor = config.teacher_interval if turn.runs else 0
+            measure = self._measures(micro, config.share_interval, turn.common)
             lambdas = lambdas._replace(consistency=lambdas.consistency * factor)
         else:
             anchors = None if run.anchors is None else run.anchors.of_evaluation(lambdas.consistency)
@@ -84,8 +86,14 @@ class StepRequests(TrainerCallback):
             monitor=monitor and not warming,
             measures=run.own.measures._replace(drift=True, student_entropy=True) if monitor else run.own.measures,
             anchors=anchors,
-            shared=run.shared,
+            shared=self._shared(turn),
+            teacher_rows=turn.rows,
         )
+
+    def _shared(self, turn: Turn) -> SharedLayers | None:
+        """The layers that teacher and student compute once; what proves them is asked of all processes together."""
+        shared = self._run.shared
+        return shared if shared is None or shared.proven or turn.common else None
 
     def may_judge(self) -> bool:
         """Returns whether the shares measured last say something: in warm-up the student still is the teacher."""
@@ -126,12 +134,3 @@ def fill_request(run: RunState, device: torch.device) -> StepRequest:
         teacher_head=run.initial_head_on(device),
         fill=True,
     )
-
-
-def teacher_runs(index: int, interval: int, epoch: int) -> bool:
-    """Whether micro-batch `index` of the run meets the teacher: every `interval`-th, the same on every rank.
-
-    The phase is drawn anew for each epoch: data in a fixed order would show the teacher the same part again and again.
-    """
-    phase = random.Random(epoch).randrange(interval) if epoch else 0
-    return (index + phase) % interval == 0
