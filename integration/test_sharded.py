@@ -113,3 +113,25 @@ def test_the_example_launch_configs_are_accelerates(name):
     kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert config.distributed_type.value == kinds[name]
     assert config.num_processes == 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("fsdp2", ""),
+        pytest.param("fsdp2", "2,3", marks=pytest.mark.slow),
+        pytest.param("ddp", "2,3", marks=pytest.mark.slow),
+        pytest.param("fsdp1", "", marks=pytest.mark.long),
+    ],
+)
+def test_ranks_with_other_numbers_of_rows_run_the_teacher_together(kind, layers, tmp_path):
+    """Five rows and one, one in four met: in two steps of four the second rank has none, but layers are gathered."""
+    done = run_worker("teacher_rows.py", str(tmp_path), kind, layers, ranks=2)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    found = torch.load(tmp_path / "result.pt")
+    whole, some = found[1], found[4]
+    scale = max(gradient.abs().max() for gradient in whole["mean"].values())
+    for name, gradient in whole["mean"].items():
+        assert (gradient - some["mean"][name]).abs().max() < 1e-5 * scale, name
+    assert some["consistency"] == pytest.approx(whole["consistency"], rel=1e-5)
+    assert some["shared"] == ((3, "") if layers else (0, "the first layer is adapted"))
