@@ -242,7 +242,8 @@ class Gradients:
         self._train(student, code, steps=40, rate=1e-3)
         base = student.get_base_model()
         found = []
-        for row in code[torch.randperm(len(code))[:documents]].split(1):
+        self.student, self.documents = student, code[torch.randperm(len(code))[:documents]]
+        for row in self.documents.split(1):
             with TeacherSwitch(base).off():
                 teacher = base(row).logits[0].log_softmax(-1)
             mine = student(row).logits[0].log_softmax(-1)
