@@ -220,7 +220,7 @@ class RegularizerConfig:
         "integer",
         1,
         minimum=1,
-        help="Run the teacher on every n-th micro-batch, with n times the weight (unbiased in expectation). 1: on all.",
+        help="Run the teacher on every n-th row, or micro-batch, with n times the weight: unbiased in expectation.",
     )
     teacher_pass: str = setting(
         "choice",

@@ -89,11 +89,11 @@ class BeforeTraining(TrainerCallback):
         if not config.lambda_consistency:
             return
         check_teacher(run.adapter, run.teacher, cached=config.teacher_cache is not None, model=run.model)
-        batches = state.max_steps * args.gradient_accumulation_steps
-        if config.teacher_interval >= batches > 1:
+        rows = state.max_steps * args.gradient_accumulation_steps * args.train_batch_size
+        if config.teacher_interval >= rows > 1:
             run.warn(
                 "rare_teacher",
-                f"teacher_interval={config.teacher_interval} is not below this run's {batches} micro-batches: the "
+                f"teacher_interval={config.teacher_interval} is not below this run's {rows} rows on a process: the "
                 "teacher meets the first one, where student and teacher still agree, and hardly another, so "
                 f"lambda_consistency={config.lambda_consistency:g} does not act. Write a lower teacher_interval.",
             )

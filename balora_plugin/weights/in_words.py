@@ -29,7 +29,7 @@ def terms_in_words(config: RegularizerConfig) -> str:
     if not parts:
         return "none (all weights 0)"
     schedule = "" if config.schedule == "constant" else f"; schedule {config.schedule}"
-    interval = "" if config.teacher_interval == 1 else f"; teacher on every {config.teacher_interval}th micro-batch"
+    interval = "" if config.teacher_interval == 1 else f"; teacher on every {config.teacher_interval}th row"
     return f"{', '.join(parts)}{schedule}{interval}; preset {config.preset}"
 
 

@@ -48,7 +48,7 @@ def test_what_the_card_says(llama, tmp_path):
     assert "delta form" in row(said, "method")
     assert row(said, "terms in force") == (
         "consistency 0.025 (kl, temperature 2), diversity 0.005 (top 20); schedule iclr2026; "
-        "teacher on every 4th micro-batch; preset iclr2026"
+        "teacher on every 4th row; preset iclr2026"
     )
     assert row(said, "teacher") == settings["teacher"] == "a second model, some/other"
     assert row(said, "rank of the file") == "48, twice the trained rank 24 (smallest layer: 4)"
