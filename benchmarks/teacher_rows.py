@@ -1,6 +1,7 @@
 """`teacher_interval` by rows and by micro-batch, both in one run: `python -m benchmarks.teacher_rows`
 
-The variance of the consistency term's gradient, from passes of the objective itself, and seconds of a step.
+The variance of the consistency term's gradient, from passes of the objective itself; what products of fewer rows
+round otherwise; and seconds of a step.
 """
 
 from __future__ import annotations
@@ -101,6 +102,25 @@ def variances(draws: int) -> str:
     return table(header, rows)
 
 
+def at_step_0(options: argparse.Namespace, folder: Path) -> str:
+    """The consistency a token, nats, of a student that still is the teacher: the rounding of fewer rows."""
+    trainer = Bench(options, torch.device("cpu"), folder).ba_lora_trainer(lambda_svd=0.0)
+    ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
+    rows = []
+    for kind in (torch.float32, torch.bfloat16):
+        model = trainer.model.to(kind)
+        config = RegularizerConfig(lambda_consistency=1.0).resolved("nlg")
+        found = []
+        for met in (None, rows_met(0, len(ids), INTERVAL, 1)):
+            switch = TeacherSwitch(model.get_base_model())
+            request = StepRequest(config, Lambdas(1.0, 0.0, 0.0), switch=switch, teacher_rows=met)
+            with torch.no_grad():
+                out = model(input_ids=ids, labels=ids, ba_lora=request)
+            found.append(float(out.consistency / (out.count if met is None else out.taught)))
+        rows.append((str(kind).removeprefix("torch."), *(f"{each:.1e}" for each in found)))
+    return table(("", "teacher on all rows", "on one of 4"), rows)
+
+
 def steps(options: argparse.Namespace, folder: Path, bench_of: type[Bench]) -> str:
     """Processor seconds of a step with one micro-batch, the mean over an interval; every call is as many steps."""
     bench = bench_of(options, torch.device("cpu"), folder)
@@ -139,7 +159,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--terms", default="variance,steps", help="which tables")
+    parser.add_argument("--terms", default="variance,rounding,steps", help="which tables")
     options = parser.parse_args()
     options.checkpointing = False
     quiet()
@@ -147,6 +167,9 @@ def main() -> None:
     print(f"`python -m benchmarks.teacher_rows` on {machine(torch.device('cpu'))}\n")
     if "variance" in options.terms:
         print(variances(options.draws), end="\n\n")
+    if "rounding" in options.terms:
+        with tempfile.TemporaryDirectory() as folder:
+            print(at_step_0(options, Path(folder)), end="\n\n")
     if "steps" in options.terms:
         for bench in (Bench, UpperHalf):
             with tempfile.TemporaryDirectory() as folder:
