@@ -98,10 +98,9 @@ def test_a_cache_gives_the_rows_that_are_met(kept, tmp_path, tokenizer):
     )
 
 
-@pytest.mark.parametrize("how", [True, pytest.param("layers", marks=pytest.mark.slow)])
-def test_compiled(how, tmp_path, tokenizer, without_inductor):  # noqa: F811
+def test_compiled(tmp_path, tokenizer, without_inductor):  # noqa: F811
     runs = []
-    for compiled in (False, how):
+    for compiled in (False, True):
         lora = {"compile": compiled}
         model, terms = tiny_llama(num_hidden_layers=1), {"share_interval": 0}
         runs.append(trained(tmp_path, tokenizer, terms, model=model, lora=lora))
