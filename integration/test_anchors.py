@@ -206,7 +206,7 @@ def test_compiled(tmp_path, tokenizer, without_inductor):  # noqa: F811
 
 def test_the_teachers_interval_is_the_tasks(tmp_path, tokenizer):
     """The anchors' teacher costs nothing, so that they act in every step."""
-    trainer = trained(tmp_path, tokenizer, {"teacher_interval": 2}, max_steps=4, per_device_train_batch_size=1)
+    trainer = trained(tmp_path, tokenizer, {"teacher_interval": 4}, max_steps=4)
     assert len(history(trainer, "balora/consistency")) == 2
     assert len(history(trainer, "balora/anchor_consistency")) == 4
 
