@@ -38,6 +38,7 @@ from .causal_lm_terms import (
 )
 from .measured import of_tokens
 from .request import StepOutput, StepRequest
+from .two_passes import TwoPasses
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
@@ -71,14 +72,19 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     head = read_head(model)
     check_tokens(marked, main_input(inputs), head.weight.shape[0])
     needed = counted_positions(given) if request.cache is not None else None
+    extra = {"output_router_logits": True} if router else {}
+    passes = TwoPasses(
+        model,
+        request,
+        teacher=partial(_teacher_alone, model, request, inputs),
+        student=partial(run_backbone, model, {**seen, **extra}),
+    )
     teacher = None
     if lambdas.consistency:
         with request.part("teacher"):
-            teacher = _teacher_pass(model, request, inputs, needed, head)
-    shared = request.shares(model)
+            teacher = _teacher_pass(model, request, inputs, needed, head, passes)
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=main_input(inputs).device))
-    extra = {"output_router_logits": True} if router else {}
     targets, factors = _aligned(labels, shifted, request.task_weights)
     asked, spectrum = token_loss(request, head, teacher, factors), spectrum_request(request, head)
     whole = not (request.return_logits or request.measure_shares)
@@ -86,8 +92,12 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         hidden, sums, ratio, routed = compiled.student(model, {**seen, **extra}, targets, asked, spectrum)
     else:
         by_layer = nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model)
-        with by_layer, nullcontext() if shared is None else shared.student():
-            outputs = run_backbone(model, {**seen, **extra})
+        with by_layer:
+            outputs = passes.student()
+        late = passes.late_teacher()
+        if late is not None:
+            teacher = TeacherStates(late, _teacher_head(model, request, head).alone)
+            asked = asked._replace(teacher=teacher)
         hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
         own = own_positions(hidden, targets)
         with request.part("token_terms"):
@@ -154,28 +164,34 @@ def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _teacher_pass(
-    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], needed: Tensor | None, student_head: Head
-) -> TeacherStates | TopLogProbs:
-    """Final hidden states (B, L, d) of the pre-trained model, and its head.
+    model: PreTrainedModel,
+    request: StepRequest,
+    inputs: dict[str, Any],
+    needed: Tensor | None,
+    student_head: Head,
+    passes: TwoPasses,
+) -> TeacherStates | TopLogProbs | None:
+    """Final hidden states (B, L, d) of the pre-trained model, and its head; None where they come with the student's.
 
     With a cache the states are rounded to bfloat16 and zero where `needed` (B, L) is False, or they are the
     log-probabilities that it has instead, which need no head.
     """
-    forward = backbone_pass if request.compiled is None else request.compiled.teacher
-
-    def run(inputs: dict[str, Any]) -> Tensor:
-        if request.teacher is not None:
-            with torch.no_grad():
-                return forward(request.teacher, inputs)
-        shared = request.shares(model)
-        with (request.switch or TeacherSwitch(model)).off():
-            return forward(model, inputs) if shared is None else shared.teacher(partial(forward, model, inputs))
-
     head = partial(_teacher_head, model, request, student_head)
     if request.cache is None or needed is None:
-        return TeacherStates(run(inputs), head().alone)
-    found = request.cache.states(inputs, needed, run, head)
+        states = passes.teacher()
+        return None if states is None else TeacherStates(states, head().alone)
+    found = request.cache.states(inputs, needed, partial(_teacher_alone, model, request), head)
     return found if isinstance(found, TopLogProbs) else TeacherStates(found, head().alone)
+
+
+def _teacher_alone(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> Tensor:
+    """Final hidden states (B, L, d) of the pre-trained model, in a pass of its own."""
+    forward = backbone_pass if request.compiled is None else request.compiled.teacher
+    if request.teacher is not None:
+        with torch.no_grad():
+            return forward(request.teacher, inputs)
+    with (request.switch or TeacherSwitch(model)).off():
+        return forward(model, inputs)
 
 
 def _teacher_head(model: PreTrainedModel, request: StepRequest, student_head: Head) -> Head:

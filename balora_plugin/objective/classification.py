@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from .classification_terms import (
 from .gather import gather_rows
 from .measured import of_samples
 from .request import StepOutput, StepRequest
+from .two_passes import TwoPasses
 
 IGNORED = -100
 
@@ -65,15 +67,21 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
         # the mean over no sample is NaN, and so is its gradient: any class will do where none counts
         labels = torch.where(counted.any(), labels, labels.clamp(min=0))
     _check_padding(model, inputs)
+    passes = TwoPasses(
+        model,
+        request,
+        teacher=partial(_teacher_logits, model, request, inputs),
+        student=partial(model.forward, **inputs, labels=labels if single else labels.float(), return_dict=True),
+    )
     teacher = None
     if lambdas.consistency:
         with request.part("teacher"):
-            teacher = _teacher_logits(model, request, inputs).reshape(n, -1)
+            teacher = passes.teacher()
     layers_off = (request.switch or TeacherSwitch(model)).layers_off if request.head_only else nullcontext
-    shared = request.shares(model)
-    once = nullcontext() if shared is None else shared.student()
-    with _final_hidden(model, frozen=request.head_only) as captured, layers_off(), once:
-        outputs = model.forward(**inputs, labels=labels if single else labels.float(), return_dict=True)
+    with _final_hidden(model, frozen=request.head_only) as captured, layers_off():
+        outputs = passes.student()
+    teacher = passes.late_teacher() if teacher is None else teacher
+    teacher = None if teacher is None else teacher.reshape(n, -1)
     logits = outputs.logits.reshape(n, -1)  # (N, D); DeBERTa's come out flat for regression
     found = _Found(count=counted.sum())
     with torch.autocast(logits.device.type, enabled=False):  # it would take the covariance in half precision
@@ -251,13 +259,8 @@ def _teacher_logits(model: PreTrainedModel, request: StepRequest, inputs: dict[s
     if request.teacher is not None:
         with torch.no_grad():
             return request.teacher(**inputs, return_dict=True).logits
-    shared = request.shares(model)
-
-    def run() -> Tensor:
-        return model.forward(**inputs, return_dict=True).logits
-
     with (request.switch or TeacherSwitch(model)).off():
-        return run() if shared is None else shared.teacher(run)
+        return model.forward(**inputs, return_dict=True).logits
 
 
 @contextmanager

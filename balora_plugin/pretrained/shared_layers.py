@@ -62,7 +62,7 @@ class SharedLayers:
         """Ends the sharing; every process of a job has to say it at the same pass."""
         self.why, self.proven = self.why or why, False
 
-    def begin(self) -> None:
+    def renew(self) -> None:
         """Asks for a new proof: a training begins, and what was shown in an earlier one may hold no longer."""
         self.proven = False
 

@@ -85,6 +85,7 @@ class StepRequests(TrainerCallback):
             measures=run.own.measures._replace(drift=True, student_entropy=True) if monitor else run.own.measures,
             anchors=anchors,
             shared=run.shared,
+            by_layer=run.by_layer,
         )
 
     def may_judge(self) -> bool:
