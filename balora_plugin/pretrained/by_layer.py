@@ -195,8 +195,10 @@ class ByLayer:
 
     def _prove(self, teacher: Callable[[], Tensor], student: Callable[[], Any]) -> None:
         self._switches = [TeacherSwitch(layer) for layer in self._own]
+        devices = sorted({p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"})
         try:
-            why = self._tried(teacher, student)
+            with torch.random.fork_rng(devices):  # this micro-batch draws what it would have drawn
+                why = self._tried(teacher, student, devices)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
@@ -207,11 +209,10 @@ class ByLayer:
         self.proven = not self.why
         self._marks = self._calls_now()
 
-    def _tried(self, teacher: Callable[[], Tensor], student: Callable[[], Any]) -> str:
+    def _tried(self, teacher: Callable[[], Tensor], student: Callable[[], Any], devices: list[int]) -> str:
         """Runs the teacher whole, a student turned about, and both at once; returns what was other, or ""."""
         if any("context_fn" in _checkpointing_keywords(layer) for layer in self._own):
             return "selective checkpointing (context_fn) counts a layer's operators"
-        devices = sorted({p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"})
         before = _random_states(devices)
         with self._seen_whole() as forms:
             expected = teacher()
