@@ -124,7 +124,7 @@ class ByLayer:
         self._walk = walk  # not after a pass that fails
 
     def end(self, teacher: Callable[[], Tensor]) -> Tensor:
-        """Returns the teacher's states: `teacher()` goes by the layers, or runs them where the student left some out."""
+        """Returns the teacher's states: `teacher()` goes by the layers, or runs them where the student left one out."""
         walk, self._walk = self._walk, None
         assert walk is not None
         if walk.broken or walk.following != self.total:

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+from forked import on_two_ranks
 from helpers import TERMS, ba_lora, stock
 from models import tiny_gpt2, tiny_llama
 from multimodal import tiny_multimodal
@@ -23,6 +25,8 @@ from teacher_passes import (
     step,
     with_router,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaForSequenceClassification
 
 from balora_plugin.objective.classification import classification_step
@@ -363,3 +367,51 @@ def test_several_processes_stop_rather_than_wait_for_each_other(monkeypatch):
 def test_a_multimodal_model_has_a_pass_of_its_own():
     found = ByLayer(tiny_multimodal("gemma3"))
     assert "towers" in found.why
+
+
+def gathering():
+    """Counts bytes that are gathered, in a list of one number."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch's own rename
+    gathered, original = [0], getattr(dist, name)
+
+    def counted(output, *args, **kwargs):
+        gathered[0] += output.numel() * output.element_size()
+        return original(output, *args, **kwargs)
+
+    setattr(dist, name, counted)
+    return gathered
+
+
+def sharded_steps(rank, how, dtype):
+    """Two micro-batches of each rank's own rows under FSDP2, by each way: sums, gradients, bytes of the second."""
+    gathered = gathering()
+    mesh = init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype) if dtype else MixedPrecisionPolicy()
+    found = {}
+    for way in ("whole", "shared", "by_layer", "both"):
+        model = adapted("llama", layers_to_transform=[FIRST, LAYERS - 1] if way in ("shared", "both") else None)
+        if how:
+            model.get_base_model().gradient_checkpointing_enable(CHECKPOINTING[how])
+            model.enable_input_require_grads()
+        shared = SharedLayers(model.get_base_model()) if way in ("shared", "both") else None
+        by_layer = ByLayer(model.get_base_model()) if way in ("by_layer", "both") else None
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        inputs = {key: value.roll(rank, 1) for key, value in batch().items()}
+        for _ in range(2):
+            gathered[0] = 0
+            values = step(model, shared, by_layer=by_layer, **inputs)
+        values = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in values.items()}
+        found[way] = (values, gathered[0], by_layer and by_layer.why)
+    return found
+
+
+@pytest.mark.parametrize(("how", "dtype"), [(None, None), ("not_reentrant", torch.bfloat16)])
+def test_two_ranks_of_fsdp2_gather_a_quarter_less(how, dtype, tmp_path):
+    for found in on_two_ranks(tmp_path, sharded_steps, how, dtype):
+        assert found["by_layer"][2] == found["both"][2] == ""
+        for way, other in (("by_layer", "whole"), ("both", "shared")):
+            assert_same(found[way][0], found[other][0])
+        assert found["by_layer"][1] <= 0.75 * found["whole"][1]
+        assert found["both"][1] < found["shared"][1]
