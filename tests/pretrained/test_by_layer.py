@@ -321,6 +321,15 @@ def test_what_cannot_be_has_a_pass_of_its_own_and_one_line(case):
     assert said == [found.why]
 
 
+def test_a_leak_is_seen_at_the_first_step_where_student_and_teacher_are_one():
+    model = ba_lora(tiny_llama(num_hidden_layers=LAYERS), regularizers=TERMS)
+    install(model.get_base_model())
+    remembers(model.train())
+    found, _ = by_layer_of(model)
+    assert step(model, by_layer=found)["consistency"] == 0
+    assert "others inside the student's pass" in found.why
+
+
 def test_a_hook_that_comes_later_ends_it():
     model = everywhere("llama")
     found, said = by_layer_of(model)
