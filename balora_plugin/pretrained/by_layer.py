@@ -158,6 +158,7 @@ class ByLayer:
         assert self._layers is not None
         with standing_in(self._layers, answers):
             teacher()
+        walk.forget()
 
     def _finish(self, teacher: Callable[[], Tensor], walk: _Walk) -> Tensor:
         assert self._layers is not None
@@ -293,7 +294,9 @@ class _Walk:
         self.broken = ""
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._states: Any = None
-        self._given: tuple[Any, int] | None = None  # what the layer before gave, and how often it had been written to
+        self._given: tuple[Tensor, int] | None = (
+            None  # what the layer before gave, and how often it had been written to
+        )
 
     @property
     def recorded(self) -> int:
@@ -305,11 +308,15 @@ class _Walk:
         states = given_states(args, kwargs)
         if self._given is None:
             self._states = states.clone()  # the model may write to its own after the last layer
-        elif self._given[0] is not states or self._given[1] != states._version:
+        elif not _is_unchanged(states, *self._given):
             self.broken = "the model changes its states between two layers"
         self._given = (states, states._version)
         self._calls.append(_replaced(args, kwargs, None))
         return with_states(form, states)
+
+    def forget(self) -> None:
+        """Lets go of the states that went by, which nobody needs to compare any more."""
+        self._given = None
 
     def step(self, index: int, own: Callable[..., Any]) -> None:
         """Runs a layer on the teacher's states, by what was recorded for it."""
@@ -324,7 +331,19 @@ class _Walk:
 
     def go_by(self, form: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, last: bool) -> Any:
         """What a layer gives where it does not run: what it is given, the last one what the teacher has come to."""
-        return with_states(form, self._states if last else given_states(args, kwargs))
+        if not last:
+            return with_states(form, given_states(args, kwargs))
+        states, self._states = self._states, None  # held by the model alone
+        return with_states(form, states)
+
+
+def _is_unchanged(states: Tensor, given: Tensor, version: int) -> bool:
+    """Whether these are the states that a layer gave, perhaps a view of all of them, and nobody wrote to them since."""
+    if states is not given:
+        one, other = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (states, given))
+        if one != other:
+            return False
+    return states._version == version
 
 
 def _replaced(args: tuple[Any, ...], kwargs: dict[str, Any], states: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
