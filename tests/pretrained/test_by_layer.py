@@ -420,7 +420,9 @@ def sharded_steps(rank, how, dtype):
     return found
 
 
-@pytest.mark.parametrize(("how", "dtype"), [(None, None), ("not_reentrant", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("how", "dtype"), [(None, None), pytest.param("not_reentrant", torch.bfloat16, marks=pytest.mark.long)]
+)
 def test_two_ranks_of_fsdp2_gather_a_quarter_less(how, dtype, tmp_path):
     for found in on_two_ranks(tmp_path, sharded_steps, how, dtype):
         assert found["by_layer"][2] == found["both"][2] == ""
