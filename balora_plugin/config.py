@@ -225,8 +225,9 @@ class RegularizerConfig:
     teacher_pass: str = setting(
         "choice",
         "shared",
-        choices=("shared", "whole"),
-        help="`shared`: layers below the first adapted one are computed once, where that is exact; `whole`: twice.",
+        choices=("shared", "by_layer", "whole"),
+        help="`shared`: layers below the first adapted one are computed once, where that is exact; `whole`: twice; "
+        "`by_layer`: `shared`, and each layer runs the teacher inside the student's call: FSDP gathers it once less.",
     )
     teacher_cache: str | os.PathLike[str] | None = setting(  # noqa: RUF009  (a field, which is no shared value)
         "path",
@@ -322,10 +323,8 @@ class RegularizerConfig:
             )
         for name, share in (self.balance or {}).items():
             if getattr(self, f"lambda_{name}") == 0:
-                raise ValueError(
-                    f"balance.{name}={share:g} with lambda_{name}=0, which switches its term off: leave lambda_{name} "
-                    "out."
-                )
+                off = f"balance.{name}={share:g} with lambda_{name}=0, which switches its term off"
+                raise ValueError(f"{off}: leave lambda_{name} out.")
         if self.balance and not self.share_interval:
             raise ValueError("balance with share_interval=0, which measures no shares: leave share_interval out.")
 

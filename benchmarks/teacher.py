@@ -11,7 +11,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,9 +21,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from balora_plugin import BaLoraConfig, get_ba_lora_model
+from balora_plugin import BaLoraConfig, RegularizerConfig, get_ba_lora_model
+from balora_plugin.objective.request import StepRequest
+from balora_plugin.objective.two_passes import TwoPasses
+from balora_plugin.pretrained.by_layer import ByLayer
 from balora_plugin.pretrained.shared_layers import SharedLayers
 from balora_plugin.pretrained.switch import TeacherSwitch
+from balora_plugin.schedules import Lambdas
 
 from .measuring import machine, measure, quiet, table
 from .step import Bench
@@ -45,6 +48,7 @@ class UpperHalf(Bench):
             "no terms": self.ba_lora(lambda_consistency=0.0, lambda_diversity=0.0, lambda_svd=0.0),
             "whole teacher (before)": self.ba_lora(lambda_svd=0.0, teacher_pass="whole"),
             "teacher from the adapter on": self.ba_lora(lambda_svd=0.0),
+            "the same, by layer": self.ba_lora(lambda_svd=0.0, teacher_pass="by_layer"),
         }
 
     def upper(self) -> tuple[int, int]:
@@ -123,6 +127,10 @@ def dequantising(options: argparse.Namespace) -> str:
         product(x)
         product(x)
 
+    def one_weight(x: Tensor) -> tuple[Tensor, Tensor]:
+        floats = bnb.dequantize_4bit(packed, state)
+        return torch.nn.functional.linear(x, floats), torch.nn.functional.linear(x, floats)
+
     for count in (64, 256, 1024):
         x = torch.randn(count, 2048)
         both = torch.cat([x, x])
@@ -130,19 +138,32 @@ def dequantising(options: argparse.Namespace) -> str:
             "one": lambda: bnb.dequantize_4bit(packed, state),
             "apart": partial(apart, x),
             "together": partial(product, both),
+            "one weight": partial(one_weight, x),
         }
-        one, two, together = (1e3 * each for each in _processor_seconds(functions, options.repeats).values())
-        rows.append((str(count), f"{one:.1f}", f"{two:.1f}", f"{together:.1f}", f"{together / two:.2f}"))
-    return table(("rows", "dequantising, ms", "two products, ms", "one of both, ms", "to two"), rows)
+        one, two, together, once = (1e3 * each for each in _processor_seconds(functions, options.repeats).values())
+        same = "yes" if torch.equal(one_weight(x)[1], product(x)) else "no"
+        ratios = (f"{together:.1f}", f"{together / two:.2f}", f"{once:.1f}", f"{once / two:.2f}", same)
+        rows.append((str(count), f"{one:.1f}", f"{two:.1f}", *ratios))
+    header = ("rows", "dequantising, ms", "two products, ms", "one of both, ms", "to two")
+    return table((*header, "two of one dequantised weight, ms", "to two", "same bits"), rows)
+
+
+WAYS = {
+    "no teacher (floor)": None,
+    "two whole passes (before)": "whole",
+    "layers below the adapter once": "shared",
+    "by layer": "by_layer",
+}
 
 
 def gathers() -> str:
-    """MiB that two ranks under FSDP2 gather in a micro-batch, counted, layers as units; the last row is a prototype."""
+    """MiB that two ranks under FSDP2 gather in a micro-batch, counted, layers as units, with checkpointing too."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_gathering, (folder,), nprocs=2)
         found = torch.load(Path(folder, "found.pt"))
-    rows = [(name, f"{size / 2**20:.2f}") for name, size in found.items()]
-    return table(("upper half adapted, then all layers", "MiB gathered"), rows)
+    rows = [(name, *(f"{size / 2**20:.2f}" for size in sizes)) for name, sizes in found.items()]
+    header = ("MiB gathered", "upper half adapted", "all layers adapted", "all, checkpointing")
+    return table(header, rows)
 
 
 def _gathering(rank: int, folder: str) -> None:
@@ -161,22 +182,21 @@ def _gathering(rank: int, folder: str) -> None:
 
     setattr(dist, name, counted)
     mesh = init_device_mesh("cpu", (2,))
-    found = {}
+    found: dict[str, list[int]] = {name: [] for name in WAYS}
     ids = torch.randint(2, 128, (2, 32))
-    for upper in (True, False):
-        for way in ("whole", "shared", "in the layer's call"):
-            if way == "shared" and not upper:
-                continue
+    for upper, checkpointing in ((True, False), (False, False), (False, True)):
+        for name, way in WAYS.items():
             base, layers = _adapted(upper)
-            shared = SharedLayers(base)
+            if checkpointing:
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+            request = _request(base, way)
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(base, mesh=mesh)
-            switch = TeacherSwitch(base)
-            for _ in range(3):  # the first one shows that layers may be shared
+            for _ in range(3):  # the first one shows what may be shared
                 gathered[0] = 0
-                _micro_batch(base, layers, switch, ids, way, shared)
-            found[f"{'upper half' if upper else 'all'}: {way}"] = gathered[0]
+                _micro_batch(base, request, ids)
+            found[name].append(gathered[0])
     if rank == 0:
         torch.save(found, Path(folder, "found.pt"))
     dist.destroy_process_group()
@@ -191,33 +211,30 @@ def _adapted(upper: bool) -> tuple[Any, Any]:
     return base, base.model.layers
 
 
-def _micro_batch(base: Any, layers: Any, switch: TeacherSwitch, ids: Tensor, way: str, shared: SharedLayers) -> None:
-    """Teacher, student, backward: in two passes, or the teacher's rows behind the student's in each layer's call."""
-    if way == "in the layer's call":
-        own = [layer.forward for layer in layers]
-        for layer, forward in zip(layers, own, strict=True):
+def _request(base: Any, way: str | None) -> StepRequest:
+    """What asks for the teacher in one of the ways; None: for no teacher."""
+    request = StepRequest(RegularizerConfig(), Lambdas(0.0 if way is None else 1.0, 0.0, 0.0))
+    request.switch = TeacherSwitch(base)
+    request.shared = SharedLayers(base) if way in ("shared", "by_layer") else None
+    request.by_layer = ByLayer(base) if way == "by_layer" else None
+    return request
 
-            def both(hidden: Tensor, *args: Any, forward: Any = forward, **kwargs: Any) -> Any:
-                out = forward(hidden, *args, **kwargs)
-                with switch.off():
-                    forward(hidden.detach(), *args, **kwargs)
-                return out
 
-            layer.forward = both
-        base(input_ids=ids, use_cache=False).logits.sum().backward()
-        for layer, forward in zip(layers, own, strict=True):
-            layer.forward = forward
-        return
-    once = way == "shared" and not shared.why
+def _micro_batch(base: Any, request: StepRequest, ids: Tensor) -> None:
+    """Teacher, student and backward pass as training runs them, without the terms."""
 
-    def run() -> Tensor:
-        return base(input_ids=ids, use_cache=False).logits
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
 
-    with switch.off():
-        _ = shared.teacher(run) if once else run()
-    with shared.student() if once else nullcontext():
-        logits = run()
-    logits.sum().backward()
+    def teacher(inputs: dict[str, Any]) -> Tensor:
+        assert request.switch is not None
+        with request.switch.off():
+            return base(**inputs).logits
+
+    passes = TwoPasses(base, request, inputs, teacher=teacher, student=functools.partial(base, **inputs))
+    passes.teacher()
+    loss = passes.student().logits.sum()
+    passes.late_teacher()
+    loss.backward()
 
 
 class Gradients:

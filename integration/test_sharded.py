@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = "LlamaDecoderLayer"
 
 
-def work(directory, kind, units=LAYERS, modules_to_save="", layers=""):
+def work(directory, kind, units=LAYERS, modules_to_save="", layers="", teacher_pass="shared"):
     """The worker's exit code and what it said."""
     directory.mkdir()
     ranks = 1 if kind == "alone" else 2
-    done = run_worker("fsdp.py", str(directory), kind, units, modules_to_save, layers, ranks=ranks)
+    done = run_worker("fsdp.py", str(directory), kind, units, modules_to_save, layers, teacher_pass, ranks=ranks)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -45,22 +45,25 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "units", "modules_to_save", "layers"),
+    ("kind", "units", "modules_to_save", "layers", "teacher_pass"),
     [
-        ("fsdp1", LAYERS, "", ""),
-        ("fsdp2", LAYERS, "", ""),
-        ("fsdp2", LAYERS, "lm_head", ""),
-        ("fsdp2", f"{LAYERS},OwnUnit", "", ""),  # the head a unit of its own: gathered for the terms
-        ("fsdp2", f"{LAYERS},OwnUnit", "lm_head", ""),
-        ("fsdp2", LAYERS, "", "2,3"),  # the two below are computed once for teacher and student
-        pytest.param("fsdp1", LAYERS, "", "2,3", marks=pytest.mark.long),
+        ("fsdp1", LAYERS, "", "", "shared"),
+        ("fsdp2", LAYERS, "", "", "shared"),
+        ("fsdp2", LAYERS, "lm_head", "", "shared"),
+        ("fsdp2", f"{LAYERS},OwnUnit", "", "", "shared"),  # the head a unit of its own: gathered for the terms
+        ("fsdp2", f"{LAYERS},OwnUnit", "lm_head", "", "shared"),
+        ("fsdp2", LAYERS, "", "2,3", "shared"),  # the two below are computed once for teacher and student
+        pytest.param("fsdp1", LAYERS, "", "2,3", "shared", marks=pytest.mark.long),
+        ("fsdp2", LAYERS, "", "", "by_layer"),
+        pytest.param("fsdp1", LAYERS, "", "2,3", "by_layer", marks=pytest.mark.long),
     ],
 )
-def test_sharding_changes_nothing(kind, units, modules_to_save, layers, alone, tmp_path):
+def test_sharding_changes_nothing(kind, units, modules_to_save, layers, teacher_pass, alone, tmp_path):
     one, one_adapter, _ = alone(modules_to_save, layers)
-    two, two_adapter, said = step(tmp_path / "two", kind, units, modules_to_save, layers)
+    two, two_adapter, said = step(tmp_path / "two", kind, units, modules_to_save, layers, teacher_pass)
     if layers:
         assert (one["shared"], two["shared"]) == ((2, 3, ""), (2, 1, ""))  # all micro-batches but the first
+    assert two["by_layer"] == ((1, "") if teacher_pass == "by_layer" else None)
     assert two["wrapped"].startswith("FullySharded" if kind == "fsdp1" else "FSDP")
     assert "returned a view tensor" not in said
     assert one["gradients"].keys() == two["gradients"].keys()

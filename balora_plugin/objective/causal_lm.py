@@ -7,9 +7,10 @@ It runs inside the (wrapped) model's forward, so DDP, FSDP and autocast see an o
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..fused import TopLogProbs
 from ..fused.head import Head
-from ..fused.loss import IGNORED, PLAIN_TASK, MetRows, TeacherStates
+from ..fused.loss import IGNORED, PLAIN_TASK, TeacherStates
 from ..fused.project import project
 from ..pretrained.attention import implementation_of, is_flash
 from ..pretrained.backbone import run_backbone
@@ -38,7 +39,8 @@ from .causal_lm_terms import (
 )
 from .measured import of_tokens
 from .request import StepOutput, StepRequest
-from .some_rows import begun_by, counted_with_teacher, met_rows, of_rows, only_rows, rows_run, shared_by_student
+from .some_rows import counted_with_teacher, of_rows
+from .two_passes import TwoPasses
 
 _NOT_FOR_BACKBONE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "use_cache")
 
@@ -72,17 +74,18 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
     head = read_head(model)
     check_tokens(marked, main_input(inputs), head.weight.shape[0])
     needed = counted_positions(given) if request.cache is not None else None
-    teacher = None
-    met = met_rows(request.teacher_rows, inputs)
-    after = request.shares_by_row(model)  # the teacher begins with what the student's pass has found
-    taught = partial(_teacher_pass, model, request, _Given(inputs, needed, head, met))
-    if lambdas.consistency and after is None:
-        with request.part("teacher"):
-            teacher = taught()
-    shared = request.shares(model)
+    extra = {"output_router_logits": True} if router else {}
+    passes = TwoPasses(
+        model,
+        request,
+        inputs,
+        teacher=partial(_teacher_alone, model, request),
+        student=partial(run_backbone, model, {**seen, **extra}),
+    )
+    met = passes.met
+    teacher = _teacher_pass(model, request, passes, needed, head) if lambdas.consistency else None
     if request.fill:
         return StepOutput(loss=torch.zeros((), device=main_input(inputs).device))
-    extra = {"output_router_logits": True} if router else {}
     targets, factors = _aligned(labels, shifted, request.task_weights)
     asked, spectrum = token_loss(request, head, teacher, factors, met), spectrum_request(request, head)
     whole = not (request.return_logits or request.measure_shares)
@@ -90,13 +93,13 @@ def causal_lm_step(model: PreTrainedModel, request: StepRequest, inputs: dict[st
         hidden, sums, ratio, routed = compiled.student(model, {**seen, **extra}, targets, asked, spectrum)
     else:
         by_layer = nullcontext() if compiled is None or compiled.layers is None else compiled.layers.inside(model)
-        with by_layer, shared_by_student(shared, after):
-            outputs = run_backbone(model, {**seen, **extra})
-        hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
-        if after is not None:
-            with request.part("teacher"):
-                teacher = taught()
+        with by_layer:
+            outputs = passes.student()
+        late = passes.late_teacher()
+        if late is not None:
+            teacher = _as_teacher(late, passes, partial(_teacher_head, model, request, head))
             asked = token_loss(request, head, teacher, factors, met)
+        hidden, routed = outputs.last_hidden_state, outputs.get("router_logits")
         own = own_positions(hidden, targets)
         with request.part("token_terms"):
             sums = token_sums(own, targets, asked)
@@ -162,54 +165,45 @@ def backbone_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "use_cache": False}
 
 
-class _Given(NamedTuple):
-    """What a teacher's pass is made of: the backbone's keywords, the positions (B, L) that a cache has to know, the
-    student's head, and the rows that are met; None: all."""
-
-    inputs: dict[str, Any]
-    needed: Tensor | None
-    head: Head
-    met: MetRows | None
-
-
-def _teacher_pass(model: PreTrainedModel, request: StepRequest, given: _Given) -> TeacherStates | TopLogProbs | None:
+def _teacher_pass(
+    model: PreTrainedModel, request: StepRequest, passes: TwoPasses, needed: Tensor | None, student_head: Head
+) -> TeacherStates | TopLogProbs | None:
     """Final hidden states (B, L, d) of the pre-trained model, and its head; of k rows that are met (k, L, d).
 
     With a cache the states are rounded to bfloat16 and zero where nothing is needed, or they are the
-    log-probabilities that it has instead, which need no head. None where it ran for the other processes' sake.
+    log-probabilities that it has instead, which need no head. None where they come with the student's, or where it
+    ran for the other processes' sake.
     """
-    forward = backbone_pass if request.compiled is None else request.compiled.teacher
-    met, after, shared = given.met, request.shares_by_row(model), request.shares(model)
-    # what proves that layers are shared is a pass over the whole batch, as the student's is
-    rows = None if met is None or (shared is not None and after is None) else rows_run(given.inputs, met)
-    inputs = given.inputs if rows is None else only_rows(given.inputs, rows)
-
-    def run(inputs: dict[str, Any]) -> Tensor:
-        if request.teacher is not None:
-            with torch.no_grad():
-                return forward(request.teacher, inputs)
-        with (request.switch or TeacherSwitch(model)).off():
-            return begun_by(shared, rows, partial(forward, model, inputs))
-
-    head = partial(_teacher_head, model, request, given.head)
-    if request.cache is None or given.needed is None:
-        found: Tensor | TopLogProbs = run(inputs)
-    else:
-        needed = given.needed if rows is None else of_rows(given.needed, rows)
-        found = request.cache.states(inputs, needed, run, head)
-    own = None if isinstance(found, TopLogProbs) else head().alone  # reading a sharded head is collective
-    if met is not None and not len(met.met):
-        return None
-    if met is not None and (rows is None or len(rows) > len(met.met)):
-        found = _only(found, met)
-    return found if isinstance(found, TopLogProbs) else TeacherStates(found, own)
+    head = partial(_teacher_head, model, request, student_head)
+    if request.cache is None or needed is None:
+        states = passes.teacher()
+        return None if states is None else _as_teacher(states, passes, head)
+    needed = needed if passes.rows is None else of_rows(needed, passes.rows)
+    with request.part("teacher"):
+        found = request.cache.states(passes.inputs, needed, partial(_teacher_alone, model, request), head)
+    return _as_teacher(found, passes, head)
 
 
-def _only(found: Tensor | TopLogProbs, met: MetRows) -> Tensor | TopLogProbs:
-    """What a teacher gives at the rows that are met, of what it gives at all of a batch's."""
+def _as_teacher(
+    found: Tensor | TopLogProbs, passes: TwoPasses, head: Callable[[], Head]
+) -> TeacherStates | TopLogProbs | None:
+    """What the terms compare with, of what a pass or a cache gave; None where it ran for other processes' sake."""
     if isinstance(found, TopLogProbs):
-        return TopLogProbs(*(of_rows(x, met.met) for x in found))
-    return of_rows(found, met.met)
+        parts = [part for part in map(passes.at_met, found) if part is not None]
+        return TopLogProbs(*parts) if parts else None
+    own = head().alone  # reading a sharded head is collective
+    states = passes.at_met(found)
+    return None if states is None else TeacherStates(states, own)
+
+
+def _teacher_alone(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> Tensor:
+    """Final hidden states (B, L, d) of the pre-trained model, in a pass of its own."""
+    forward = backbone_pass if request.compiled is None else request.compiled.teacher
+    if request.teacher is not None:
+        with torch.no_grad():
+            return forward(request.teacher, inputs)
+    with (request.switch or TeacherSwitch(model)).off():
+        return forward(model, inputs)
 
 
 def _teacher_head(model: PreTrainedModel, request: StepRequest, student_head: Head) -> Head:

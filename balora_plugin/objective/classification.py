@@ -8,7 +8,7 @@ samples as they hold; the statistics of a batch (covariance, spectrum) count onc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,7 +37,8 @@ from .classification_terms import (
 from .gather import gather_rows
 from .measured import of_samples
 from .request import StepOutput, StepRequest
-from .some_rows import begun_by, met_rows, of_rows, only_rows, rows_run, shared_by_student
+from .some_rows import of_rows
+from .two_passes import TwoPasses
 
 IGNORED = -100
 
@@ -67,18 +68,22 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
         # the mean over no sample is NaN, and so is its gradient: any class will do where none counts
         labels = torch.where(counted.any(), labels, labels.clamp(min=0))
     _check_padding(model, inputs)
-    met, after = met_rows(request.teacher_rows, inputs), request.shares_by_row(model)
-    taught = partial(_teacher_logits, model, request, inputs, met)
-    teacher = taught() if lambdas.consistency and after is None else None
+    passes = TwoPasses(
+        model,
+        request,
+        inputs,
+        teacher=partial(_teacher_logits, model, request),
+        student=partial(model.forward, **inputs, labels=labels if single else labels.float(), return_dict=True),
+    )
+    teacher = passes.teacher()
     layers_off = (request.switch or TeacherSwitch(model)).layers_off if request.head_only else nullcontext
-    shared = request.shares(model)
-    once = shared_by_student(shared, after)
-    with _final_hidden(model, frozen=request.head_only) as captured, layers_off(), once:
-        outputs = model.forward(**inputs, labels=labels if single else labels.float(), return_dict=True)
+    with _final_hidden(model, frozen=request.head_only) as captured, layers_off():
+        outputs = passes.student()
+    late = passes.late_teacher()
+    teacher = _at_met(teacher if late is None else late, passes)
     logits = outputs.logits.reshape(n, -1)  # (N, D); DeBERTa's come out flat for regression
-    teacher = teacher if after is None else taught()
     batch = BatchLabels(labels, problem, counted)
-    both = _with_teacher(logits, batch, met)
+    both = _with_teacher(logits, batch, passes.met)
     found = _Found(count=counted.sum())
     with torch.autocast(logits.device.type, enabled=False):  # it would take the covariance in half precision
         task = upcast(outputs.loss) * found.count  # the model's own loss, a mean
@@ -100,7 +105,7 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
     result: dict[str, Any] = {"loss": loss, "task": task.detach(), "count": found.count, **found.facts}
     result |= {name: value.detach() for name, value in found.sums.items()}
     result |= of_samples(request.measures, both[0], teacher, both[1])
-    result["taught"] = _taught(both[1], met)
+    result["taught"] = _taught(both[1], passes.met)
     if request.return_logits:
         result["logits"] = logits
     if request.measure_shares:
@@ -108,6 +113,11 @@ def classification_step(model: PreTrainedModel, request: StepRequest, inputs: di
             factor = _factor_of_share(request.teacher_factor, found.count, result["taught"])
             result["shares"] = _shares(task, weighted, captured[0], factor)
     return StepOutput(**result)
+
+
+def _at_met(teacher: Tensor | None, passes: TwoPasses) -> Tensor | None:
+    """The teacher's logits (N, D), of the samples that are met; None where none is, or where there is no teacher."""
+    return None if teacher is None else passes.at_met(teacher.reshape(len(main_input(passes.inputs)), -1))
 
 
 def _with_teacher(logits: Tensor, batch: BatchLabels, met: MetRows | None) -> tuple[Tensor, BatchLabels]:
@@ -276,36 +286,12 @@ def samples_of(labels: Tensor, items: Tensor | int) -> Tensor | int:
     return items if labels.ndim < 2 else items // labels[0].numel()
 
 
-def _teacher_logits(
-    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], met: MetRows | None
-) -> Tensor | None:
-    """The teacher's logits (N, D), of the samples that are met; None where it ran for the other processes' sake."""
-    after, shared = request.shares_by_row(model), request.shares(model)
-    # what proves that layers are shared is a pass over the whole batch, as the student's is
-    rows = None if met is None or (shared is not None and after is None) else rows_run(inputs, met)
-    given = inputs if rows is None else only_rows(inputs, rows)
-    with request.part("teacher"):
-        logits = _outputs_of_teacher(model, request, given, partial(begun_by, shared, rows))
-    logits = logits.reshape(len(main_input(given)), -1)
-    if met is None:
-        return logits
-    if not len(met.met):
-        return None
-    return of_rows(logits, met.met) if len(logits) > len(met.met) else logits
-
-
-def _outputs_of_teacher(
-    model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any], begun: Callable[..., Tensor]
-) -> Tensor:
+def _teacher_logits(model: PreTrainedModel, request: StepRequest, inputs: dict[str, Any]) -> Tensor:
     if request.teacher is not None:
         with torch.no_grad():
             return request.teacher(**inputs, return_dict=True).logits
-
-    def run() -> Tensor:
-        return model.forward(**inputs, return_dict=True).logits
-
     with (request.switch or TeacherSwitch(model)).off():
-        return begun(run)
+        return model.forward(**inputs, return_dict=True).logits
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..fused import TopLogProbs
 from ..fused.factor import FactorCache
 from ..fused.head import Head
 from ..fused.loss import PLAIN_TASK, TaskForm
+from ..pretrained.by_layer import ByLayer
 from ..pretrained.shared_layers import SharedLayers
 from ..pretrained.switch import TeacherSwitch
 from ..schedules import Lambdas
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..compile.layers import CompiledLayers
 
 
+Way = TypeVar("Way", SharedLayers, ByLayer)
 Part = Callable[[str], AbstractContextManager[None]]  # counts what runs inside as that part of a run's cost
 
 
@@ -93,8 +95,9 @@ class StepRequest:
     device. `task_form`: smoothed, or weighted by the probability of its target, as the host's arguments ask. `monitor`:
     every term is measured, at weight 0 too. `measures`: beside the terms, where the teacher runs. `anchors`: rows
     beside the batch's for the consistency term alone; None where a run has none. `shared`: the layers that teacher and
-    student need not both compute; None where they do. `teacher_rows`: the rows that the teacher runs on, None for all;
-    none of them where it runs because it does in other processes, and nothing of it is used.
+    student need not both compute; None where they do. `by_layer`: lets the teacher go through each layer in the
+    student's call of it; None where the teacher has a pass of its own. `teacher_rows`: the rows that the teacher runs
+    on, None for all; none of them where it runs because it does in other processes, and nothing of it is used.
     """
 
     config: RegularizerConfig
@@ -121,6 +124,7 @@ class StepRequest:
     monitor: bool = False
     shared: SharedLayers | None = None
     teacher_rows: tuple[int, ...] | None = None
+    by_layer: ByLayer | None = None
 
     @property
     def measured(self) -> Lambdas:
@@ -129,18 +133,16 @@ class StepRequest:
 
     def shares(self, model: PreTrainedModel) -> SharedLayers | None:
         """Returns the layers that this pass of `model` computes once; None where it does not."""
-        if self.shared is None or self.head_only or not self.measured.consistency:
+        return self._of(self.shared, model)
+
+    def layered(self, model: PreTrainedModel) -> ByLayer | None:
+        """Returns what may run the teacher of this pass of `model` by layer; None where nothing may."""
+        return self._of(self.by_layer, model)
+
+    def _of(self, way: Way | None, model: PreTrainedModel) -> Way | None:
+        if way is None or self.head_only or not self.measured.consistency:
             return None
-        training = model.training and torch.is_grad_enabled()
-        return self.shared if self.shared.serves(model, training=training) else None
-
-    def shares_by_row(self, model: PreTrainedModel) -> SharedLayers | None:
-        """Returns the layers of which a teacher of some rows takes what the student's pass found; None: none.
-
-        The first pass proves that they are shared, as that of a teacher of all rows does.
-        """
-        shared = None if self.teacher_rows is None else self.shares(model)
-        return shared if shared is not None and shared.proven else None
+        return way if way.serves(model, training=model.training and torch.is_grad_enabled()) else None
 
 
 class CompiledPasses(NamedTuple):

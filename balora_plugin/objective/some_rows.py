@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..fused.loss import IGNORED, MetRows
-from ..pretrained.shared_layers import SharedLayers
 from .batches import main_input
 
 _NO_INPUT = {"labels", "shift_labels", "num_items_in_batch"}
@@ -66,20 +63,6 @@ def rows_run(inputs: dict[str, Any], met: MetRows) -> Tensor:
     if rows_apart(inputs) == 1:
         return torch.arange(main_input(inputs).shape[0], device=met.met.device)
     return met.met if len(met.met) else torch.zeros_like(met.others[:1])
-
-
-def shared_by_student(shared: SharedLayers | None, after: SharedLayers | None) -> AbstractContextManager[None]:
-    """Returns what the student's pass runs inside of: it goes on from the teacher's, or leaves it what it finds."""
-    if after is not None:
-        return after.kept_for_rows()
-    return nullcontext() if shared is None else shared.student()
-
-
-def begun_by(shared: SharedLayers | None, rows: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
-    """Returns what a teacher's pass `run` gives: whole, or begun behind the shared layers; `rows`: its own, or all."""
-    if shared is None:
-        return run()
-    return shared.teacher(run) if rows is None else shared.teacher_of(rows, run)
 
 
 def counted_with_teacher(targets: Tensor, met: MetRows | None) -> Tensor | None:

@@ -11,10 +11,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..distributed import any_process
-from .backbone import language_model_of
+from .decoder_layers import (
+    given_states,
+    has_states_alone,
+    layers_of,
+    skips_layers,
+    standing_in,
+    states_of,
+    with_states,
+)
 
 
 class SharedLayers:
@@ -40,7 +47,7 @@ class SharedLayers:
         self.model = model
         self.proven = False
         self.passes = 0
-        self._layers = _layers_of(model)
+        self._layers = layers_of(model)
         self.first, self.total = 0, len(self._layers or ())
         self.why = why or self._find()
         self._kept: _Kept | None = None
@@ -55,7 +62,7 @@ class SharedLayers:
         """Ends the sharing; every process of a job has to say it at the same pass."""
         self.why, self.proven = self.why or why, False
 
-    def begin(self) -> None:
+    def renew(self) -> None:
         """Asks for a new proof: a training begins, and what was shown in an earlier one may hold no longer."""
         self.proven = False
 
@@ -163,14 +170,9 @@ class SharedLayers:
     def _left_out(self) -> Iterator[None]:
         """Inside: what was kept stands in the place of the shared layers."""
         assert self._layers is not None and self._kept is not None
-        before = [self._layers[index] for index in range(self.first)]
-        try:
-            for index, layer in enumerate(before):
-                self._layers[index] = _LeftOut(layer, self._kept, last=index == self.first - 1)
+        kept, last = self._kept, self.first - 1
+        with standing_in(self._layers, {i: kept.give if i == last else kept.pass_by for i in range(self.first)}):
             yield
-        finally:
-            for index, layer in enumerate(before):
-                self._layers[index] = layer
 
     def _last(self) -> nn.Module:
         assert self._layers is not None
@@ -180,7 +182,7 @@ class SharedLayers:
         """Finds the first adapted layer; returns why nothing is shared, or ""."""
         if self._layers is None:
             return "the model's layers were not found"
-        if getattr(self.model.config.get_text_config(), "cross_attention_layers", None):
+        if skips_layers(self.model):
             return "layers that images alone go through are left out of a batch of text"
         adapted = [index for index, layer in enumerate(self._layers) if any(map(_differs, layer.modules()))]
         if not adapted:
@@ -208,7 +210,7 @@ class _Kept:
 
     def of(self, rows: Tensor) -> _Kept | None:
         """What a pass over some of the rows would have kept; None where it is not told apart by rows."""
-        kept, states = _Kept(), _states(self.output)
+        kept, states = _Kept(), states_of(self.output)
         if not self.whole or states.ndim != 3:
             return None
         for name, entries in self.side.items():
@@ -216,13 +218,26 @@ class _Kept:
             if not all(part and all(len(x) == len(states) for x in part) for part in parts.values()):
                 return None
             kept.side[name] = {key: tuple(x[rows.to(x.device)] for x in part) for key, part in parts.items()}
-        kept.output = _with_states(self.output, states.detach()[rows.to(states.device)])
+        kept.output = with_states(self.output, states.detach()[rows.to(states.device)])
         return kept
 
     @property
     def whole(self) -> bool:
         """Whether it is one tensor of states, alone or with nothing beside it."""
-        return isinstance(_states(self.output), Tensor) and not _beside_states(self.output)
+        return has_states_alone(self.output)
+
+    def pass_by(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the other shared layers give in the last one's name: what they are given."""
+        return with_states(self.output, given_states(args, kwargs))
+
+    def give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the last shared layer gives where it does not run."""
+        for name, entries in self.side.items():
+            kwargs[name].update(entries)
+        states = states_of(self.output)
+        if torch.is_grad_enabled() and given_states(args, kwargs).requires_grad:
+            states = states.detach().requires_grad_()  # as embeddings do, for reentrant checkpointing
+        return with_states(self.output, states)
 
 
 class _Seen:
@@ -234,37 +249,9 @@ class _Seen:
         self.device = device
 
     def compare(self, layer: nn.Module, args: Any, output: Any) -> None:
-        states, kept = _states(output), _states(None if self._kept is None else self._kept.output)
+        states, kept = states_of(output), states_of(None if self._kept is None else self._kept.output)
         if isinstance(states, Tensor) and isinstance(kept, Tensor) and states.shape == kept.shape:
             self.same = torch.equal(states.detach(), kept)
-
-
-class _LeftOut(nn.Module):
-    """Stands in a shared layer's place: nothing is gathered, nothing computed; the last one gives what was kept."""
-
-    def __init__(self, layer: nn.Module, kept: _Kept, *, last: bool) -> None:
-        super().__init__()
-        self.__dict__["stands_for"] = layer  # no child: it is not to be found by a walk over modules
-        self.__dict__["kept"] = kept
-        self.last = last
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["stands_for"], name)  # what a model asks of its layers
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kept: _Kept = self.__dict__["kept"]
-        given = args[0] if args else kwargs["hidden_states"]
-        if not self.last:
-            return _with_states(kept.output, given)
-        for name, entries in kept.side.items():
-            kwargs[name].update(entries)
-        states = _states(kept.output)
-        if torch.is_grad_enabled() and given.requires_grad:  # embeddings that require it, for reentrant checkpointing
-            states = states.detach().requires_grad_()
-        return _with_states(kept.output, states)
 
 
 def _not_whole(kept: _Kept | None) -> str:
@@ -279,37 +266,11 @@ def _tensors(entry: Any) -> tuple[Tensor, ...]:
     return entry if alone else ()
 
 
-def _states(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) and output else output
-
-
-def _beside_states(output: Any) -> bool:
-    return isinstance(output, (tuple, list)) and any(each is not None for each in output[1:])
-
-
-def _with_states(output: Any, states: Tensor) -> Any:
-    return type(output)([states, *output[1:]]) if isinstance(output, (tuple, list)) else states
-
-
 def _differs(module: nn.Module) -> bool:
     """Whether a module may be another one for the student than for the teacher, what is in it left out."""
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         return True
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-
-
-def _layers_of(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The decoder layers of a language model, its one list of transformers' repeated layers; None: not found."""
-    found = [
-        module
-        for module in language_model_of(model).modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(_repeats(layer) for layer in module)
-    ]
-    return found[0] if len(found) == 1 else None
-
-
-def _repeats(layer: nn.Module) -> bool:
-    return isinstance(layer, GradientCheckpointingLayer)
 
 
 def _beside(model: PreTrainedModel, layers: nn.ModuleList) -> str:

@@ -75,10 +75,12 @@ class BeforeTraining(TrainerCallback):
         run.metrics.begin()
         check_loss_function(getattr(self._host, "compute_loss_func", None), run.task_form)
         run.as_made.check(config, run.adapter)
-        if run.shared is not None:
-            run.shared.begin()
+        for way in (run.shared, run.by_layer):
+            if way is None:
+                continue
+            way.renew()
             if run.adapter is not run.as_made.adapter:  # its layers may be others
-                run.shared.stop("another adapter is active than when the trainer was made")
+                way.stop("another adapter is active than when the trainer was made")
         check_adapters(run.model)
         if not (self._host.is_fsdp_enabled or self._host.is_deepspeed_enabled):  # their parameters may be others
             check_moves(run.wrapped, optimizer, run.warn)

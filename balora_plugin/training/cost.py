@@ -232,6 +232,8 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"  {speed:,.0f} {what} a second")
     if shared := report.get("shared_layers"):
         lines.append(f"  {_shared_in_words(shared)}")
+    if by_layer := report.get("teacher_by_layer"):
+        lines.append(f"  {_by_layer_in_words(by_layer)}")
     if held := report.get("held_bytes"):
         parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**30:.2f}" for name, size in held.items())
         lines.append(f"  held all along, GiB: {parts}")
@@ -248,6 +250,15 @@ def _shared_in_words(shared: dict[str, Any]) -> str:
     return (
         f"{shared['layers']} of {shared['of']} layers computed once for teacher and student, {shared['passes']} times"
     )
+
+
+def _by_layer_in_words(found: dict[str, Any]) -> str:
+    if not found["passes"]:
+        return f"the teacher ran in passes of its own: {found['why'] or 'no pass has shown yet that it need not'}"
+    text = f"the teacher ran inside the student's call of each layer, {found['passes']} times"
+    if found["gathered_less_gib"]:
+        text += f": {found['gathered_less_gib']:.2f} GiB of weights gathered once less"
+    return f"{text}; then no more: {found['why']}" if found["why"] else text
 
 
 def write_report(report: dict[str, Any], directory: str) -> str:

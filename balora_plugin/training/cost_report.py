@@ -14,7 +14,7 @@ from .cost import format_report, write_report
 from .host import HostTrainer, optimizer_name
 from .log_keys import PREFIX
 from .run_state import RunState
-from .sharing import sharing_report
+from .sharing import by_layer_report, sharing_report
 
 _COUNTED = {"nlg": "tokens", "nlu": "samples"}
 
@@ -60,6 +60,7 @@ def publish(run: RunState, args: Any) -> None:
         compiled="" if run.compiled is None else run.compiled.in_use(),
         teacher_interval=run.config.teacher_interval,
         shared_layers=sharing_report(run),
+        teacher_by_layer=by_layer_report(run),
         overhead=overhead_of(run),
         per_second=meter.per_second,
         held_bytes=dataclasses.asdict(held_by(run.wrapped, optimizer_name(args))),

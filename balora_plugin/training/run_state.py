@@ -21,6 +21,7 @@ from ..fused.project import project
 from ..objective.batches import main_input, without_crossings
 from ..objective.request import AnchorRows, CompiledPasses
 from ..objective.some_rows import rows_apart
+from ..pretrained.by_layer import ByLayer
 from ..pretrained.lm_head import read_head
 from ..pretrained.shared_layers import SharedLayers
 from ..pretrained.switch import TeacherSwitch
@@ -83,6 +84,7 @@ class RunState:
         teacher: A second model as teacher.
         compiled: Teacher and student as compiled passes.
         shared: The layers that teacher and student compute once; None where no teacher runs.
+        by_layer: Lets the teacher run inside the student's pass; None where that is not asked for.
         cache: The teacher's outputs on disk.
         anchors: Text without labels for the consistency term; None where there is none.
         packing: Asks once whether packed documents see each other; None for classifiers.
@@ -116,6 +118,7 @@ class RunState:
     teacher: PreTrainedModel | None = None
     compiled: CompiledPasses | None = None
     shared: SharedLayers | None = None
+    by_layer: ByLayer | None = None
     cache: TeacherCache | None = None
     anchors: Anchors | None = None
     packing: PackingProbe | None = None

@@ -46,7 +46,7 @@ from .packing_probe import PackingProbe
 from .resuming import NothingLeft, Resumed
 from .run_state import Inputs, RunState, WarnOnce
 from .setting_weights import SettingWeights
-from .sharing import layers_to_share
+from .sharing import layers_to_share, teacher_by_layer
 from .task_form import task_form_of
 
 logger = logging.get_logger(__name__)
@@ -138,7 +138,7 @@ def open_run(host: BaLoraHost, given: Given) -> RunState | None:
         provenance.prepare(host.model, provenance.teacher_in_words(config, run.teacher))
         run.callbacks.append(CardMetrics(run))
     _open_data(run, host)
-    run.shared = layers_to_share(run, host.args)
+    run.shared, run.by_layer = layers_to_share(run, host.args), teacher_by_layer(run, host.args)
     warn_at_set_up(run, host.args)
     run.callbacks += [BeforeTraining(run, host), Banner(run), Resumed(run), NothingLeft(run), EarlierRuns(run, host)]
     run.callbacks += [SettingWeights(run, host)] * bool(run.own.rules)

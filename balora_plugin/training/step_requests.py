@@ -87,6 +87,7 @@ class StepRequests(TrainerCallback):
             measures=run.own.measures._replace(drift=True, student_entropy=True) if monitor else run.own.measures,
             anchors=anchors,
             shared=self._shared(turn),
+            by_layer=run.by_layer,
             teacher_rows=turn.rows,
         )
 

@@ -43,7 +43,7 @@ class TeacherRows:
             return WHOLE
         turn = index + phase_of(int(host.state.epoch or 0), interval)
         common = turn % interval == 0
-        apart = interval // math.gcd(interval, accumulated)  # of so many rows of a micro-batch one is met
+        apart = rows_apart_in(interval, accumulated)
         rows = run.rows_apart
         if run.compiled is not None and rows % apart:
             rows = 1  # graphs are made for a number of rows: one that changes would take one more each time
@@ -75,9 +75,14 @@ def rows_met(turn: int, rows: int, interval: int, accumulated: int) -> tuple[int
         interval: One row in so many is met.
         accumulated: Micro-batches of a step.
     """
-    every = math.gcd(interval, accumulated)
-    apart = interval // every
+    apart = rows_apart_in(interval, accumulated)
+    every = interval // apart
     return () if turn % every else tuple(range(-(turn // every) % apart, rows, apart))
+
+
+def rows_apart_in(interval: int, accumulated: int) -> int:
+    """Returns of how many rows of a micro-batch one is met, where any is; 1: all of them, in every interval-th."""
+    return interval // math.gcd(interval, accumulated)
 
 
 def phase_of(epoch: int, interval: int) -> int:

@@ -101,7 +101,9 @@ def adapted_layers(layers: str) -> dict[str, Any]:
     return {"target_modules": names, "layers_to_transform": [int(layer) for layer in layers.split(",")]}
 
 
-def main(directory: str, kind: str, units: str, modules_to_save: str = "", layers: str = "") -> None:
+def main(
+    directory: str, kind: str, units: str, modules_to_save: str = "", layers: str = "", teacher_pass: str = "shared"
+) -> None:
     """Eight samples a step, in two micro-batches or on two ranks; stores gradients, logs, factorisations (rank 0).
 
     `layers`: those that are adapted, of four; the two below them all teacher and student share. Left out: both of two.
@@ -109,7 +111,12 @@ def main(directory: str, kind: str, units: str, modules_to_save: str = "", layer
     torch.set_num_threads(1)
     made, keep = count_factors(), Keep()
     terms = RegularizerConfig(
-        lambda_consistency=0.5, lambda_diversity=0.1, lambda_svd=0.1, svd_top_k=3, share_interval=0
+        lambda_consistency=0.5,
+        lambda_diversity=0.1,
+        lambda_svd=0.1,
+        svd_top_k=3,
+        share_interval=0,
+        teacher_pass=teacher_pass,
     )
     config = BaLoraConfig(
         r=4,
@@ -154,9 +161,10 @@ def main(directory: str, kind: str, units: str, modules_to_save: str = "", layer
     if trainer.accelerator.is_main_process:
         logs = rows_of(trainer.state.log_history)
         wrapped = type(trainer.model_wrapped).__name__
-        shared = trainer.ba_lora_run.shared  # type: ignore[union-attr]
+        shared, by_layer = trainer.ba_lora_run.shared, trainer.ba_lora_run.by_layer  # type: ignore[union-attr]
         result = {"gradients": keep.gradients, "logs": logs, "factors": heads, "wrapped": wrapped}
         result |= {"shared": (shared.first, shared.passes, shared.why)}  # type: ignore[union-attr]
+        result["by_layer"] = by_layer and (by_layer.passes, by_layer.why)
         torch.save(result, Path(directory, "result.pt"))
 
 

@@ -216,6 +216,23 @@ def test_what_teacher_and_student_share_is_said(shared, said):
     assert "share" not in format_report({**report, "shared_layers": None})
 
 
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({}, "the teacher ran inside the student's call of each layer, 7 times"),
+        ({"gathered_less_gib": 3.5}, "7 times: 3.50 GiB of weights gathered once less"),
+        ({"why": "a hook"}, "7 times; then no more: a hook"),
+        ({"passes": 0, "why": "a hook"}, "the teacher ran in passes of its own: a hook"),
+        ({"passes": 0}, "no pass has shown yet that it need not"),
+    ],
+)
+def test_how_the_teacher_ran_by_layer_is_said(found, said):
+    plain = {"layers": 3, "passes": 7, "gathered_less_gib": 0.0, "why": ""}
+    report = CostMeter(torch.device("cpu")).report(teacher_by_layer={**plain, **found})
+    assert any(line.endswith(said) for line in format_report(report).splitlines())
+    assert "the teacher ran" not in format_report({**report, "teacher_by_layer": None})
+
+
 def test_a_part_that_never_ran_has_no_line(clock):
     meter = CostMeter(torch.device("cpu"))
     for _ in range(2):
