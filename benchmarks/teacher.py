@@ -230,7 +230,7 @@ def _micro_batch(base: Any, request: StepRequest, ids: Tensor) -> None:
         with request.switch.off():
             return base(**inputs).logits
 
-    passes = TwoPasses(base, request, inputs, teacher=teacher, student=functools.partial(base, **inputs))
+    passes = TwoPasses(base, request, inputs, teacher=teacher, student=partial(base, **inputs))
     passes.teacher()
     loss = passes.student().logits.sum()
     passes.late_teacher()
