@@ -105,6 +105,27 @@ def test_the_figures_of_the_study_are_those_of_its_report():
     assert f"comes below {float(held_drift) - below:.2f} at that loss" in README
 
 
+def test_the_figures_of_anchors_are_those_of_the_report():
+    report = text_of(ROOT / "studies" / "forgetting" / "report.md")
+    points = report.partition("## All points")
+    choose = text_of(DOCS / "choose.md")
+    for row, name in (("1, LoRA, 1e-3", "lora-cr1"), ("0.3, PiSSA, 3e-4", "pissa-cr0.3")):
+        pair = []
+        for method in (name, f"{name}-anchors"):
+            loss, _, instructions, documentation = row_of(points[2], f"{method}, 24 steps |").split(" | ")[2:6]
+            pair.append([cell.split()[0] for cell in (loss, documentation, instructions)])
+        assert numbers(row_of(choose, row)) == [x for each in zip(*pair, strict=True) for x in each]
+    (_, drift, _), (_, held, _) = (
+        [row_of(points[2], f"{method}, 24 steps |").split(" | ")[n].split()[0] for n in (2, 5, 4)]
+        for method in ("lora-cr1", "lora-cr1-anchors")
+    )
+    assert f"from {drift} to {held}" in " ".join(README.split())
+    below = row_of(points[0], "lora-cr1-anchors, 24 steps |").split(" | ")[4]
+    assert below.startswith("-0.004 [-0.005, -0.002] *") and "(by 0.004, interval 0.002 to 0.005)" in " ".join(
+        choose.split()
+    )
+
+
 def test_what_is_left_of_a_fault_is_what_the_report_says():
     report = text_of(ROOT / "studies" / "inheritance" / "report.md")
     noise, imbalance, colour = (part.partition("| minus lora |")[0] for part in report.split("\n## ")[2:5])
