@@ -34,10 +34,10 @@ def teacher_by_layer(run: RunState, args: Any) -> ByLayer | None:
         return None
     layered = run.compiled is not None and run.compiled.layers is not None
     interval, accumulated = run.config.teacher_interval, args.gradient_accumulation_steps
+    some_rows = f"teacher_interval={interval} gives it some rows of a micro-batch: accumulate a multiple of {interval}"
     reasons = {
         "compile: layers compiles the layers' own forward": layered,
-        f"teacher_interval={interval} gives it some rows of a micro-batch; accumulate a multiple of {interval}, and it "
-        "meets all of them": rows_apart_in(interval, accumulated) > 1,
+        some_rows: rows_apart_in(interval, accumulated) > 1,
     }
     why = _needs_a_pass(run, args) or _first(reasons)
     return ByLayer(run.model, why, partial(_say, run))
