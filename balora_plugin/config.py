@@ -384,7 +384,7 @@ class RegularizerConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RegularizerConfig:
         """Builds a config from plain values; an unknown key is a ValueError that names the nearest, or all of them."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        unknown = sorted({str(key) for key in values} - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(_no_setting(unknown[0]))
         return cls(**values)

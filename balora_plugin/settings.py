@@ -129,6 +129,11 @@ class Setting:
             return self._checked_numbers(name, value)
         if self.kind == "path" or (self.kind == "data" and isinstance(value, (str, bytes, os.PathLike))):
             return as_path(name, value)
+        if self.kind == "data" and isinstance(value, Mapping):  # which gives its keys where rows are asked for
+            raise TypeError(
+                f"{name} must be a file, or data of rows, not a {type(value).__name__} of "
+                f"{', '.join(map(repr, list(value)[:3])) or 'nothing'}: name one split, as {name}=data['train']."
+            )
         if self.kind == "data" and not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
             raise TypeError(
                 f"{name}={value!r} must be a file, or data with a length (a datasets.Dataset, a list of rows), not "

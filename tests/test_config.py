@@ -188,6 +188,12 @@ def test_the_signature_is_the_dataclasss_own():
     assert list(inspect.signature(RegularizerConfig).parameters) == names
 
 
+@pytest.mark.parametrize("key", [1, None, True])
+def test_a_key_that_is_no_text_is_no_setting(key):
+    with pytest.raises(ValueError, match=rf"^{key} is not a setting of RegularizerConfig: "):
+        RegularizerConfig.from_dict({key: 2, "lambda_svd": 0.1})
+
+
 def test_from_dict_validates():
     with pytest.raises(ValueError, match="svd_top_k=0"):
         RegularizerConfig.from_dict({"svd_top_k": 0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,26 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} holds a {type(values).__name__} and no mapping of keys to values.")
     if _deeper_than(values, DEEPEST):
         raise ValueError(f"{path} is nested too deep: it is no such file.")
+    return values
+
+
+def read_record(path: str | os.PathLike[str], keys: Collection[str]) -> dict[str, Any]:
+    """Returns the record of a finished run that a command has kept, NaN and Infinity included.
+
+    Raises:
+        ValueError: it is no JSON mapping, or one of `keys` is missing; names the file, and what to do.
+        OSError: it cannot be opened.
+    """
+    again = "remove the file, and its run is made again"
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): {again}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__} and no record: {again}.")
+    missing = sorted(set(keys) - values.keys())
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}: another release wrote it, or it was edited: {again}.")
     return values
 
 

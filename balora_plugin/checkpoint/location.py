@@ -41,12 +41,14 @@ class AdapterFiles:
         """Returns the local path of the file `name`, downloaded if need be, or None where the adapter has none.
 
         Raises:
-            ValueError: `model_id` is no directory here, and the hub could not be asked.
+            ValueError: `model_id` is no directory here, and the hub could not be asked; or one that cannot be read.
         """
         local = os.path.join(self.model_id, self.subfolder or "", name)
         if os.path.isfile(local):
             return local
         if os.path.isdir(self.model_id):
+            if not os.access(os.path.dirname(local), os.X_OK) and os.path.isdir(os.path.dirname(local)):
+                raise ValueError(f"{os.path.dirname(local)!r} may not be read: change its permissions (chmod u+rx).")
             return None
         try:
             return hf_hub_download(self.model_id, name, subfolder=self.subfolder, **self.options)

@@ -22,6 +22,7 @@ from .names import FORMAT_VERSION, SETTINGS_FILE
 from .rules import FLAG, MAPPING, OPTIONS, TEXT, Rule, each, flaw, is_a, or_none
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+_DTYPE = re.compile(r"(b?float|u?int|complex)\d+\w*|bool|none")  # as torch names them
 _NEEDED = ("delta_form", "config", "sha256")
 
 
@@ -32,6 +33,10 @@ def _is_plain_name(value: Any) -> bool:
 
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and _HASH.fullmatch(value) is not None
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and _DTYPE.fullmatch(value) is not None
 
 
 def _are_digests(value: Any) -> bool:
@@ -50,7 +55,7 @@ _RULES: dict[str, Rule] = {
     "config": MAPPING,
     "base_class": or_none(TEXT),
     "base_sha256": or_none(TEXT),
-    "base_dtype": or_none(TEXT),
+    "base_dtype": or_none(("the name of a dtype", _is_dtype)),
     "base_quantization": or_none(MAPPING),
     "base_digests": or_none(("digests (weights, bfloat16, dtypes)", _are_digests)),
     "teacher": or_none(TEXT),

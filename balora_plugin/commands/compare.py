@@ -141,12 +141,13 @@ def _check_packages(task: str) -> None:
 def _record(cell: Cell, recipe: GridSettings, data: Data, output: str, place: str) -> dict[str, Any]:
     """A cell's record: kept from before, or of a run now."""
     from ..atomic import write_text
-    from ..compare.cells import train_cell
+    from ..checkpoint.json_file import read_record
+    from ..compare.cells import RECORDED, train_cell
 
     folder = Path(output, "runs", cell.name(recipe))
     kept = folder / "cell.json"
     if kept.is_file():
-        record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        record = read_record(kept, RECORDED)
         print(f"{place} {cell}: kept", file=sys.stderr, flush=True)
         return record
     print(f"{place} {cell}", file=sys.stderr, flush=True)

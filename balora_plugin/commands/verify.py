@@ -152,7 +152,7 @@ def _model(
         warnings.simplefilter("always")
         try:
             stock = PeftModel.from_pretrained(model, adapter)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             text = f"does not fit this model: {' '.join(str(error).split())[:200]}"
             return [*checks, Check("adapter", text, mismatch=True)]
     missing = [str(w.message) for w in heard if "missing adapter keys" in str(w.message)]

@@ -15,6 +15,8 @@ from ..samples.models import load_model
 from ..samples.rendering import as_trained
 from .plan import FROM_LORA, Cell, GridSettings
 
+RECORDED = ("method", "learning_rate", "seed", "before", "final", "rows", "first_gradient_norm", "seconds")
+
 
 @dataclass(frozen=True)
 class Data:

@@ -22,7 +22,11 @@ def attach(base: Any, adapter: Adapter) -> PeftModel:
     Raises:
         ValueError: the adapter does not fit the base; names a tensor.
     """
-    model = get_peft_model(base, plain_config(adapter.config, adapter.rank, adapter.rank))  # scaling 1: see `exchange`
+    config = plain_config(adapter.config, adapter.rank, adapter.rank)  # scaling 1: see `exchange`
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise ValueError(f"{adapter.directory!r} does not fit this base: {error}") from None
     exchange(model, adapter)
     return model.eval()
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..adapter.delta import PEFT_PREFIX
 from ..adapter.options import NEUTRAL_OPTIONS
 from ..checkpoint.integrity import check_adapter
 from ..checkpoint.location import AdapterFiles
@@ -127,6 +128,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> Adapter:
         raise ValueError(f"{path}: {what} {'is not expected' if foreign else 'is missing'}: not an ordinary LoRA.")
     shapes = {n: (tensors[f"{n}.lora_A.weight"].shape[0], tensors[f"{n}.lora_B.weight"].shape[1]) for n in names}
     _check_config(config, settings or _exported(metadata), files, names)
+    _check_targets(config, names, files)
     read = scalings_of(config, shapes, path)
     updates = {
         name: Update(tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], *read[name])
@@ -150,6 +152,24 @@ def _check_config(config: LoraConfig, origin: dict[str, Any] | None, files: Adap
         check_as_exported(config, origin.get("config") or {}, path)
     elif origin["sha256"].get(CONFIG_FILE) != file_digest(path):
         check_as_trained(config, origin, names, path)
+
+
+def _check_targets(config: LoraConfig, names: Iterable[str], files: AdapterFiles) -> None:
+    """Refuses factors of modules that the config does not name: PEFT leaves them out, and says nothing.
+
+    A list alone is compared: an expression, or parameters of experts, is matched with the base's own names.
+    """
+    targets = config.target_modules
+    if config.target_parameters or isinstance(targets, str):
+        return
+    for name in sorted(names):
+        module = name.removeprefix(PEFT_PREFIX).replace(".base_layer", "")
+        if not any(module == target or module.endswith(f".{target}") for target in targets or ()):
+            said = f"target_modules={sorted(targets)}" if targets else "target_modules, which is missing,"
+            raise ValueError(
+                f"{files.find(CONFIG_FILE)}: {said} does not name {module}, whose factors {WEIGHTS_FILE} holds: copy "
+                "or save the adapter again."
+            )
 
 
 def _once(others: dict[str, Tensor], config: LoraConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import write_text
+from ..checkpoint.json_file import read_record
 from ..checkpoint.settings import file_digest
 from .tasks import GLUE_X, Task
 
 if TYPE_CHECKING:
     from .job import Job
+
+
+RECORDED = ("job", "scores", "glue_x", "glue_x_data", "kept", "steps_drawn")  # what is read of a record
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def _digest(path: Path) -> str:
 def stored(directory: str, job: Job) -> dict[str, Any] | None:
     """Returns the record of a job that has run before, None of another."""
     path = Path(directory, "runs", job.file)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_record(path, RECORDED) if path.is_file() else None
 
 
 def store(directory: str, job: Job, record: dict[str, Any]) -> None:

@@ -11,11 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.names import CONFIG_FILE, COST_FILE, SETTINGS_FILE, STATE_FILE
+from ..checkpoint.rules import MAPPING, Rule, each, flaw, is_a, or_none
 from ..config import TERMS, RegularizerConfig
 from ..schedules import lambdas_at
 
 CLIP = 1.0  # max_grad_norm of transformers, where a run does not say its own
 SEED_IN_NAME = re.compile(r"[-_.]?seed[-_=]?(\d+)|[-_]s(\d+)$", re.IGNORECASE)
+_NUMBER: Rule = or_none(("a number", lambda value: number(value) is not None and not isinstance(value, str)))
+_MAPPING: Rule = or_none(MAPPING)
+_COST: dict[str, Rule] = {
+    "seconds_per_step": or_none(("a mapping of parts to seconds", each(is_a(str), _NUMBER[1]))),
+    "run": _MAPPING,
+}
+_SETTINGS: dict[str, Rule] = {
+    "seed": or_none(("a whole number", is_a(int))),
+    "learning_rate": _NUMBER,
+    "max_grad_norm": _NUMBER,
+    "adapter": _MAPPING,
+    "terms": _MAPPING,
+}
+_OURS: dict[str, Rule] = {"config": MAPPING, "regularizers_in_force": _MAPPING}
 _TRIED = {"learning_rate", "seed"}  # what a search over settings asks for and a run is told apart by
 
 Curve = list[tuple[float, float]]
@@ -48,7 +63,7 @@ class Run:
     @property
     def seed(self) -> int | None:
         """Returns its seed, by its record or its name; None where neither says it."""
-        if "seed" in self.settings:
+        if self.settings.get("seed") is not None:
             return int(self.settings["seed"])
         found = SEED_IN_NAME.search(self.name)
         return None if found is None else int(found.group(1) or found.group(2))
@@ -67,9 +82,9 @@ class Run:
         """Returns (step, value) of everything that was logged by this key, in order; the last one of a step."""
         found: dict[float, float] = {}
         for row in self.history:
-            value = number(row.get(key))
-            if value is not None and "step" in row:
-                found[float(row["step"])] = value
+            value, step = number(row.get(key)), number(row.get("step"))
+            if value is not None and step is not None and math.isfinite(step):
+                found[step] = value
         return sorted(found.items())
 
     def last(self, key: str) -> float | None:
@@ -100,7 +115,7 @@ def number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -128,26 +143,34 @@ def _read(path: Path, name: str) -> Run:
     holders = [path, state.parent]
     # above a checkpoint lies its run's; above a trial of a search the last trial's
     places = (path, path.parent) if state.parent == path else (path,)
-    cost = next((found for each in places if (found := _json(each / COST_FILE))), {})
+    files = [place / COST_FILE for place in places]
+    cost, told_by = next(((found, file) for file in files if (found := _json(file))), ({}, path))
+    _check(cost, _COST, told_by)
     values = _json(state)
     tried = values.get("trial_params") or {}
     tried = tried if isinstance(tried, dict) else {}
     history = values.get("log_history") or []
-    settings = dict(cost.pop("run", None) or {}) | {key: tried[key] for key in _TRIED & tried.keys()}
-    adapter = next((each for each in holders if (each / CONFIG_FILE).is_file()), None)
+    settings = dict(cost.pop("run", None) or {})
+    _check(settings, _SETTINGS, told_by)
+    tried = {key: tried[key] for key in _TRIED & tried.keys()}
+    _check(tried, _SETTINGS, state)
+    settings |= tried
+    adapter = next((place for place in holders if (place / CONFIG_FILE).is_file()), None)
     terms = settings.pop("terms", None)
     if adapter is not None:
         told = _json(adapter / CONFIG_FILE)
         ours = _json(adapter / SETTINGS_FILE)
+        _check(ours, _OURS, adapter / SETTINGS_FILE)
         settings.setdefault("adapter", _adapter(told, ours))
-        terms = terms or ours.get("regularizers_in_force")
+        if not terms:
+            terms, told_by = ours.get("regularizers_in_force"), adapter / SETTINGS_FILE
     return Run(
         name=name,
         path=path,
         history=[row for row in (history if isinstance(history, list) else []) if isinstance(row, dict)],
         steps=_count(values, "max_steps", state) or _count(values, "global_step", state),
         settings=settings,
-        terms=_terms(terms),
+        terms=_terms(terms, told_by),
         cost=cost,
         adapter=adapter,
     )
@@ -171,10 +194,17 @@ def _state(path: Path) -> Path:
     return max(found, key=lambda file: (_count(_json(file), "global_step", file), file.parent == path))
 
 
+def _check(values: dict[str, Any], rules: dict[str, Rule], path: Path) -> None:
+    """Refuses a file whose values are of other types than the page draws."""
+    wrong = flaw(values, rules)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong}: copy the file again.")
+
+
 def _count(values: dict[str, Any], key: str, file: Path) -> int:
     """A number of steps that a Trainer has written; 0 where it says none."""
     value = values.get(key) or 0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, str) or (found := number(value)) is None or not math.isfinite(found):
         raise ValueError(f"{file}: {key} is {repr(value)[:40]}, not a number of steps: copy the file again.")
     return int(value)
 
@@ -197,12 +227,15 @@ def _adapter(config: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     return {"kind": str(config.get("peft_type", "")).lower(), "start": start, "r": rank}
 
 
-def _terms(values: dict[str, Any] | None) -> RegularizerConfig | None:
+def _terms(values: dict[str, Any] | None, path: Path) -> RegularizerConfig | None:
     if not values:
         return None
     known = RegularizerConfig.__dataclass_fields__
-    config = RegularizerConfig.from_dict({key: value for key, value in values.items() if key in known})
-    return config.resolved("nlg" if config.task == "auto" else None)
+    try:
+        config = RegularizerConfig.from_dict({key: value for key, value in values.items() if key in known})
+        return config.resolved("nlg" if config.task == "auto" else None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}, the terms of the run: {error}") from None
 
 
 def clipped(run: Run) -> Iterator[tuple[float, float]]:

@@ -76,6 +76,10 @@ def test_other_refusals(tmp_path):
         list(read_anchors("somebody/some_text"))
     with pytest.raises(TypeError, match=r"anchor_data=3 must be a file, or data with a length"):
         RegularizerConfig(anchor_data=3)
+    with pytest.raises(
+        TypeError, match=r"anchor_data must be .*not a dict of 'train': name one split, as anchor_data=d"
+    ):
+        RegularizerConfig(anchor_data={"train": ["words"]})  # a DatasetDict too: its rows would be its keys
     with pytest.raises(TypeError, match=r"anchor_data=<generator.*must be a file, or data with a length"):
         RegularizerConfig(anchor_data=(text for text in "ab"))
     with pytest.raises(ValueError, match=r"anchor_data='a' with task='nlu': the consistency of a classifier"):

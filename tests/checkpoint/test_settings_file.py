@@ -117,6 +117,7 @@ def test_names_stay_inside_the_directory(name, tmp_path):
         (("config", "rank_pattern"), {"q_proj": 0}),
         (("config", "regularizers", "lambda_svd"), -1),
         (("base_digests",), {"weights": "x"}),
+        (("base_dtype",), "x"),
         (("ranks",), [-1]),
         (("sha256",), KeyError),
     ],

@@ -53,7 +53,9 @@ def test_a_run_is_its_last_checkpoint_or_itself(tmp_path):
     assert math.isnan(read_runs([str(path / "checkpoint-3")])[0].history[0]["loss"])
 
 
-@pytest.mark.parametrize(("key", "value"), [("global_step", "many"), ("max_steps", [3]), ("global_step", True)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("global_step", "many"), ("max_steps", [3]), ("global_step", True), ("max_steps", 10**400)]
+)
 def test_a_count_that_is_none_is_one_line(key, value, tmp_path):
     out = tmp_path / "out"
     run(out)
@@ -61,6 +63,46 @@ def test_a_count_that_is_none_is_one_line(key, value, tmp_path):
     state.write_text(json.dumps({**json.loads(state.read_text()), "max_steps": 0, key: value}))
     with pytest.raises(ValueError, match=rf"{re.escape(str(state))}: {key} is .*, not a number of steps: copy the fil"):
         read_runs([str(out)])
+
+
+@pytest.mark.parametrize("value", ["x", None, [1], {"a": 1}, math.nan, math.inf, 10**400, True])
+def test_rows_without_a_step_or_a_number_are_left_out(value, tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    state = out / "trainer_state.json"
+    rows = [{"step": 1, "loss": 2.0}, {"step": value, "loss": 1.0}]
+    state.write_text(json.dumps({**json.loads(state.read_text()), "log_history": rows}))
+    assert read_runs([str(out)])[0].curve("loss") == [(1.0, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (["seconds_per_step"], [1], "seconds_per_step is [1], not a mapping of parts to seconds or null"),
+        (["seconds_per_step", "step"], "x", "seconds_per_step is {'teacher'"),
+        (["run"], [1], "run is [1], not a mapping or null"),
+        (["run", "seed"], "x", "seed is 'x', not a whole number or null"),
+        (["run", "seed"], math.nan, "seed is nan, not a whole number or null"),
+        (["run", "max_grad_norm"], "x", "max_grad_norm is 'x', not a number or null"),
+        (["run", "learning_rate"], [1], "learning_rate is [1], not a number or null"),
+        (["run", "adapter"], "x", "adapter is 'x', not a mapping or null"),
+        (["run", "terms"], [1], "terms is [1], not a mapping or null"),
+        (["run", "terms", "lambda_svd"], "x", "lambda_svd='x' must be a number"),
+    ],
+)
+def test_a_record_of_other_types_names_file_and_key(where, value, said, tmp_path):
+    out = tmp_path / "out"
+    run(out, method="ba_lora")
+    path = out / "ba_lora_cost.json"
+    values = json.loads(path.read_text())
+    inner = values
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        read_runs([str(out)])
+    assert str(path) in str(caught.value)
 
 
 def test_a_trial_of_a_search_is_itself_not_the_last_one(tmp_path):
