@@ -67,9 +67,13 @@ class GroupDifference:
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Returns the groups by method, the baselines first; of one method in the order of their first runs."""
-    found: dict[str, list[Run]] = {}
+    bases: dict[str, set[str]] = {}
     for run in runs:
-        found.setdefault(_key(run), []).append(run)
+        bases.setdefault(_key(run), set()).update({run.base} - {None})
+    found: dict[tuple[str, str | None], list[Run]] = {}
+    for run in runs:
+        key = _key(run)
+        found.setdefault((key, run.base if len(bases[key]) > 1 else None), []).append(run)
     members = sorted(found.values(), key=lambda group: _ORDER.index(group[0].method))
     labels = [members_of[0].method for members_of in members]
     for name in _telling(members):
@@ -136,12 +140,12 @@ def _key(run: Run) -> str:
 
 
 def _fact(run: Run, name: str) -> Any:
-    return _facts(run).get(name)
+    return run.base if name == "base" else _facts(run).get(name)
 
 
 def _telling(groups: Sequence[Sequence[Run]]) -> list[str]:
     """Names of the settings in which groups of one method differ, the usual ones first."""
-    usual = ["learning_rate", "adapter r", "lambda_consistency", "lambda_diversity", "lambda_svd", "steps"]
+    usual = ["learning_rate", "adapter r", "lambda_consistency", "lambda_diversity", "lambda_svd", "steps", "base"]
     names = [*usual, *sorted({name for group in groups for name in _facts(group[0])} - set(usual))]
     telling = []
     for name in names:

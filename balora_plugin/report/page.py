@@ -47,7 +47,7 @@ def page_of(runs: Sequence[Run], title: str, asked: AskedOfModels | None = None,
     Raises:
         ValueError: nothing was logged by any of the runs.
     """
-    if not any(run.history for run in runs):
+    if not any(run.logged for run in runs):
         raise ValueError(f"{runs[0].path} has logged nothing, nor has another run: set logging_steps below its steps.")
     groups = grouped(runs)
     sections = [
@@ -57,7 +57,7 @@ def page_of(runs: Sequence[Run], title: str, asked: AskedOfModels | None = None,
         Section("Cost", [*curves.cost(groups)]),
         _section("The update", updates(groups)),
     ]
-    page = Page(title, groups, sections, notes=list(notes))
+    page = Page(title, groups, sections, notes=[*notes, *_of_several_bases(runs)])
     if asked is not None:
         found = compared_models(asked, groups)
         sections.append(Section("Before and after", [*pictures(found, asked.samples)], found.notes))
@@ -99,6 +99,13 @@ def write_page(page: Page, directory: str) -> Path:
     path = folder / FILE
     write_text(path, text)
     return path
+
+
+def _of_several_bases(runs: Sequence[Run]) -> Iterable[str]:
+    bases = {run.base: run.name for run in runs if run.base is not None}
+    if len(bases) > 1:
+        named = ", ".join(f"{base} ({name})" for base, name in bases.items())
+        yield f"These adapters belong to different models: {named}. Their losses and drifts are of different scales."
 
 
 def _section(title: str, found: Iterable[Picture | str]) -> Section:

@@ -31,6 +31,7 @@ _SETTINGS: dict[str, Rule] = {
     "terms": _MAPPING,
 }
 _OURS: dict[str, Rule] = {"config": MAPPING, "regularizers_in_force": _MAPPING}
+_OF_A_ROW = {"step", "epoch"}  # what says where a row belongs
 _TRIED = {"learning_rate", "seed"}  # what a search over settings asks for and a run is told apart by
 
 Curve = list[tuple[float, float]]
@@ -49,6 +50,8 @@ class Run:
         terms: The terms' settings, resolved; None for a run without.
         cost: ba_lora_cost.json, without its settings; empty where there is none.
         adapter: The directory of its adapter; None where there is none.
+        base: The model that its adapter belongs to: the start of the hash that is recorded, else a name; None where
+            nothing says it.
     """
 
     name: str
@@ -59,6 +62,12 @@ class Run:
     terms: RegularizerConfig | None = None
     cost: dict[str, Any] = field(default_factory=dict)
     adapter: Path | None = None
+    base: str | None = None
+
+    @property
+    def logged(self) -> bool:
+        """Returns whether there is a number of some step that can be drawn."""
+        return any(self.curve(key) for key in {key for row in self.history for key in row} - _OF_A_ROW)
 
     @property
     def seed(self) -> int | None:
@@ -156,12 +165,13 @@ def _read(path: Path, name: str) -> Run:
     _check(tried, _SETTINGS, state)
     settings |= tried
     adapter = next((place for place in holders if (place / CONFIG_FILE).is_file()), None)
-    terms = settings.pop("terms", None)
+    terms, base = settings.pop("terms", None), None
     if adapter is not None:
         told = _json(adapter / CONFIG_FILE)
         ours = _json(adapter / SETTINGS_FILE)
         _check(ours, _OURS, adapter / SETTINGS_FILE)
         settings.setdefault("adapter", _adapter(told, ours))
+        base = _base(told, ours)
         if not terms:
             terms, told_by = ours.get("regularizers_in_force"), adapter / SETTINGS_FILE
     return Run(
@@ -173,6 +183,7 @@ def _read(path: Path, name: str) -> Run:
         terms=_terms(terms, told_by),
         cost=cost,
         adapter=adapter,
+        base=base,
     )
 
 
@@ -225,6 +236,12 @@ def _adapter(config: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     start = ours.get("start", config.get("init_lora_weights"))
     rank = ours.get("config", config).get("r")
     return {"kind": str(config.get("peft_type", "")).lower(), "start": start, "r": rank}
+
+
+def _base(config: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """What an adapter's files say of its base: one model may lie at several places, so that its hash comes first."""
+    digest, name = ours.get("base_sha256"), config.get("base_model_name_or_path")
+    return str(digest)[:12] if digest else str(name) if name else None
 
 
 def _terms(values: dict[str, Any] | None, path: Path) -> RegularizerConfig | None:

@@ -105,6 +105,35 @@ def test_a_record_of_other_types_names_file_and_key(where, value, said, tmp_path
     assert str(path) in str(caught.value)
 
 
+def test_a_log_without_a_step_has_logged_nothing(tmp_path):
+    run(tmp_path / "a")
+    state = tmp_path / "a" / "trainer_state.json"
+    rows = [{"loss": 1.0}, {"step": 3, "epoch": 0.1}]
+    state.write_text(json.dumps({**json.loads(state.read_text()), "log_history": rows}))
+    with pytest.raises(ValueError, match="a has logged nothing"):
+        page_of(read_runs([str(tmp_path / "a")]), "t")
+
+
+def test_runs_of_two_models_are_no_seeds_of_one_group(tmp_path):
+    for seed, base in enumerate(["m", "m", "other", None]):
+        run(tmp_path / f"r{seed}", seed=seed)
+        if base is not None:
+            told = {"peft_type": "LORA", "base_model_name_or_path": base}
+            (tmp_path / f"r{seed}" / "adapter_config.json").write_text(json.dumps(told))
+    paths = [str(tmp_path / f"r{seed}") for seed in range(4)]
+    one, two = grouped(read_runs(paths[:3]))
+    assert (one.label, two.label) == ("lora, base m", "lora, base other")
+    assert [each.name for each in one.runs] == ["r0", "r1"]
+    (note,) = page_of(read_runs(paths[:3]), "t").notes
+    assert "different models: m (r1), other (r2)." in note
+    (whole,) = grouped(read_runs([paths[0], paths[1], paths[3]]))  # what says nothing of its model is not split off
+    assert len(whole.runs) == 3 and not page_of(read_runs(paths[:2]), "t").notes
+    ours = [tmp_path / f"r{seed}" / "ba_lora.json" for seed in (0, 2)]
+    for path in ours:  # one model at two places
+        path.write_text(json.dumps({"base_sha256": "a" * 64}))
+    assert len(grouped(read_runs([paths[0], paths[2]]))) == 1
+
+
 def test_a_trial_of_a_search_is_itself_not_the_last_one(tmp_path):
     """The search's directory has one file of costs and settings: the last trial's."""
     out = tmp_path / "out"
