@@ -18,15 +18,16 @@ from ..schedules import lambdas_at
 CLIP = 1.0  # max_grad_norm of transformers, where a run does not say its own
 SEED_IN_NAME = re.compile(r"[-_.]?seed[-_=]?(\d+)|[-_]s(\d+)$", re.IGNORECASE)
 _NUMBER: Rule = or_none(("a number", lambda value: number(value) is not None and not isinstance(value, str)))
+_FINITE: Rule = or_none(("a finite number", lambda value: _NUMBER[1](value) and math.isfinite(value or 0.0)))
 _MAPPING: Rule = or_none(MAPPING)
 _COST: dict[str, Rule] = {
-    "seconds_per_step": or_none(("a mapping of parts to seconds", each(is_a(str), _NUMBER[1]))),
+    "seconds_per_step": or_none(("a mapping of parts to seconds", each(is_a(str), _FINITE[1]))),
     "run": _MAPPING,
 }
 _SETTINGS: dict[str, Rule] = {
     "seed": or_none(("a whole number", is_a(int))),
-    "learning_rate": _NUMBER,
-    "max_grad_norm": _NUMBER,
+    "learning_rate": _FINITE,
+    "max_grad_norm": ("a number or null", lambda value: _NUMBER[1](value) and value == value),  # inf: none
     "adapter": _MAPPING,
     "terms": _MAPPING,
 }
