@@ -80,7 +80,11 @@ def replacing_directory(path: str | os.PathLike[str], last_look: Callable[[], No
     `last_look` is called right before, after what takes time; where it raises, `path` stays as it is.
     """
     path = Path(path)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    begun = f".{path.name}.tmp."
+    for left in path.parent.glob(f"{glob.escape(begun)}*"):  # of processes that were killed: a merged model is large
+        if _last_written(left) <= time.time() - ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(prefix=begun, dir=path.parent))
     try:
         yield fresh
         os.chmod(fresh, 0o777 & ~_umask())  # mkdtemp's is private
@@ -99,6 +103,14 @@ def replacing_directory(path: str | os.PathLike[str], last_look: Callable[[], No
             shutil.rmtree(old)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _last_written(directory: Path) -> float:
+    """Returns when something in a directory was written last; now, where that cannot be told."""
+    try:
+        return max(each.stat().st_mtime for each in (directory, *directory.rglob("*")))
+    except OSError:  # another process removes as well
+        return time.time()
 
 
 def reason(error: OSError) -> str:

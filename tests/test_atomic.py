@@ -169,6 +169,22 @@ def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", young.name, other.name]
 
 
+def test_directories_of_killed_processes_are_removed_once_they_are_old(tmp_path):
+    """A merged model is gigabytes, in a directory that `ls` does not show."""
+    old, young, busy = (tmp_path / f".out.tmp.{name}" for name in ("old", "young", "busy"))
+    others = [tmp_path / ".out.settings", tmp_path / ".other.tmp.old"]
+    for path in (old, young, busy, *others):
+        path.mkdir()
+        (path / "model").write_text("half")
+    for path in (old, busy, *others):
+        os.utime(path / "model", (0, 0))
+        os.utime(path, (0, 0))
+    os.utime(busy / "model")  # a large file takes long, and its directory does not change meanwhile
+    with atomic.replacing_directory(tmp_path / "out", lambda: None):
+        pass
+    assert names(tmp_path) == sorted(path.name for path in (young, busy, *others, tmp_path / "out"))
+
+
 def test_a_directory_is_as_open_as_any_that_is_made(tmp_path):
     with atomic.replacing_directory(tmp_path / "out", lambda: None):
         pass

@@ -67,7 +67,7 @@ class GroupDifference:
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Returns the groups by method, the baselines first; of one method in the order of their first runs."""
-    bases: dict[str, set[str]] = {}
+    bases: dict[str, set[str | None]] = {}
     for run in runs:
         bases.setdefault(_key(run), set()).update({run.base} - {None})
     found: dict[tuple[str, str | None], list[Run]] = {}
