@@ -66,8 +66,6 @@ def load_base(
 
     check_place(name)
     class_name, what = MULTIMODAL if is_multimodal_class(trained) else CLASSES[task]
-    if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(f"{name}/config.json"):
-        raise ValueError(f"--base {name} is an adapter: give the model it was trained on.")
     try:
         config = AutoConfig.from_pretrained(name)
         settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
@@ -82,7 +80,7 @@ def load_base(
 
 
 def check_place(name: str, option: str = "--base") -> None:
-    """Refuses a model that is neither a directory nor a possible name on the hub, before anybody asks there.
+    """Refuses an adapter, and what is neither a directory nor a possible name on the hub, before anybody asks there.
 
     Raises:
         ValueError: names the option and its value.
@@ -95,6 +93,8 @@ def check_place(name: str, option: str = "--base") -> None:
             validate_repo_id(name)
     except HFValidationError:
         raise ValueError(f"{option} {name} is no directory here, and no name on the hub either.") from None
+    if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(f"{name}/config.json"):
+        raise ValueError(f"{option} {name} is an adapter: give the model it was trained on.")
 
 
 def is_quantised(name: str) -> bool:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._models import DTYPES, load_base, quiet
+from ._models import DTYPES, check_place, load_base, quiet
 from ._options import Argument, Option, Several, Values, Words
 from ._output import check_directory, show_markdown
 
@@ -109,6 +109,7 @@ def _check(args: Values) -> None:
             raise ValueError(f"--tasks {own} reads a file of yours: add --data {own}=FILE ({what}).")
         if own in args.data and own not in args.tasks:
             raise ValueError(f"--data {own}=...: it is not among --tasks: add it there.")
+    check_place(args.base)
     _check_place(args)
 
 

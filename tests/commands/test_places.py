@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from exporting import refused
+from helpers import stock
+from models import tiny_llama
 
 COMPARE = ["compare", "--model", "m", "--data", "d.jsonl"]
 
@@ -47,3 +49,16 @@ def test_numbers_beyond_their_range_are_told_its_end(option, value, said, tmp_pa
 def test_a_rank_of_an_export_beyond_its_range(tmp_path, capsys):
     line = refused(capsys, "export", tmp_path, "--output", tmp_path / "out", "--rank", 2**31)
     assert "write a whole number from 1 to 2147483647, or auto" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["eval", "--drift", "{here}/text.txt", "--base"], ["compare", "--data", "d", "--output", "{here}/out", "--model"],
+     ["verify", "{here}", "--base"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_an_adapter_in_the_place_of_a_model_is_one_line(words, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    stock(tiny_llama(), targets=["q_proj"]).save_pretrained(adapter)
+    words = [word.format(here=adapter if words[0] == "verify" else tmp_path) for word in words]
+    assert f"{words[-1]} {adapter} is an adapter: give the model it was trained on." in refused(capsys, *words, adapter)
