@@ -57,6 +57,21 @@ def test_the_starter_has_the_recommended_setting_and_names_its_schema(tmp_path, 
     assert "pass --force" in capsys.readouterr().err
 
 
+def test_a_schema_takes_no_file_of_the_users_place(tmp_path, capsys):
+    config = tmp_path / "run.yml"
+    config.write_text(LORA)
+    assert balora("schema", config) == 2 and f"{config} exists" in capsys.readouterr().err
+    assert config.read_text() == LORA
+    config.with_suffix(".schema.json").write_text("{}")
+    config.unlink()
+    assert balora("init", config) == 2 and "run.schema.json exists" in capsys.readouterr().err
+    assert not config.exists()
+    assert balora("init", config, "--force") == 0
+    config.unlink()
+    assert balora("init", config) == 0  # the schema of an earlier one is nobody's work
+    assert balora("schema", config, "--force") == 0 and json.loads(config.read_text())
+
+
 def test_the_recommended_setting_is_one_of_ours():
     assert set(RECOMMENDED) == {name for name in RegularizerConfig().to_dict() if name.startswith("lambda_")}
     RegularizerConfig(**RECOMMENDED)

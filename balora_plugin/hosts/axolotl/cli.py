@@ -6,11 +6,13 @@ adds. Nothing here imports Axolotl, or torch, but `train`: `balora axolotl` is t
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 import yaml
 
+from ... import atomic
 from .migrate import PLUGIN, migrate
 from .starter import schema as schema_text
 from .starter import starter
@@ -40,8 +42,10 @@ def train(config: Path, options: tuple[str, ...]) -> None:
 def init(path: Path, force: bool) -> None:
     """Write a commented starter YAML with the recommended setting to PATH, and its schema for editors beside it."""
     beside = path.with_suffix(".schema.json")
+    for each in (path, beside):
+        _check_free(each, force=force)
     _write(path, starter(str(path), beside.name), force=force)
-    _write(beside, schema_text() + "\n", force=True)
+    _write(beside, schema_text() + "\n", force=force)
     click.echo(f"wrote {path} (and {beside} for editors); next: axolotl train {path}")
 
 
@@ -72,20 +76,34 @@ def migrate_command(config: Path, output: Path | None, force: bool) -> None:
 
 @main.command("schema")
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), required=False)
-def schema_command(path: Path | None) -> None:
+@click.option("--force", is_flag=True, help="Overwrite a file that is no such schema.")
+def schema_command(path: Path | None, force: bool) -> None:
     """Write the JSON schema of a YAML with a ba_lora: block to PATH, for editors; without PATH print it."""
     if path is None:
         click.echo(schema_text())
     else:
-        _write(path, schema_text() + "\n", force=True)
+        _write(path, schema_text() + "\n", force=force)
         click.echo(f"wrote {path}")
 
 
 def _write(path: Path, text: str, *, force: bool) -> None:
-    if path.exists() and not force:
-        raise click.ClickException(f"{path} exists: name another file, or pass --force.")
+    _check_free(path, force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    atomic.write_text(path, text)
+
+
+def _check_free(path: Path, *, force: bool) -> None:
+    """Refuses to overwrite what a user may have written; a schema of this or another release is nobody's work."""
+    if path.exists() and not force and not _is_schema(path):
+        raise click.ClickException(f"{path} exists: name another file, or pass --force.")
+
+
+def _is_schema(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "ba_lora" in (found.get("properties") or {})
 
 
 def write_resolved(config: Path) -> Path:
