@@ -81,6 +81,19 @@ def test_a_run_that_is_resumed_is_the_whole_one(tmp_path, tokenizer):
     assert found.ba_lora_run.by_layer.passes == 1 + 1
 
 
+def test_arguments_that_have_changed_since_tell_rows_apart(tmp_path, tokenizer, caplog):
+    """Asked again when training begins: with fewer micro-batches a step the teacher meets some rows of each."""
+    layers = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+    given = {"gradient_accumulation_steps": 2, "layers": layers}
+    trainer = made(tmp_path, tokenizer, "by_layer", {"teacher_interval": 2}, **given)
+    assert trainer.ba_lora_run.by_layer.why == ""
+    trainer.args.gradient_accumulation_steps = 1
+    trainer.train()
+    by_layer = trainer.ba_lora_run.by_layer
+    assert by_layer.passes == 0 and by_layer.why.startswith("teacher_interval=2 gives it some rows")
+    assert sum("by_layer does not act" in record.message for record in caplog.records) == 1
+
+
 APART = {
     "cache": "the teacher's outputs come from teacher_cache",
     "second": "the teacher is a model of its own",

@@ -98,6 +98,8 @@ class StepRequest:
     student need not both compute; None where they do. `by_layer`: lets the teacher go through each layer in the
     student's call of it; None where the teacher has a pass of its own. `teacher_rows`: the rows that the teacher runs
     on, None for all; none of them where it runs because it does in other processes, and nothing of it is used.
+    `teacher_late`: where layers are shared it runs after the student though it meets all rows, as it does in processes
+    where it meets some.
     """
 
     config: RegularizerConfig
@@ -124,6 +126,7 @@ class StepRequest:
     monitor: bool = False
     shared: SharedLayers | None = None
     teacher_rows: tuple[int, ...] | None = None
+    teacher_late: bool = False
     by_layer: ByLayer | None = None
 
     @property

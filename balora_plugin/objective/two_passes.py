@@ -41,14 +41,17 @@ class TwoPasses:
         student: Callable[[], Any],
     ) -> None:
         self._request, self._student = request, student
-        self._shared, self._layered = request.shares(model), request.layered(model)
+        self._shared = request.shares(model)
         self.met = met_rows(request.teacher_rows, inputs)
-        by_row = self.met is not None and (self._shared is None or self._shared.proven)
-        self.rows = rows_run(inputs, self.met) if by_row and self.met is not None else None
+        proven = self._shared is None or self._shared.proven
+        self.rows = rows_run(inputs, self.met) if proven and self.met is not None else None
         self.inputs = inputs if self.rows is None else only_rows(inputs, self.rows)
         self._teacher = partial(teacher, self.inputs)
-        # a teacher of some rows goes on from what the student's pass has found of the layers that both share
-        self._begins_late = self._shared is not None and self.rows is not None
+        # a teacher of some rows goes on from what the student's pass has found of the layers that both share; then it
+        # does in every process, for else a split model's would be gathered in another order in some
+        told_apart = self.rows is not None or request.teacher_late
+        self._begins_late = self._shared is not None and proven and told_apart
+        self._layered = None if self._begins_late else request.layered(model)
 
     def teacher(self) -> Tensor | None:
         """Returns the teacher's states; None where they come with the student's, or where nothing asks for them."""
@@ -76,7 +79,7 @@ class TwoPasses:
         with self._request.part("teacher"):
             if self._layered is not None:
                 return self._layered.end(self._teacher)
-            assert self._shared is not None and self.rows is not None
+            assert self._shared is not None
             return self._shared.teacher_of(self.rows, self._teacher)
 
     def at_met(self, found: Tensor) -> Tensor | None:

@@ -106,15 +106,19 @@ class SharedLayers:
     @contextmanager
     def kept_for_rows(self) -> Iterator[None]:
         """Inside: the student's pass is whole, and what enters the first adapted layer is kept for `teacher_of`."""
-        kept = self._kept = _Kept()
+        kept = _Kept()
         handle = self._last().register_forward_hook(kept.take, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
+        self._kept = kept  # not after a pass that fails
 
-    def teacher_of(self, rows: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """Returns the teacher's states of some rows, (k,) int64, `run()`: it begins where the student has been."""
+    def teacher_of(self, rows: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
+        """Returns the teacher's states of some rows, (k,) int64, `run()`: it begins where the student has been.
+
+        `rows`: None for all.
+        """
         kept = None if self._kept is None else self._kept.of(rows)
         if self._marks() != self._proof:
             self.stop("a hook, dropout or trained weight has come to the layers below the adapter")
@@ -208,11 +212,13 @@ class _Kept:
         self.output = output
         self.side = {name: dict(value) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
 
-    def of(self, rows: Tensor) -> _Kept | None:
+    def of(self, rows: Tensor | None) -> _Kept | None:
         """What a pass over some of the rows would have kept; None where it is not told apart by rows."""
         kept, states = _Kept(), states_of(self.output)
         if not self.whole or states.ndim != 3:
             return None
+        if rows is None:
+            rows = torch.arange(len(states))
         for name, entries in self.side.items():
             parts = {key: _tensors(value) for key, value in entries.items()}
             if not all(part and all(len(x) == len(states) for x in part) for part in parts.values()):

@@ -10,7 +10,7 @@ from ..pretrained.by_layer import ByLayer
 from ..pretrained.shared_layers import SharedLayers
 from .acting import model_dropout
 from .run_state import RunState
-from .teacher_rows import rows_apart_in
+from .teacher_rows import apart_in_words
 
 
 def layers_to_share(run: RunState, args: Any) -> SharedLayers | None:
@@ -33,13 +33,8 @@ def teacher_by_layer(run: RunState, args: Any) -> ByLayer | None:
     if not run.config.lambda_consistency or run.config.teacher_pass != "by_layer":
         return None
     layered = run.compiled is not None and run.compiled.layers is not None
-    interval, accumulated = run.config.teacher_interval, args.gradient_accumulation_steps
-    some_rows = f"teacher_interval={interval} gives it some rows of a micro-batch: accumulate a multiple of {interval}"
-    reasons = {
-        "compile: layers compiles the layers' own forward": layered,
-        some_rows: rows_apart_in(interval, accumulated) > 1,
-    }
-    why = _needs_a_pass(run, args) or _first(reasons)
+    why = _needs_a_pass(run, args) or ("compile: layers compiles the layers' own forward" if layered else "")
+    why = why or apart_in_words(run.config.teacher_interval, args.gradient_accumulation_steps)
     return ByLayer(run.model, why, partial(_say, run))
 
 

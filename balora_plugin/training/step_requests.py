@@ -14,7 +14,7 @@ from ..pretrained.shared_layers import SharedLayers
 from ..schedules import Lambdas
 from .host import HostTrainer
 from .run_state import RunState
-from .teacher_rows import WHOLE, TeacherRows, Turn
+from .teacher_rows import WHOLE, TeacherRows, Turn, apart_in_words
 
 # steps taken: a warm-up's first has a rate of 0, and the consistency's share grows with what the weights have moved
 FIRST_JUDGED = 10
@@ -31,6 +31,9 @@ class StepRequests(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin()
+        apart = apart_in_words(self._run.config.teacher_interval, args.gradient_accumulation_steps)
+        if self._run.by_layer is not None and apart:  # arguments may be others than when the trainer was made
+            self._run.by_layer.stop(apart)
 
     def _begin(self) -> None:
         """Counts anew: a training begins, perhaps at the very step at which an earlier one ended."""
@@ -89,6 +92,7 @@ class StepRequests(TrainerCallback):
             shared=self._shared(turn),
             by_layer=run.by_layer,
             teacher_rows=turn.rows,
+            teacher_late=turn.late,
         )
 
     def _shared(self, turn: Turn) -> SharedLayers | None:

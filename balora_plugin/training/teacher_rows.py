@@ -18,11 +18,14 @@ class Turn(NamedTuple):
         rows: Those that meet it; None: all. None of them where it runs because it does in other processes.
         runs: Whether it runs.
         common: Whether it does in every process whatever their batches are: each one's first row meets it.
+        late: Whether every process runs it after the student, as those do whose rows it tells apart, where they share
+            layers: one with a single row gathers what the others gather, in their order.
     """
 
     rows: tuple[int, ...] | None
     runs: bool
     common: bool
+    late: bool = False
 
 
 WHOLE = Turn(None, True, True)
@@ -48,9 +51,9 @@ class TeacherRows:
         if run.compiled is not None and rows % apart:
             rows = 1  # graphs are made for a number of rows: one that changes would take one more each time
         met = rows_met(turn, rows, interval, accumulated)
-        alone = apart == 1 or not self._must_agree()
-        runs = bool(met) if alone else any_process(bool(met), host.args.device)
-        return Turn(met if runs and len(met) < rows else None, runs, common)
+        agree = apart > 1 and self._must_agree()
+        runs = any_process(bool(met), host.args.device) if agree else bool(met)
+        return Turn(met if runs and len(met) < rows else None, runs, common, agree and runs)
 
     def _must_agree(self) -> bool:
         """Whether the teacher's pass takes all processes: a split model is gathered, a cache is asked together."""
@@ -83,6 +86,13 @@ def rows_met(turn: int, rows: int, interval: int, accumulated: int) -> tuple[int
 def rows_apart_in(interval: int, accumulated: int) -> int:
     """Returns of how many rows of a micro-batch one is met, where any is; 1: all of them, in every interval-th."""
     return interval // math.gcd(interval, accumulated)
+
+
+def apart_in_words(interval: int, accumulated: int) -> str:
+    """Returns that the teacher is given some rows of a micro-batch, and what to write where it is not to be; or ""."""
+    if rows_apart_in(interval, accumulated) == 1:
+        return ""
+    return f"teacher_interval={interval} gives it some rows of a micro-batch: accumulate a multiple of {interval}"
 
 
 def phase_of(epoch: int, interval: int) -> int:

@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from balora_plugin import BaLoraConfig, BaLoraTrainer, RegularizerConfig
-from integration.workers.fsdp import ROWS, Keep, adapted_layers, pass_as_gpus, sharding
+from integration.workers.fsdp import ROWS, Keep, OwnUnit, adapted_layers, pass_as_gpus, sharding
 from tests.models import character_tokenizer, tiny_llama
 
-STEPS = 4  # of one epoch, as many as the interval: each row meets the teacher once
+STEPS = 8  # two epochs of as many as the interval: each row meets the teacher twice, the second time all layers proven
 
 
 class KeepAll(Keep):
@@ -41,7 +41,7 @@ class SameRows(BaLoraTrainer):
         return super().training_step(model, dict(fixed), *args, **kwargs)
 
 
-def mean_gradient(directory: str, kind: str, interval: int, layers: str) -> dict[str, Any]:
+def mean_gradient(directory: str, kind: str, interval: int, layers: str, saved: str) -> dict[str, Any]:
     """Over the steps of a run whose weights stay as they are."""
     keep = KeepAll()
     terms = RegularizerConfig(
@@ -51,7 +51,8 @@ def mean_gradient(directory: str, kind: str, interval: int, layers: str) -> dict
         share_interval=1,
         teacher_interval=interval,
     )
-    config = BaLoraConfig(r=4, lora_alpha=4, regularizers=terms, **adapted_layers(layers))
+    trained = {"modules_to_save": [saved]} if saved else {}
+    config = BaLoraConfig(r=4, lora_alpha=4, regularizers=terms, **adapted_layers(layers), **trained)
     args = TrainingArguments(
         output_dir=directory,
         max_steps=STEPS,
@@ -64,12 +65,15 @@ def mean_gradient(directory: str, kind: str, interval: int, layers: str) -> dict
         use_cpu=True,
         save_strategy="no",
         disable_tqdm=True,
-        **sharding(kind, "LlamaDecoderLayer"),
+        **sharding(kind, "LlamaDecoderLayer,OwnUnit" if saved else "LlamaDecoderLayer"),
     )
     if kind != "ddp":
         pass_as_gpus(args)
+    model = tiny_llama(num_hidden_layers=4 if layers else 2)
+    if saved:
+        model.lm_head.__class__ = OwnUnit  # the teacher's copy is a unit as well, gathered after the teacher's pass
     trainer = SameRows(
-        model=tiny_llama(num_hidden_layers=4 if layers else 2),
+        model=model,
         args=args,
         train_dataset=Dataset.from_list(ROWS),
         data_collator=DataCollatorForSeq2Seq(character_tokenizer()),
@@ -87,9 +91,9 @@ def mean_gradient(directory: str, kind: str, interval: int, layers: str) -> dict
     return {"mean": mean, "consistency": logged, "shared": (run.shared.passes, run.shared.why)}
 
 
-def main(directory: str, kind: str, layers: str = "") -> None:
+def main(directory: str, kind: str, layers: str = "", saved: str = "") -> None:
     torch.set_num_threads(1)
-    found = {interval: mean_gradient(directory, kind, interval, layers) for interval in (1, 4)}
+    found = {interval: mean_gradient(directory, kind, interval, layers, saved) for interval in (1, 4)}
     if torch.distributed.get_rank() == 0:
         torch.save(found, Path(directory, "result.pt"))
 

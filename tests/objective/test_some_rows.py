@@ -177,6 +177,8 @@ def test_a_classifiers_teacher_meets_samples(kind):
         assert out.shares[0] > 0
         for name, gradient in gradients(model, out.loss).items():
             total[name] += gradient / 2
+    none = model(**inputs, ba_lora=asked(model, (2,), 4, measure_shares=True))  # a sample that does not count
+    assert (none.taught.item(), none.shares[0].item()) == (0, 0.0)
     assert whole.taught is None and taught == whole.count.item() == 3
     torch.testing.assert_close(drift, whole.drift)
     scale = max(gradient.abs().max() for gradient in full.values())
@@ -209,6 +211,34 @@ def test_a_teacher_of_some_rows_begins_where_the_student_has_been(checkpointing,
             ours, theirs = gradients(model, found.loss), gradients(model, expected.loss)
             for parameter, gradient in theirs.items():
                 torch.testing.assert_close(ours[parameter], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_a_process_with_one_row_runs_its_passes_in_the_order_of_those_with_more():
+    """A split model is gathered with each layer that runs: another order in one process would stop all of them."""
+    model = adapted(layers_to_transform=[2, 3])
+    base, inputs = model.get_base_model(), {key: value[:1] for key, value in batch().items()}
+    shared = SharedLayers(base)
+    expected = model(**inputs, ba_lora=asked(model, None, 2, shared))
+    ran = []
+    for index, layer in enumerate(base.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda mlp, _, index=index: ran.append((index, mlp.training)))
+    shared.renew()
+    model(**inputs, ba_lora=asked(model, None, 2, shared))  # the hooks are there when it is proven
+    ran.clear()
+    found = model(**inputs, ba_lora=asked(model, None, 2, shared, teacher_late=True))
+    assert ran == [(0, True), (1, True), (2, True), (3, True), (2, False), (3, False)]
+    assert shared.passes == 1 and torch.equal(found.loss, expected.loss)
+
+
+def test_what_a_pass_that_fails_has_shown_is_not_kept():
+    model = adapted(layers_to_transform=[2, 3])
+    base, inputs = model.get_base_model(), batch()
+    shared = SharedLayers(base)
+    model(**inputs, ba_lora=asked(model, None, 2, shared))
+    base.model.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs, ba_lora=asked(model, (0, 2), 2, shared))
+    assert shared._kept is None
 
 
 def test_what_is_of_no_row_keeps_a_batch_whole():

@@ -89,7 +89,9 @@ def test_where_it_takes_all_processes_it_runs_on_all(monkeypatch):
     monkeypatch.setattr(teacher_rows, "world_size", lambda: 2)
     monkeypatch.setattr(teacher_rows, "any_process", lambda flag, device: asked.append(flag) or True)
     turn = TeacherRows(run_of(2), host_of()).of(1)
-    assert (turn.rows, turn.runs, asked) == ((), True, [False])
+    assert (turn.rows, turn.runs, turn.late, asked) == ((), True, True, [False])
+    single = TeacherRows(run_of(1), host_of()).of(4)  # all of its batch, as late as where it is a part
+    assert (single.rows, single.runs, single.late, asked.pop()) == (None, True, True, True)
     assert TeacherRows(run_of(2, interval=2), host_of(2)).of(1).runs is False
     assert len(asked) == 1  # a multiple is the same everywhere
 
