@@ -156,8 +156,12 @@ class ByLayer:
         walk = self._walk = _Walk(first)
         answers = {i: partial(walk.record, self._forms[i]) for i in range(first, self.total)}
         assert self._layers is not None
-        with standing_in(self._layers, answers):
-            teacher()
+        try:
+            with standing_in(self._layers, answers):
+                teacher()
+        except BaseException:
+            self._walk = None  # what it holds is not to be there when a smaller batch is tried
+            raise
         walk.forget()
 
     def _finish(self, teacher: Callable[[], Tensor], walk: _Walk) -> Tensor:
@@ -204,7 +208,8 @@ class ByLayer:
             raise
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             why = f"the model does not run so ({type(error).__name__}: {error})"
-        self._walk = None
+        finally:
+            self._walk = None
         if any_process(bool(why), self.model.device):  # else the processes of a split model would gather other layers
             self.stop(why or "another process found a difference")
         self.proven = not self.why
@@ -310,7 +315,7 @@ class _Walk:
             self._states = states.clone()  # the model may write to its own after the last layer
         elif not _is_unchanged(states, *self._given):
             self.broken = "the model changes its states between two layers"
-        self._given = (states, states._version)
+        self._given = (states, _times_written(states))
         self._calls.append(_replaced(args, kwargs, None))
         return with_states(form, states)
 
@@ -343,7 +348,11 @@ def _is_unchanged(states: Tensor, given: Tensor, version: int) -> bool:
         one, other = ((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (states, given))
         if one != other:
             return False
-    return states._version == version
+    return _times_written(states) == version
+
+
+def _times_written(states: Tensor) -> int:
+    return 0 if states.is_inference() else states._version  # torch.inference_mode counts none
 
 
 def _replaced(args: tuple[Any, ...], kwargs: dict[str, Any], states: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -380,6 +380,39 @@ def teacher_states(model):
         return base.model(input_ids=batch()["input_ids"], use_cache=False).last_hidden_state
 
 
+@pytest.mark.parametrize("proven", [False, True])
+def test_a_teacher_that_runs_out_of_memory_leaves_nothing_behind(proven):
+    """A host tries a smaller batch then."""
+    model = adapted("llama")
+    by_layer, norm = ByLayer(model.get_base_model()), model.get_base_model().model.norm
+    if proven:
+        step(model, by_layer=by_layer)
+    passes = []
+
+    def full(*_):
+        passes.append(1)
+        if len(passes) == (1 if proven else 3):  # of the proof the pass that goes by the layers is the third
+            raise torch.OutOfMemoryError
+
+    handle = norm.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model, by_layer=by_layer)
+    handle.remove()
+    assert by_layer._walk is None
+    step(model, by_layer=by_layer)
+    assert (by_layer.passes, by_layer.why) == (1 if proven else 0, "")
+
+
+def test_inference_mode_counts_no_writes():
+    model = adapted("llama")
+    by_layer = ByLayer(model.get_base_model())
+    step(model, by_layer=by_layer)
+    model.eval()
+    with torch.inference_mode():
+        found, expected = forward(model, by_layer=by_layer), forward(model)
+    assert torch.equal(found.loss, expected.loss) and by_layer.passes == 1
+
+
 def test_several_processes_stop_rather_than_wait_for_each_other(monkeypatch):
     model = everywhere("llama")
     found, _ = by_layer_of(model)
