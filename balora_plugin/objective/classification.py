@@ -139,8 +139,9 @@ def _factor_of_share(factor: int, count: Tensor, taught: Tensor | None) -> Tenso
 
     The gradient by one sample's states does not depend on another's, so that squares of norms add up over them.
     """
-    of_all = torch.ones((), device=count.device) if taught is None else (taught / count.clamp(min=1)).sqrt()
-    return of_all * max(factor, 1)
+    if taught is None:
+        return torch.ones((), device=count.device) * max(factor, 1)
+    return (taught.clamp(min=1) / count.clamp(min=1)).sqrt() * max(factor, 1)
 
 
 def _task(plain: Tensor, request: StepRequest, logits: Tensor, labels: BatchLabels) -> Tensor:
