@@ -98,6 +98,7 @@ def test_a_cache_gives_the_rows_that_are_met(kept, tmp_path, tokenizer):
     )
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path, tokenizer, without_inductor):  # noqa: F811
     runs = []
     for compiled in (False, True):

@@ -88,6 +88,7 @@ def test_cells_run_once_and_the_report_stands_beside_them(tiny, tmp_path, monkey
     assert command.main(given) == 0
 
 
+@pytest.mark.slow
 def test_anchors_are_not_what_is_measured(tmp_path):
     tokenizer = character_tokenizer()
     data.write_anchors(tmp_path / "anchors.jsonl", tokenizer, 40, 5)

@@ -373,7 +373,10 @@ print(cache.runs, len(cache), flush=True)
 """
 
 
-@pytest.mark.parametrize("mended", [False, True], ids=["not_yet", "mended"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mended", [pytest.param(False, id="not_yet", marks=pytest.mark.long), pytest.param(True, id="mended")]
+)
 def test_what_one_process_finds_damaged_takes_nothing_from_another(mended, tmp_path):
     """The other one, which holds the old index, reads its neighbours, and the document itself where it is again."""
     filled(tmp_path, parts=1)
