@@ -74,7 +74,7 @@ def test_python_of_a_page_runs(page, here):
     assert any(path.name == "ba_lora.json" for path in here.rglob("ba_lora.json"))
 
 
-@pytest.mark.parametrize("name", ["trl.ipynb", "transformers.ipynb"])
+@pytest.mark.parametrize("name", ["trl.ipynb", pytest.param("transformers.ipynb", marks=pytest.mark.slow)])
 def test_a_notebook_runs(name, here, monkeypatch):
     pytest.importorskip("trl")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

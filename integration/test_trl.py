@@ -447,7 +447,7 @@ def test_compiled_steps_are_the_eager_ones(changes, tmp_path, tokenizer, without
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param(
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             marks=pytest.mark.long,
