@@ -194,5 +194,11 @@ class StepOutput(ModelOutput):
     teacher_entropy: Tensor | None = None
     taught: Tensor | None = None
 
+    @property
+    def met_teacher(self) -> Tensor:
+        """How many counted tokens (samples) met the teacher, 0-d, where it ran."""
+        assert self.count is not None
+        return self.count if self.taught is None else self.taught
+
 
 Step = Callable[[Any, StepRequest, dict[str, Any]], StepOutput]

@@ -70,7 +70,7 @@ class TermMetrics:
         lambdas = request.lambdas
         values: dict[str, Tensor] = {"task": out.task, "count": out.count, "tokens": out.loss.detach()}
         if out.consistency is not None:
-            values |= {"consistency": out.consistency, "consistency_count": _taught(out)}
+            values |= {"consistency": out.consistency, "consistency_count": out.met_teacher}
         values |= _measured(out, request.monitor)
         if out.diversity is not None and request.measured.diversity:
             standing = out.count if out.diversity_count is None else out.diversity_count
@@ -239,17 +239,11 @@ class TermMetrics:
         return f"lambda_{name}={weight:g} ({share:.0e}{needed})"
 
 
-def _taught(out: StepOutput) -> Tensor:
-    """How many counted tokens (samples) met the teacher."""
-    assert out.count is not None
-    return out.count if out.taught is None else out.taught
-
-
 def _measured(out: StepOutput, monitored: bool) -> dict[str, Tensor]:
     """The sums that a micro-batch measured beside its terms."""
     if out.drift is None or out.count is None:
         return {}
-    values = {"drift": out.drift, "drift_count": _taught(out)}
+    values = {"drift": out.drift, "drift_count": out.met_teacher}
     if not monitored or out.entropy is None:
         return values
     return {**values, "entropy": out.entropy, "entropy_count": out.count}

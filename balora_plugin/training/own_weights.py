@@ -77,7 +77,7 @@ class OwnWeights:
         measured = [zero if value is None else value.detach().to(zero) for value in found]
         shares = torch.zeros(len(TERMS)) if out.shares is None else out.shares
         self._shares_taken |= out.shares is not None
-        counts = (out.count if out.taught is None else out.taught, out.count)
+        counts = (out.met_teacher, out.count)
         row = [
             *measured,
             *(count.to(zero) if met else zero for count in counts),
